@@ -1,0 +1,449 @@
+"""Is the cached, distributed gradient the plain one? Every strategy, number of ranks and awkward batch, one SGD step.
+
+    python benchmarks/exactness.py                 all cases, about five minutes on two cores
+    python benchmarks/exactness.py --slice         the few that run in `make test`
+
+The reference is a single process that puts the whole global batch through the model at once, with a loss written out
+below from its definition: no cache, no mini-batches, no ranks, none of farnear's loss or collectives. Both sides take
+one SGD step from the same weights, with clipping off and on, and the relative error of the update is
+
+    | update - reference update | / | reference update |        (over all parameters together)
+
+SGD, because AdamW magnifies rounding wherever a gradient is near zero; AdamW is compared on its own, five steps from
+equal injected gradients. The last line is JSON. Exit code 1 when a bound is broken.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
+
+from farnear.config import LossConfig, ModelConfig, RunConfig, parse_config
+from farnear.data.loader import MiniBatch, RankBatch
+from farnear.data.plan import slice_of_rank
+from farnear.model.embedder import Embedder, preprocessing
+from farnear.model.load import load_model
+from farnear.model.tiny import save_tiny_model
+from farnear.parallel.strategy import Strategy, build_strategy
+from farnear.parallel.world import World
+from farnear.training.cache import StepFigures, cached_gradient, turn_seed
+
+BOUND_FP32 = 1e-5
+# bf16 has 8 bits of mantissa; this is the rounding of the forward and backward, measured and then committed.
+BOUND_BF16 = 3e-2
+BOUND_ADAMW = 1e-6
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
+WORLD_SIZES = (1, 2, 3)
+SEED = 7
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A batch and an objective.
+
+    Attributes:
+        pairs: G.
+        mini_batch_size: Of farnear's side; the reference has none.
+        loss: Section `loss` of a run file.
+        uneven_pages: Pages of different sizes in one mini-batch.
+        duplicate_page: Two pairs, on different ranks where there are several, share a page.
+        text_pages: The last pages are text, so that the last page mini-batch leaves out the vision tower.
+        invalid_rank: All rows of the last rank are invalid (of the last pair, when there is one rank).
+        hard_negatives: Hard negative pages of every second pair.
+        dropout: Attention dropout of the model.
+    """
+
+    name: str
+    pairs: int = 6
+    mini_batch_size: int = 2
+    loss: LossConfig = field(default_factory=LossConfig)
+    uneven_pages: bool = False
+    duplicate_page: bool = False
+    text_pages: bool = False
+    invalid_rank: bool = False
+    hard_negatives: bool = False
+    dropout: float = 0.0
+
+
+CASES = (
+    Case("plain"),
+    Case("matryoshka", loss=LossConfig(matryoshka_dims=(64, 32, 16), matryoshka_weights=(1.0, 0.5, 2.0))),
+    Case("uneven_pages", uneven_pages=True),
+    Case("duplicate_page", duplicate_page=True),
+    Case("invalid_rank", invalid_rank=True),
+    Case("last_without_images", text_pages=True),
+    Case("undivided", pairs=7),
+    Case("hard_negatives", hard_negatives=True),
+    Case("fewer_pairs_than_ranks", pairs=2),
+)
+DROPOUT_CASES = (
+    Case("dropout_whole", mini_batch_size=6, dropout=0.1),
+    Case("dropout_mini_batches", mini_batch_size=2, dropout=0.1),
+)
+SLICE = ("matryoshka", "last_without_images", "undivided", "dropout_mini_batches")
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """The whole batch as inputs: pages are the positives of all pairs; negatives[i] are pair i's hard negatives."""
+
+    queries: list[str]
+    pages: list[Any]
+    negatives: list[list[Any]]
+    query_hash_G: np.ndarray
+    page_hash_G: np.ndarray
+    valid_G: np.ndarray
+
+
+def make_batch(case: Case, world_size: int) -> GlobalBatch:
+    """The inputs of a case; random but the same everywhere."""
+    random = np.random.default_rng(SEED)
+    words = ["red", "blue", "bar", "pie", "chart", "revenue", "costs", "2019", "2021"]
+    queries = [" ".join(random.choice(words, random.integers(2, 6))) + f" {i}" for i in range(case.pairs)]
+    page_hash_G = np.arange(case.pairs, dtype=np.int64)
+    valid_G = np.ones(case.pairs, dtype=bool)
+
+    def page(i: int) -> Image.Image:
+        height, width = (64 + 32 * (i % 3), 96) if case.uneven_pages else (64, 64)
+        return Image.fromarray(random.integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+    pages: list[Any] = [page(i) for i in range(case.pairs)]
+    negatives = [[page(i)] if case.hard_negatives and i % 2 == 0 else [] for i in range(case.pairs)]
+    if case.duplicate_page:
+        pages[-1], page_hash_G[-1] = pages[0], page_hash_G[0]
+    for rank in range(world_size):
+        mine = slice_of_rank(np.arange(case.pairs), rank, world_size)
+        if case.text_pages:
+            for i in mine[-((len(mine) + 1) % 2 + 1) :]:
+                pages[i] = f"a page of text number {i}"
+        if case.invalid_rank and rank == world_size - 1:
+            valid_G[mine if world_size > 1 else mine[-1:]] = False
+    return GlobalBatch(queries, pages, negatives, np.arange(case.pairs, dtype=np.int64) + 100, page_hash_G, valid_G)
+
+
+def reference_gradient(model: SentenceTransformer, case: Case, batch: GlobalBatch) -> dict[str, Tensor]:
+    """Gradient of the mean loss, the whole batch at once, from the definition."""
+    preprocess = preprocessing(model)
+    model.train()
+
+    def embed(inputs: list[Any], side: str, first_turn: int, at_once: int) -> Tensor:
+        parts = []
+        for turn, start in enumerate(range(0, len(inputs), at_once)):
+            torch.manual_seed(turn_seed(SEED, 0, 0, first_turn + turn))
+            parts.append(model(preprocess(inputs[start : start + at_once], side))["sentence_embedding"])
+        return torch.cat(parts)
+
+    # Only dropout makes the way the batch is cut matter: its masks are drawn per forward.
+    at_once = case.mini_batch_size if case.dropout else len(batch.queries)
+    negatives = [page for pages in batch.negatives for page in pages]
+    turns_of_pages = -(-len(batch.pages) // at_once)
+    # Text and images cannot share one call of the processor, so a mixed batch goes through in two.
+    images = [i for i, page in enumerate(batch.pages) if not isinstance(page, str)]
+    texts = [i for i, page in enumerate(batch.pages) if isinstance(page, str)]
+    k = torch.empty(len(batch.pages), model.get_embedding_dimension() or 0)
+    for positions in (images, texts):
+        if positions:
+            k = k.index_put(
+                (torch.tensor(positions),), embed([batch.pages[i] for i in positions], "document", 0, at_once)
+            )
+    if negatives:
+        k = torch.cat([k, embed(negatives, "document", 99, at_once)])
+    q = embed(batch.queries, "query", turns_of_pages, at_once)
+
+    pairs = len(batch.queries)
+    total = torch.zeros(())
+    dims = case.loss.matryoshka_dims or (q.shape[1],)
+    weights = case.loss.matryoshka_weights or (1.0,) * len(dims)
+    for dim, weight in zip(dims, weights, strict=True):
+        cosine = nn.functional.cosine_similarity(q[:, None, :dim], k[None, :, :dim], dim=2)
+        for i in np.flatnonzero(batch.valid_G):
+            in_sum = [
+                j
+                for j in range(len(k))
+                if j == i or j >= pairs or (batch.valid_G[j] and batch.page_hash_G[j] != batch.page_hash_G[i])
+            ]
+            score = case.loss.scale * cosine[i]
+            total = total + weight * (torch.logsumexp(score[in_sum], 0) - score[i])
+    (total / batch.valid_G.sum()).backward()
+    gradient = {f"model.{name}": p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return gradient
+
+
+def rank_batch(case: Case, batch: GlobalBatch, model: SentenceTransformer, world: World) -> RankBatch:
+    """This rank's slice of the batch, cut as the loader cuts it."""
+    mine = slice_of_rank(np.arange(case.pairs), world.rank, world.world_size)
+    borrowed = len(mine) == 0
+    if borrowed:
+        mine = np.array([0])
+    preprocess = preprocessing(model)
+    negatives = [page for i in mine for page in batch.negatives[i] if not borrowed]
+    inputs = {"document": [batch.pages[i] for i in mine] + negatives, "query": [batch.queries[i] for i in mine]}
+    mini_batches = []
+    for side in ("document", "query"):
+        for start in range(0, len(inputs[side]), case.mini_batch_size):
+            chosen = inputs[side][start : start + case.mini_batch_size]
+            mini_batches.append(MiniBatch(side, slice(start, start + len(chosen)), preprocess(chosen, side)))
+    valid_b = np.zeros(1, dtype=bool) if borrowed else batch.valid_G[mine]
+    negative_hash = np.array([1000 + 100 * world.rank + j for j in range(len(negatives))], dtype=np.int64)
+    page_hash_p = np.concatenate([batch.page_hash_G[mine], negative_hash])
+    return RankBatch(
+        step=0,
+        epoch=0,
+        pairs_b=mine,
+        valid_b=valid_b,
+        query_hash_b=batch.query_hash_G[mine],
+        page_hash_p=page_hash_p,
+        mini_batches=tuple(mini_batches),
+        seconds_waited=0.0,
+    )
+
+
+def run_config(strategy: str, model: str, max_grad_norm: float) -> RunConfig:
+    """A run file of which only the strategy and the clipping matter here."""
+    return parse_config(
+        {
+            "output_dir": "unused",
+            "strategy": strategy,
+            "model": {"name_or_path": model},
+            "data": {"train": ["unused"]},
+            "training": {"max_grad_norm": max_grad_norm},
+        }
+    )
+
+
+def cached_update(
+    strategy_name: str,
+    case: Case,
+    model_path: str,
+    batch: GlobalBatch,
+    world: World,
+    counts: dict[str, int],
+    lr: float,
+    clip: float,
+    bf16: bool,
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """farnear's update (old weights minus new) on rank 0, and what was reduced on the way."""
+    model = load_model(ModelConfig(name_or_path=model_path))
+    module = Embedder(model, bf16=bf16)
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    mine = rank_batch(case, batch, model, world)
+    optimizer = torch.optim.SGD(module.parameters(), lr=lr)
+    strategy = build_strategy(run_config(strategy_name, model_path, clip), module, optimizer, world)
+    strategy.train(True)
+    counts.update(calls=0, elements=0)
+    cached_gradient(strategy, mine, case.loss, StepFigures(), seed=SEED, world=world)
+    elements = sum(p.numel() for p in before.values())
+    reduced = {"calls": counts["calls"], "passes": round(counts["elements"] / elements, 3)}
+    strategy.step(lr)
+    after = strategy.full_weights()
+    return {name: before[name] - after[name] for name in after}, reduced
+
+
+def count_reductions() -> dict[str, int]:
+    """From now on count the collectives that reduce gradients: those of more elements than any of the loss's.
+
+    DeepSpeed keeps references to torch's functions from its start, so this comes before its first import.
+    """
+    counts = {"calls": 0, "elements": 0}
+    payload = {"all_reduce": 0, "reduce": 0, "reduce_scatter_tensor": 1, "reduce_scatter": 1, "all_to_all_single": 1}
+
+    def counting(original: Callable[..., Any], position: int) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            sent = args[position] if len(args) > position else list(kwargs.values())[position - len(args)]
+            elements = sum(t.numel() for t in sent) if isinstance(sent, (list, tuple)) else sent.numel()
+            if elements > 4096:
+                counts["calls"] += 1
+                counts["elements"] += elements
+            return original(*args, **kwargs)
+
+        return call
+
+    for name, position in payload.items():
+        setattr(dist, name, counting(getattr(dist, name), position))
+    return counts
+
+
+def relative_error(update: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
+    """Norm of the difference over norm of the reference, all parameters as one vector."""
+    difference = sum(
+        float((update[n].double() - reference.get(n, torch.zeros(())).double()).square().sum()) for n in update
+    )
+    norm = sum(float(r.double().square().sum()) for r in reference.values())
+    return (difference / norm) ** 0.5
+
+
+class Injected(nn.Module):
+    """Parameters of awkward shapes whose gradient is what the features say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(SEED)
+        self.a = nn.Parameter(torch.randn(17, 5, generator=generator))
+        self.b = nn.Parameter(torch.randn(3, generator=generator))
+        self.c = nn.Parameter(torch.randn(4, 2, 3, generator=generator))
+
+    def forward(self, features: dict[str, Any]) -> Tensor:
+        """<parameters, wanted gradients>."""
+        return sum(
+            ((p * g).sum() for p, g in zip((self.a, self.b, self.c), features["gradients"], strict=True)),
+            torch.zeros(()),
+        )
+
+
+def adamw_error(strategy_name: str, world: World) -> float:
+    """Five AdamW steps with weight decay and clipping from equal gradients, against torch's AdamW alone."""
+    reference, module = Injected(), Injected()
+    options: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1}
+    plain = torch.optim.AdamW(reference.parameters(), **options)
+    optimizer = torch.optim.AdamW(module.parameters(), **options)
+    strategy: Strategy = build_strategy(run_config(strategy_name, "unused", 0.5), module, optimizer, world)
+    generator = torch.Generator().manual_seed(SEED)
+    start = {name: p.detach().clone() for name, p in reference.named_parameters()}
+    for step in range(5):
+        lr = 1e-2 / (step + 1)
+        gradients = [torch.randn(p.shape, generator=generator) for p in reference.parameters()]
+        with strategy.accumulate():
+            strategy.backward(strategy.embed({"gradients": gradients}))
+        strategy.step(lr)
+        for parameter, gradient in zip(reference.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+        nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
+        plain.param_groups[0]["lr"] = lr
+        plain.step()
+    after = strategy.full_weights()
+    wanted = {name: start[name] - p.detach() for name, p in reference.named_parameters()}
+    return relative_error({name: start[name] - after[name] for name in after}, wanted) if after else 0.0
+
+
+def rank_main(rank: int, world_size: int, port: int, models: dict[float, str], small: bool, out: str) -> None:
+    """One of W processes: all cases of this W, sharing the process group. Rank 0 writes the results."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), DS_ACCELERATOR="cpu")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    transformers_logging.disable_progress_bar()
+    counts = count_reductions()
+    dist.init_process_group("gloo")
+    world = World(rank, world_size, CPU)
+    results = []
+    cases = CASES + (DROPOUT_CASES if world_size == 1 else ())
+    if small:
+        cases = tuple(case for case in cases if case.name in SLICE)
+    for case in cases:
+        batch = make_batch(case, world_size)
+        model = load_model(ModelConfig(name_or_path=models[case.dropout]))
+        gradient = reference_gradient(model, case, batch)
+        norm = float(torch.stack([g.norm() for g in gradient.values()]).norm())
+        # An update as large as the weights, so that their rounding does not drown it.
+        lr = float(torch.stack([p.detach().norm() for p in model.parameters()]).norm()) / norm
+        for name in STRATEGIES:
+            # Clipped to 0.3 of the norm: a factor W, whatever W is, must not look like the clipping.
+            for clip in (0.0, 0.3 * norm):
+                scale = lr * (0.3 if clip else 1.0)
+                wanted = {n: scale * g for n, g in gradient.items()}
+                args = (name, case, models[case.dropout], batch, world, counts, lr, clip)
+                update, reduced = cached_update(*args, bf16=False)
+                row = {"strategy": name, "world_size": world_size, "case": case.name, "clip": bool(clip), "bf16": False}
+                results.append(
+                    {**row, "error": relative_error(update, wanted) if update else 0.0, "reductions": reduced}
+                )
+                if case.name in ("plain", "matryoshka") and not clip:
+                    update, _ = cached_update(*args, bf16=True)
+                    error = relative_error(update, wanted) if update else 0.0
+                    results.append({**row, "bf16": True, "error": error, "reductions": reduced})
+    for name in STRATEGIES:
+        row = {"strategy": name, "world_size": world_size, "case": "adamw", "clip": True, "bf16": False}
+        results.append({**row, "error": adamw_error(name, world), "reductions": {}})
+    if rank == 0:
+        Path(out).write_text(json.dumps(results), encoding="utf-8")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run(world_sizes: tuple[int, ...], small: bool) -> list[dict[str, Any]]:
+    """All cases at each W, in fresh processes a W."""
+    results: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        texts = ["red blue bar pie chart revenue costs 2019 2021 a page of text number"]
+        models = {
+            dropout: str(
+                save_tiny_model(
+                    Path(folder) / f"dropout-{dropout}",
+                    texts=texts,
+                    hidden_size=64,
+                    num_layers=2,
+                    attention_dropout=dropout,
+                )
+            )
+            for dropout in (0.0, 0.1)
+        }
+        for world_size in world_sizes:
+            out = str(Path(folder) / f"{world_size}.json")
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            # Forked from one process that has imported everything: each rank would take ten seconds for that.
+            multiprocessing.set_forkserver_preload(["sentence_transformers", "deepspeed", "farnear.training.cache"])
+            arguments = (world_size, port, models, small, out)
+            mp.start_processes(rank_main, arguments, nprocs=world_size, start_method="forkserver")
+            results += json.loads(Path(out).read_text(encoding="utf-8"))
+    return results
+
+
+def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """The figures of the last line."""
+    fp32 = [r for r in results if not r["bf16"] and r["case"] != "adamw"]
+    keys = {(r["strategy"], r["world_size"], r["case"]) for r in fp32}
+    reductions = {}
+    for name in STRATEGIES:
+        mine = [r["reductions"] for r in fp32 if r["strategy"] == name and r["world_size"] > 1]
+        if mine:
+            reductions[name] = max(r["passes"] for r in mine)
+    return {
+        "worst_relative_error": max(r["error"] for r in fp32),
+        "worst_relative_error_bf16": max((r["error"] for r in results if r["bf16"]), default=None),
+        "bound_bf16": BOUND_BF16,
+        "worst_relative_error_adamw": max(r["error"] for r in results if r["case"] == "adamw"),
+        "cases": len(keys),
+        "reductions_per_step": reductions,
+    }
+
+
+def main() -> int:
+    """Run, print, judge."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--slice", action="store_true", help="a few cases at W = 1 and 2")
+    options = parser.parse_args()
+    results = run((1, 2) if options.slice else WORLD_SIZES, options.slice)
+    print(f"{'strategy':9} {'W':>2} {'case':24} {'clip':5} {'bf16':5} error")
+    for r in results:
+        print(f"{r['strategy']:9} {r['world_size']:2} {r['case']:24} {r['clip']!s:5} {r['bf16']!s:5} {r['error']:.1e}")
+    summary = summarise(results)
+    print(json.dumps(summary))
+    good = (
+        summary["worst_relative_error"] <= BOUND_FP32
+        and (summary["worst_relative_error_bf16"] or 0.0) <= BOUND_BF16
+        and summary["worst_relative_error_adamw"] <= BOUND_ADAMW
+    )
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""How farnear reads a command line: argparse, with three habits of its own.
+
+A wrong word is a `UserError`, one line, instead of a usage text. Overrides (`section.key=value`) may stand on both
+sides of an option. And `--resume` takes the words `auto` and `newest` only, so that an override after it stays one.
+"""
+
+import argparse
+import textwrap
+from collections.abc import Sequence
+from typing import NoReturn
+
+from farnear.errors import UserError
+from farnear.run_folder import Resume
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells a wrong command line in one line, and keeps the line breaks of examples."""
+
+    def __init__(self, *, prog: str, description: str, epilog: str | None = None) -> None:
+        super().__init__(
+            prog=prog,
+            description=textwrap.fill(description, 80),
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def parse(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
+    """Parse words; overrides that stand after an option, where argparse takes no more of them, are added to the others.
+
+    Raises:
+        UserError: A word is unknown, missing or wrong.
+    """
+    arguments, remaining = parser.parse_known_args(_with_resume_joined(words))
+    for word in remaining:
+        if word.startswith("-") and "=" in word:
+            raise UserError(f"{word} is not an option; an override is written without dashes: {word.lstrip('-')}")
+        if word.startswith("-") or "overrides" not in arguments:
+            parser.error(f"{word} is not known here")
+    if "overrides" in arguments:
+        arguments.overrides = [*arguments.overrides, *remaining]
+    return arguments
+
+
+def _with_resume_joined(words: Sequence[str]) -> list[str]:
+    """Join `--resume auto` to one word, so that `--resume key=value` leaves the override alone."""
+    joined: list[str] = []
+    for word in words:
+        if word == "--resume":
+            joined.append("--resume=newest")
+        elif word in ("auto", "newest") and joined and joined[-1] == "--resume=newest":
+            joined[-1] = f"--resume={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
+def resume(word: str) -> Resume:
+    """How to continue a run."""
+    if word == "auto":
+        return "auto"
+    if word == "newest":
+        return "newest"
+    raise argparse.ArgumentTypeError(f"'{word}' is not a way to resume; say --resume or --resume auto")
+
+
+def positive(word: str) -> int:
+    """A whole number from 1 on."""
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"'{word}' is not a whole number from 1 on")
+    return int(word)
+
+
+def size(word: str) -> tuple[int, int]:
+    """Width and height in pixels, written WIDTHxHEIGHT."""
+    width, cross, height = word.partition("x")
+    if not cross:
+        raise argparse.ArgumentTypeError(f"'{word}' is not a size; write WIDTHxHEIGHT, such as 128x160")
+    return positive(width), positive(height)

@@ -1,0 +1,359 @@
+"""The run file: one YAML that decides everything about a training.
+
+A run file has five sections (`model`, `data`, `loss`, `training`, `evaluation`) and a few keys of its own. Names that
+users of sentence-transformers and transformers know keep the meaning they have there. Three ways lead to a
+``RunConfig``, and all end in the same validation:
+
+    load_config("run.yaml", ["training.learning_rate=1e-5"])     what the commands do
+    RunConfig.model_validate({...})                              from Python
+    load_config("runs/x/run.yaml")                               the resolved copy that a run leaves: the same config
+
+The models are frozen and know no extra keys. An unknown key is an error that proposes the nearest known one, wherever
+it lives; names that mean something else here (`per_device_train_batch_size`) are answered with the conversion. The
+line of text under each field is its documentation.
+"""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from farnear.errors import UserError
+
+Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3"]
+
+# What users of other trainers write, and what to write here instead.
+FOREIGN_KEYS = {
+    "per_device_train_batch_size": (
+        "training.global_batch_size counts the pairs of all ranks together: set it to per_device_train_batch_size x "
+        "gradient_accumulation_steps x num_processes, and training.mini_batch_size to what fits through the model at "
+        "once"
+    ),
+    "gradient_accumulation_steps": (
+        "negatives come from the whole batch, so nothing is accumulated: set training.global_batch_size to "
+        "per_device_train_batch_size x gradient_accumulation_steps x num_processes, and training.mini_batch_size to "
+        "what fits through the model at once"
+    ),
+    "fp16": "fp16 is not supported; training.bf16 has the same memory and needs no loss scaling",
+    "torch_dtype": "weights always train in fp32; training.bf16 sets the compute, training.pure_bf16 the weights too",
+    "temperature": "loss.scale is its inverse: set loss.scale to 1 / temperature",
+    "batch_size": (
+        "training.global_batch_size counts the pairs of all ranks together, training.mini_batch_size sets what fits "
+        "through the model at once"
+    ),
+    "lr": "write training.learning_rate",
+    "max_length": "pages are bounded by model.max_pixels, queries by the tokenizer's own limit",
+}
+
+
+class Section(BaseModel):
+    """A part of the run file: frozen, without unknown keys, documented by the line under each field."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """Which model is trained and how it reads its inputs."""
+
+    name_or_path: str
+    """A SentenceTransformer with image support, or a vision-language model: a hub name or a folder."""
+    revision: str | None = None
+    """Commit, tag or branch on the hub. Pin a commit for runs that must be repeatable."""
+    trust_remote_code: bool = False
+    """Whether code from the model's repository may run. Leave off unless you have read it."""
+    model_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Passed to the model's from_pretrained, as in SentenceTransformer(model_kwargs=...)."""
+    processor_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Passed to the processor's from_pretrained, as in SentenceTransformer(processor_kwargs=...)."""
+    attn_implementation: str | None = None
+    """eager, sdpa, flash_attention_2, ...; unset leaves the choice to transformers."""
+    min_pixels: int | None = Field(default=None, ge=1)
+    """Smallest page in pixels (width x height); smaller ones are enlarged by the processor."""
+    max_pixels: int | None = Field(default=None, ge=1)
+    """Largest page in pixels (width x height); larger ones are reduced. It sets the tokens a page costs."""
+    pooling: Literal["lasttoken", "mean"] | None = None
+    """Pooling added to a model that has none; unset means lasttoken. A model with its own pooling keeps it."""
+    normalize: bool = True
+    """Whether a normalisation layer is added to a model that has none."""
+    prompts: dict[str, str] | None = None
+    """Prompts by name; `query` and `document` are used in training, evaluation and export. Unset: the model's own."""
+
+
+class DataConfig(Section):
+    """Where the pairs are. Training and evaluation shards are named apart; no file may be in both."""
+
+    train: tuple[str, ...] = Field(min_length=1)
+    """Training shards: paths, globs or braces such as pages-{000..031}.tar."""
+    eval: tuple[str, ...] = ()
+    """Evaluation shards: their queries are searched in their pages."""
+    eval_corpus: tuple[str, ...] = ()
+    """Shards of further pages, without queries, that join the evaluation corpus as distractors."""
+    num_negatives: int | None = Field(default=None, ge=0)
+    """Hard negative pages used of each pair in training; unset uses all that the shards hold."""
+    dataloader_num_workers: int = Field(default=2, ge=0)
+    """Worker processes a rank that read, decode and preprocess; 0 does it in the training process."""
+    dataloader_prefetch_factor: int = Field(default=4, ge=1)
+    """Mini-batches each worker prepares ahead."""
+
+    @field_validator("train", "eval", "eval_corpus", mode="before")
+    @classmethod
+    def _one_pattern(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+
+class LossConfig(Section):
+    """The objective: InfoNCE over the whole global batch, summed over Matryoshka dimensions."""
+
+    scale: float = Field(default=20.0, gt=0)
+    """Factor on the cosine similarities: the inverse of the temperature."""
+    matryoshka_dims: tuple[int, ...] | None = Field(default=None, min_length=1)
+    """Prefixes of the embedding that are trained to work alone. The losses of all dims are summed."""
+    matryoshka_weights: tuple[float, ...] | None = None
+    """Weight of each dim's loss, in the order of matryoshka_dims; unset means 1 for each."""
+
+    @model_validator(mode="after")
+    def _weights_match_dims(self) -> "LossConfig":
+        if self.matryoshka_weights is not None:
+            if self.matryoshka_dims is None:
+                raise ValueError("matryoshka_weights needs matryoshka_dims")
+            if len(self.matryoshka_weights) != len(self.matryoshka_dims):
+                raise ValueError(
+                    f"matryoshka_weights has {len(self.matryoshka_weights)} values for "
+                    f"{len(self.matryoshka_dims)} matryoshka_dims; give one a dim"
+                )
+        if self.matryoshka_dims is not None:
+            if min(self.matryoshka_dims) < 1:
+                raise ValueError("matryoshka_dims must be positive")
+            if len(set(self.matryoshka_dims)) != len(self.matryoshka_dims):
+                raise ValueError("matryoshka_dims names a dim twice")
+        return self
+
+
+class TrainingConfig(Section):
+    """How the model is optimised, saved and reported."""
+
+    global_batch_size: int = Field(default=64, ge=2)
+    """Pairs in one optimizer step, over all ranks. Every pair is a negative for every other."""
+    mini_batch_size: int = Field(default=8, ge=1)
+    """Queries or pages that go through the model at once on one rank. It sets memory and speed, never the result."""
+    learning_rate: float = Field(default=2e-5, gt=0)
+    """Peak learning rate of AdamW."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay; biases and norms are left out, as in transformers."""
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of AdamW's first moment."""
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    """Decay of AdamW's second moment."""
+    adam_epsilon: float = Field(default=1e-8, gt=0)
+    """AdamW's epsilon."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
+    """Course of the learning rate after the warm-up."""
+    warmup_steps: float = Field(default=0, ge=0)
+    """Steps of linear warm-up; below 1 it is a share of all steps. It takes precedence over warmup_ratio."""
+    warmup_ratio: float = Field(default=0.0, ge=0, le=1)
+    """Warm-up as a share of all steps."""
+    num_train_epochs: float = Field(default=1.0, gt=0)
+    """Passes over the training pairs; may be a fraction."""
+    max_steps: int = -1
+    """Optimizer steps in all; when positive it overrides num_train_epochs."""
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    """Gradients are scaled down to this global norm; 0 turns clipping off."""
+    bf16: bool = False
+    """bf16 compute with fp32 master weights and fp32 accumulation."""
+    pure_bf16: bool = False
+    """bf16 weights and optimizer moments too: half the memory, and small updates are lost to rounding."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass. With small mini-batches it is rarely needed."""
+    logging_steps: int = Field(default=10, ge=1)
+    """Steps between progress lines. metrics.jsonl always holds every step."""
+    save_steps: float = Field(default=500, ge=0)
+    """Steps between checkpoints; below 1 a share of all steps; 0 saves at the end only."""
+    save_total_limit: int | None = Field(default=None, ge=1)
+    """Checkpoints kept; the newest and the best are never removed."""
+    load_best_model_at_end: bool = False
+    """Whether the best checkpoint by the evaluations, not the last one, is evaluated and exported at the end."""
+    report_to: tuple[str, ...] = ()
+    """Trackers beside metrics.jsonl, by accelerate's names: tensorboard, wandb, trackio, mlflow, ..."""
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_tracker_or_none(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return () if value == "none" else (value,)
+        return value
+
+    @model_validator(mode="after")
+    def _one_meaning_of_bf16(self) -> "TrainingConfig":
+        if self.bf16 and self.pure_bf16:
+            raise ValueError("bf16 keeps fp32 weights and pure_bf16 does not; set one of them")
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise ValueError("max_steps is a positive number, or -1 to go by num_train_epochs")
+        return self
+
+
+class EvaluationConfig(Section):
+    """Retrieval measured in the run: before training, every eval_steps, and at the end."""
+
+    eval_on_start: bool = True
+    """Whether the untrained model is measured too, on all evaluation queries."""
+    eval_steps: float | None = Field(default=None, gt=0)
+    """Steps between evaluations on the sample; below 1 a share of all steps; unset means none between start and end."""
+    sample_queries: int = Field(default=500, ge=1)
+    """Queries in the fixed sample that is measured during the run. Start and end always measure all."""
+    sample_pages: int = Field(default=2000, ge=1)
+    """Pages in that sample; the pages relevant to the sampled queries are always among them."""
+    per_device_eval_batch_size: int = Field(default=16, ge=1)
+    """Queries or pages that are embedded at once on one rank."""
+    metric_for_best_model: Literal["ndcg@1", "ndcg@5", "ndcg@10", "recall@1", "recall@5", "recall@10", "mrr@10"] = (
+        "ndcg@10"
+    )
+    """Measure, at the full dimension, by which the best checkpoint is chosen."""
+
+
+class RunConfig(Section):
+    """One training run."""
+
+    output_dir: str
+    """The run folder: everything about the run is in it."""
+    strategy: Strategy = "ddp"
+    """single (one process, no launcher), ddp, or DeepSpeed ZeRO stage 1, 2, 3."""
+    num_processes: int | None = Field(default=None, ge=1)
+    """Ranks the run must have. Unset: as many as the launcher started."""
+    seed: int = Field(default=42, ge=0)
+    """Decides the order of the pairs and every dropout mask."""
+    model: ModelConfig
+    data: DataConfig
+    loss: LossConfig = LossConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _combinations(self) -> "RunConfig":
+        if self.strategy == "single" and self.num_processes not in (None, 1):
+            raise ValueError(f"strategy single is one process, but num_processes is {self.num_processes}; use ddp")
+        if self.training.pure_bf16 and self.strategy.startswith("zero"):
+            raise ValueError(
+                "training.pure_bf16 works under single and ddp; ZeRO keeps fp32 weights: use training.bf16"
+            )
+        if self.training.load_best_model_at_end and (not self.data.eval or self.evaluation.eval_steps is None):
+            raise ValueError("training.load_best_model_at_end needs data.eval and evaluation.eval_steps")
+        if self.evaluation.eval_steps is not None and not self.data.eval:
+            raise ValueError("evaluation.eval_steps is set, but data.eval names no shards")
+        return self
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run file and apply dotted overrides.
+
+    Args:
+        path: A YAML file.
+        overrides: `section.key=value` words; the value is read as YAML, so `[1, 2]`, `null` and `true` work.
+
+    Raises:
+        UserError: The file cannot be read, a key is unknown, or a value is out of range.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"run file {path} cannot be read ({error.strerror}); name an existing YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"run file {path} is not YAML: {_one_line(str(error))}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"run file {path} holds no keys; it needs at least output_dir, model and data")
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree, source=str(path))
+
+
+def parse_config(tree: dict[str, Any], source: str = "the run's configuration") -> RunConfig:
+    """Validate a tree of plain values.
+
+    Raises:
+        UserError: Naming every wrong key and value, and where they came from.
+    """
+    unknown = list(_unknown_keys(tree, RunConfig))
+    if unknown:
+        raise UserError(f"{source}: " + "; ".join(_advice(key) for key in unknown))
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{source}: " + "; ".join(_complaint(detail) for detail in error.errors())) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved run file as YAML text; `load_config` of it gives an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def known_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of the run file, sections included."""
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from known_keys(field.annotation, f"{prefix}{name}.")
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"'{override}' is not an override; write section.key=value, such as training.max_steps=100")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {key}: the value is not YAML: {_one_line(str(error))}") from None
+    *sections, leaf = key.split(".")
+    for section in sections:
+        # An empty section, all of whose lines are commented out, is None.
+        tree[section] = tree.get(section) or {}
+        tree = tree[section]
+        if not isinstance(tree, dict):
+            raise UserError(f"override {key}: '{section}' is a value, not a section; {_advice(key)}")
+    tree[leaf] = value
+
+
+def _unknown_keys(tree: dict[str, Any], section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for key, value in tree.items():
+        field = section.model_fields.get(str(key))
+        if field is None:
+            yield f"{prefix}{key}"
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, Section) and isinstance(value, dict):
+            yield from _unknown_keys(value, field.annotation, f"{prefix}{key}.")
+
+
+def _advice(key: str) -> str:
+    leaf = key.rsplit(".", 1)[-1]
+    if leaf in FOREIGN_KEYS:
+        return f"{key} is not a key of farnear: {FOREIGN_KEYS[leaf]}"
+    nearest = max(known_keys(), key=lambda known: _likeness(key, known))
+    return f"unknown key '{key}'; did you mean '{nearest}'?"
+
+
+def _likeness(key: str, known: str) -> float:
+    """How probably a key that does not exist means a known one, by the last word of each."""
+    leaf, known_leaf = key.rpartition(".")[2], known.rpartition(".")[2]
+    likeness = difflib.SequenceMatcher(None, leaf, known_leaf).ratio() + 0.3 * (
+        leaf in known_leaf or known_leaf in leaf
+    )
+    # Sections do not lie in sections.
+    known_is_section = any(other.startswith(f"{known}.") for other in known_keys())
+    return likeness - ("." in key and known_is_section)
+
+
+def _complaint(detail: Any) -> str:
+    where = ".".join(str(part) for part in detail["loc"])
+    what = detail["msg"].removeprefix("Value error, ").replace("valid tuple", "list").replace("Tuple", "List")
+    if detail["type"] == "model_type":
+        what = "input should be a section with keys of its own"
+    if detail["type"] == "missing":
+        return f"'{where}' is missing and has no default; set it"
+    if detail["type"] == "value_error":
+        return f"{where}: {what}" if where else what
+    return f"{where}: {what[0].lower()}{what[1:]}, not {detail['input']!r}"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,116 @@
+"""`farnear demo`: the whole of farnear in a few minutes on any machine.
+
+It does what a user does with their own pages, with nothing stubbed: shards are written (of drawn pages), a base model
+is made (a tiny Qwen3-VL with random weights), a run file is written and launched with several processes, and the result
+is a run folder like any other. The evaluation pages show combinations that no training page shows.
+"""
+
+import argparse
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from farnear.errors import UserError
+from farnear.launching.local import launch
+
+TRAIN_PAIRS = 12_800
+EVAL_PAIRS = 200
+# The folder is the demo's own if this file is in it, and may then be replaced by the next demo.
+RUN_FILE = "demo.yaml"
+
+
+def run_demo(arguments: argparse.Namespace) -> int:
+    """Draw, train, measure, and say how to use the result. Returns the exit code.
+
+    Args:
+        arguments: out (the run folder), strategy, ranks, seed.
+
+    Raises:
+        UserError: The folder holds something else, or the launch met a user's mistake.
+    """
+    started = time.monotonic()
+    out: Path = arguments.out
+    if out.exists():
+        if any(out.iterdir()) and not (out / RUN_FILE).exists():
+            raise UserError(
+                f"{out} holds something that is not a demo, which would be lost; name another folder with --out"
+            )
+        shutil.rmtree(out)
+    out.mkdir(parents=True)
+    run_file = out / RUN_FILE
+    run_file.write_text(yaml.safe_dump(demo_run(arguments, out), sort_keys=False), encoding="utf-8")
+    print(f"drawing {TRAIN_PAIRS} training and {EVAL_PAIRS} evaluation pages", flush=True)
+    prepare(out, arguments.seed)
+    code = launch(run_file, [])
+    if code == 0:
+        print(closing_words(out, time.monotonic() - started), flush=True)
+    return code
+
+
+def demo_run(arguments: argparse.Namespace, out: Path) -> dict[str, Any]:
+    """The run file, as a user would write it."""
+    return {
+        "output_dir": str(out),
+        "strategy": arguments.strategy,
+        "num_processes": arguments.ranks,
+        "seed": arguments.seed,
+        "model": {"name_or_path": str(out / "base")},
+        "data": {
+            "train": str(out / "data" / "train-*.tar"),
+            "eval": str(out / "data" / "eval-*.tar"),
+            "dataloader_num_workers": 1,
+        },
+        "loss": {"matryoshka_dims": [128, 64, 32]},
+        "training": {
+            "global_batch_size": 128,
+            "mini_batch_size": 16,
+            "learning_rate": 1e-3,
+            "lr_scheduler_type": "cosine",
+            "warmup_ratio": 0.05,
+            "save_steps": 0.5,
+        },
+        "evaluation": {"eval_steps": 0.25, "per_device_eval_batch_size": 50},
+    }
+
+
+def prepare(out: Path, seed: int) -> None:
+    """Draw the shards and make the base model, whose tokenizer knows the training queries."""
+    # Imported here: torch and transformers take seconds, which `farnear --help` should not.
+    from farnear.data.index import build_index
+    from farnear.data.read import PairReader
+    from farnear.ingest.synthetic import synthesise
+    from farnear.model.tiny import save_tiny_model
+
+    train, _ = synthesise(out / "data", train_pairs=TRAIN_PAIRS, eval_pairs=EVAL_PAIRS, seed=seed)
+    index = build_index(train[:1])
+    reader = PairReader(index)
+    save_tiny_model(out / "base", texts=[reader.query(pair) for pair in range(len(index))], seed=seed)
+
+
+def closing_words(out: Path, seconds: float) -> str:
+    """What was gained, where the model is, and how to query it."""
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    before, after = summary["ndcg@10_by_dim_before"], summary["ndcg@10_by_dim"]
+    rows = [f"{dim:>10}  {before[dim]:>6.3f}  {after[dim]:>6.3f}" for dim in sorted(after, key=int, reverse=True)]
+    page = next(iter(sorted((out / "data").glob("eval-*.tar"))))
+    how = f"{summary['strategy']}, {summary['world_size']} ranks, {seconds:.0f} s"
+    return "\n".join(
+        [
+            "",
+            f"nDCG@10 on {EVAL_PAIRS} pages never seen ({how})",
+            f"{'dimension':>10}  {'before':>6}  {'after':>6}",
+            *rows,
+            "",
+            f"report  {out / 'report.html'}",
+            f"model   {summary['export']}   pages to try it on: {page}",
+            "",
+            "    from sentence_transformers import SentenceTransformer",
+            f"    model = SentenceTransformer({summary['export']!r})",
+            '    model.similarity(model.encode_query("Which page shows the red bar chart of sales in 2019?"), '
+            "model.encode_document([page_image]))",
+        ]
+    )

@@ -1,0 +1,17 @@
+"""What a user did wrong, in one line.
+
+A ``UserError`` says what is wrong, why it matters and what to do. Every command turns it into that one line on
+standard error and exit code 2; anything else that escapes is a defect of farnear's and shows its traceback.
+"""
+
+
+class UserError(Exception):
+    """A mistake that the user can mend. The message is one line: what is wrong, why, and what to do."""
+
+    exit_code = 2
+
+
+class RunStoppedError(UserError):
+    """A run that cannot go on because of its own numbers: reported in one line too, but nobody's mistake."""
+
+    exit_code = 1

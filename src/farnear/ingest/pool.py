@@ -1,0 +1,55 @@
+"""Runs a function over many items in several processes, results in the order of the items.
+
+`ProcessPoolExecutor.map` takes all items at once and keeps every result that nobody has asked for yet. Here only a few
+items are ever under way, so that pages stream from the renderer into a shard, however many there are.
+
+Processes are spawned, not forked: a parent with PyTorch in it has threads, and a fork then copies locked locks. A
+spawned process imports the caller's main module again, hence the usual `if __name__ == "__main__":` in scripts.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from itertools import islice
+from multiprocessing import get_context
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+ITEMS_UNDER_WAY_PER_PROCESS = 3
+
+
+def processes_for(items: int, *, items_worth_a_process: int) -> int:
+    """How many processes `items` deserve: 1 when starting more would take longer than the work, at most one a core."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, items // items_worth_a_process))
+
+
+def map_in_order(function: Callable[[Item], Result], items: Iterable[Item], processes: int) -> Iterator[Result]:
+    """Yield `function(item)` for each item, in order; an exception in a process is raised here.
+
+    Args:
+        function: something that can be pickled: a module's function, or a `functools.partial` of one.
+        items: picklable, read lazily, a few ahead of what is asked for.
+        processes: with 1 everything happens in this process.
+    """
+    if processes == 1:
+        yield from map(function, items)
+        return
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as executor:
+        under_way: deque[Future[Result]] = deque()
+        for item in items:
+            under_way.append(executor.submit(function, item))
+            if len(under_way) == ITEMS_UNDER_WAY_PER_PROCESS * processes:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+
+
+def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Cut `items` into lists of `size`, the last one shorter."""
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
+        yield chunk

@@ -1,0 +1,200 @@
+"""Starts a training on this machine: the command that a person would type, watched until its last process has ended.
+
+`farnear launch` adds three things to ``accelerate launch``. It picks the accelerate config of the run file's strategy
+and prints the whole command, which does the same when typed by hand. It validates the run file and the run folder
+before any process starts. And it sees the processes off: torchrun starts each rank in a session of its own, which
+neither Ctrl-C nor the end of the launcher reaches, so that a stopped launch can leave ranks behind on the GPUs.
+
+Every process of a launch inherits the name of the launch's outcome file in its environment. That is how they are all
+found at the end, data workers and orphans included.
+"""
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from farnear.config import load_config
+from farnear.errors import UserError
+from farnear.launching.outcome import OUTCOME_FILE, read_outcome
+from farnear.resources import resource_root
+from farnear.run_folder import Resume, check_start
+
+SECONDS_BETWEEN_LOOKS = 0.1
+# After the first error another rank may report a different one.
+SECONDS_FOR_OTHER_RANKS = 1.0
+SECONDS_FROM_SIGTERM_TO_SIGKILL = 5.0
+RESUME_WORDS: dict[Resume | None, tuple[str, ...]] = {None: (), "newest": ("--resume",), "auto": ("--resume", "auto")}
+SIGNALS_TO_END_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def launch(
+    run_file: Path,
+    overrides: Sequence[str],
+    *,
+    resume: Resume | None = None,
+    config_file: Path | None = None,
+    num_processes: int | None = None,
+) -> int:
+    """Check a run, print the command that trains it, run that command.
+
+    Args:
+        run_file: The run file.
+        overrides: `section.key=value` words.
+        resume: See `farnear.train`.
+        config_file: An accelerate config to use in place of the strategy's own.
+        num_processes: Ranks; wins over the run file's.
+
+    Returns:
+        The exit code: 0, or that of the training, or 128 + the number of the signal that stopped it.
+
+    Raises:
+        UserError: Before the start, or the one that a rank met.
+    """
+    if num_processes is not None:
+        overrides = [*overrides, f"num_processes={num_processes}"]
+    config = load_config(run_file, overrides)
+    check_start(Path(config.output_dir), resume)
+    arguments = [str(run_file), *overrides, *RESUME_WORDS[resume]]
+    if config.strategy == "single":
+        if config_file is not None:
+            raise UserError(
+                f"strategy single starts one process without accelerate, so {config_file} would not be read; "
+                "drop --config_file, or set strategy=ddp"
+            )
+        shown, run = python_command(arguments)
+    else:
+        shown, run = accelerate_command(config.strategy, arguments, config_file, config.num_processes)
+    print(shlex.join(shown), flush=True)
+    return supervise(run)
+
+
+def python_command(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The command for one process: as a person types it, and as it is run."""
+    words = ["-u", _short(resource_root() / "launch" / "train.py"), *arguments]
+    return [_program(Path(sys.executable).name), *words], [sys.executable, *words]
+
+
+def accelerate_command(
+    strategy: str, arguments: Sequence[str], config_file: Path | None, num_processes: int | None
+) -> tuple[list[str], list[str]]:
+    """The command for several processes: as a person types it, and as it is run.
+
+    Raises:
+        UserError: The accelerate config does not exist.
+    """
+    if config_file is not None and not config_file.is_file():
+        raise UserError(f"accelerate config {config_file} does not exist; name an existing file or drop --config_file")
+    root = resource_root()
+    words = ["--config_file", _short(config_file or root / "accelerate_configs" / f"{strategy}.yaml")]
+    if num_processes is not None:
+        words += ["--num_processes", str(num_processes)]
+    words += [_short(root / "launch" / "train.py"), *arguments]
+    return [_program("accelerate"), "launch", *words], [sys.executable, "-m", "accelerate.commands.launch", *words]
+
+
+def supervise(command: Sequence[str]) -> int:
+    """Run a command whose processes report through an outcome file, and leave none of them behind.
+
+    Returns:
+        Its exit code, or 128 + the number of the signal that ended it or this process's wait for it.
+
+    Raises:
+        UserError: The first one that a rank met.
+    """
+    with tempfile.TemporaryDirectory(prefix="farnear-") as folder, _signals_received() as received:
+        outcome = Path(folder, "outcome.json")
+        child = subprocess.Popen(
+            command,
+            env={**os.environ, OUTCOME_FILE: str(outcome)},
+            # The terminal's Ctrl-C reaches this process alone, which then ends the others in order.
+            start_new_session=True,
+        )
+        try:
+            while child.poll() is None and not received and not outcome.exists():
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+            if outcome.exists():
+                time.sleep(SECONDS_FOR_OTHER_RANKS)
+        finally:
+            if child.returncode != 0:
+                _end(child, str(outcome))
+        if error := read_outcome(outcome):
+            raise error
+        if received:
+            print(f"farnear: stopped by {received[0].name}; no process is left", file=sys.stderr)
+            return 128 + received[0]
+        if child.returncode != 0:
+            print("farnear: a process failed; the first error above says why", file=sys.stderr)
+        return child.returncode if child.returncode >= 0 else 128 - child.returncode
+
+
+@contextmanager
+def _signals_received() -> Iterator[list[signal.Signals]]:
+    """A list to which the signals that should end the launch are added, instead of ending this process."""
+    received: list[signal.Signals] = []
+    # Under nohup a signal is ignored on purpose; it stays so.
+    previous = {number: signal.getsignal(number) for number in SIGNALS_TO_END_ON}
+    heeded = [number for number, handler in previous.items() if handler is not signal.SIG_IGN]
+    for number in heeded:
+        signal.signal(number, lambda caught, _: received.append(signal.Signals(caught)))
+    try:
+        yield received
+    finally:
+        for number in heeded:
+            signal.signal(number, previous[number])
+
+
+def _end(child: subprocess.Popen[bytes], mark: str) -> None:
+    """End the child at once and every other process of the launch with some grace.
+
+    torchrun goes first: alive, it would report each rank's end as a failure.
+    """
+    child.kill()
+    child.wait()
+    deadline = time.monotonic() + SECONDS_FROM_SIGTERM_TO_SIGKILL
+    told: set[int] = set()
+    while processes := _processes_with(mark):
+        is_late = time.monotonic() > deadline
+        for process in processes:
+            if is_late or process.pid not in told:
+                told.add(process.pid)
+                _send(process, signal.SIGKILL if is_late else signal.SIGTERM)
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+def _processes_with(mark: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(OUTCOME_FILE) == mark:
+                found.append(process)
+        except (psutil.Error, OSError):
+            continue  # ended meanwhile, or another user's
+    return found
+
+
+def _send(process: psutil.Process, number: signal.Signals) -> None:
+    try:
+        process.send_signal(number)
+    except psutil.NoSuchProcess:
+        return
+
+
+def _short(path: Path) -> str:
+    """The path as one would type it: relative when it lies below the working directory."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _program(name: str) -> str:
+    """A program of this Python's environment: its bare name where the shell finds that very one."""
+    path = Path(sys.executable).parent / name
+    return name if shutil.which(name) == str(path) or not path.exists() else _short(path)

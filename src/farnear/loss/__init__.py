@@ -1,0 +1,1 @@
+"""Objectives: functions of tensors and an offset, which know no ranks and no models."""

@@ -1,0 +1,80 @@
+"""From trained weights to a folder that ``SentenceTransformer(folder)`` loads, and other tools too.
+
+The base model is loaded afresh on the CPU and given the trained weights, so an export is the same under every strategy
+and needs no GPU. What users of the base rely on survives: the type of the stored weights, prompts, pooling, pixel
+limits, the architecture's name, and the names of the weights. sentence-transformers stores the inner model, whose names
+lack the prefix that the base checkpoint has (`model.language_model...`), and inference servers look for those.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from farnear.config import ModelConfig
+from farnear.model.load import BaseCheckpoint, cast_weights, describe_base, load_model
+
+
+def export_model(config: ModelConfig, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Write the trained model; an export that stands there already is replaced when the new one is complete.
+
+    Args:
+        config: Section `model` of the run file: which base, how loaded.
+        weights: Trained parameters by their names in the `SentenceTransformer`, any float type.
+        folder: Target.
+    """
+    base = describe_base(config)
+    model = load_model(config)
+    missing, unexpected = model.load_state_dict(dict(weights), strict=False)
+    lost = set(missing) & {name for name, _ in model.named_parameters()}
+    if lost or unexpected:
+        raise RuntimeError(
+            f"weights do not fit the base model: missing {sorted(lost)[:3]}, unexpected {unexpected[:3]}"
+        )
+    cast_weights(model, base.dtype)
+    fresh = folder.with_name(folder.name + ".new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    model.save_pretrained(str(fresh), create_model_card=True)
+    _restore_names(fresh, base)
+    if folder.exists():
+        old = folder.with_name(folder.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(folder, old)
+        os.replace(fresh, folder)
+        shutil.rmtree(old)
+    else:
+        os.replace(fresh, folder)
+
+
+def _restore_names(folder: Path, base: BaseCheckpoint) -> None:
+    config_file = folder / "config.json"
+    if base.architectures and config_file.exists():
+        settings = json.loads(config_file.read_text(encoding="utf-8"))
+        settings["architectures"] = list(base.architectures)
+        config_file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    renamed: dict[str, str] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            metadata = file.metadata()
+            tensors: dict[str, torch.Tensor] = {name: file.get_tensor(name) for name in names}
+        renamed.update({name: _name_in_base(name, base) for name in names})
+        save_file({renamed[name]: tensor for name, tensor in tensors.items()}, path, metadata=metadata)
+    index_file = folder / "model.safetensors.index.json"
+    if index_file.exists():
+        index = json.loads(index_file.read_text(encoding="utf-8"))
+        index["weight_map"] = {renamed[name]: file for name, file in index["weight_map"].items()}
+        index_file.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _name_in_base(name: str, base: BaseCheckpoint) -> str:
+    if name in base.weight_names:
+        return name
+    candidates = [known for known in base.weight_names if known.endswith(f".{name}")]
+    return candidates[0] if len(candidates) == 1 else name

@@ -1,0 +1,152 @@
+"""From a checkpoint's name to a ``SentenceTransformer`` that is ready to train.
+
+Two kinds of checkpoint are accepted: one that is a SentenceTransformer already, which keeps its modules, prompts and
+pooling, and a raw vision-language model, which gets pooling and normalisation added.
+
+Whatever type the checkpoint is stored in, the weights come up as fp32. sentence-transformers would keep a bf16
+checkpoint in bf16, where an AdamW update at a learning rate of 2e-5 is lost to rounding for most weights.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+from sentence_transformers.util import is_sentence_transformer_model
+from torch import nn
+from transformers.utils.hub import cached_file
+
+from farnear.config import ModelConfig
+from farnear.errors import UserError
+
+FLOAT_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+@dataclass(frozen=True)
+class BaseCheckpoint:
+    """What the stored checkpoint looked like, for an export that looks the same.
+
+    Attributes:
+        weight_names: Of every stored tensor; empty where the weights are not safetensors.
+        dtype: Type most of the stored elements have.
+        architectures: As its config.json names them.
+    """
+
+    weight_names: frozenset[str]
+    dtype: torch.dtype
+    architectures: tuple[str, ...]
+
+
+def load_model(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> SentenceTransformer:
+    """Load a model on the CPU with weights of one type.
+
+    Args:
+        config: Section `model` of the run file.
+        dtype: fp32, or bf16 for training.pure_bf16.
+
+    Raises:
+        UserError: The checkpoint cannot be loaded, reads no images, or contradicts the section.
+    """
+    model_kwargs: dict[str, Any] = {"dtype": dtype, **config.model_kwargs}
+    if config.attn_implementation is not None:
+        model_kwargs["attn_implementation"] = config.attn_implementation
+    processor_kwargs = dict(config.processor_kwargs)
+    for key in ("min_pixels", "max_pixels"):
+        if (value := getattr(config, key)) is not None:
+            processor_kwargs[key] = value
+    shared: dict[str, Any] = {"revision": config.revision}
+    try:
+        has_modules = is_sentence_transformer_model(config.name_or_path, **shared)
+        model = SentenceTransformer(
+            config.name_or_path,
+            **shared,
+            device="cpu",
+            trust_remote_code=config.trust_remote_code,
+            prompts=config.prompts,
+            model_kwargs=model_kwargs,
+            processor_kwargs=processor_kwargs,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(
+            f"model {config.name_or_path} cannot be loaded: {' '.join(str(error).split())[:300]}; "
+            "check model.name_or_path, model.revision and model.model_kwargs"
+        ) from error
+    if not model.supports("image"):
+        raise UserError(
+            f"model {config.name_or_path} has no image support (modalities: {', '.join(map(str, model.modalities))}), "
+            "so it cannot read pages; set model.name_or_path to a vision-language model"
+        )
+    if not has_modules:
+        model = _with_pooling(model, config)
+    elif config.pooling is not None and (own := _pooling_of(model)) != config.pooling:
+        raise UserError(
+            f"model {config.name_or_path} has its own pooling ({own}), but model.pooling says {config.pooling}; "
+            "take model.pooling out of the run file"
+        )
+    cast_weights(model, dtype)
+    wrong = {str(p.dtype) for p in model.parameters() if p.is_floating_point() and p.dtype != dtype}
+    if wrong:
+        raise RuntimeError(f"weights came up as {', '.join(sorted(wrong))}, not {dtype}")
+    return model
+
+
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Bring all floating weights to one type. Buffers stay: rotary frequencies in bf16 would blur positions."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
+def embedding_dimension(model: SentenceTransformer) -> int:
+    """Width of the model's embeddings."""
+    dimension = model.get_embedding_dimension()
+    if dimension is None:
+        raise RuntimeError("the model does not tell its embedding dimension")
+    return dimension
+
+
+def describe_base(config: ModelConfig) -> BaseCheckpoint:
+    """Names, type and architecture of the stored checkpoint, read from file headers only."""
+    weight_names: set[str] = set()
+    elements: dict[torch.dtype, int] = {}
+    for path in _weight_files(config):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  (a safetensors file is no mapping)
+                weight_names.add(name)
+                tensor = file.get_slice(name)
+                if (dtype := FLOAT_TYPES.get(tensor.get_dtype())) is not None:
+                    elements[dtype] = elements.get(dtype, 0) + torch.Size(tensor.get_shape()).numel()
+    dtype = max(elements, key=lambda kind: elements[kind]) if elements else torch.float32
+    stored = _stored_file(config, "config.json")
+    architectures = json.loads(stored.read_text(encoding="utf-8")).get("architectures") or () if stored else ()
+    return BaseCheckpoint(frozenset(weight_names), dtype, tuple(architectures))
+
+
+def _with_pooling(model: SentenceTransformer, config: ModelConfig) -> SentenceTransformer:
+    pooling = Pooling(embedding_dimension(model), config.pooling or "lasttoken")
+    modules = [model[0], pooling, *([Normalize()] if config.normalize else [])]
+    return SentenceTransformer(modules=modules, device="cpu", prompts=config.prompts)
+
+
+def _pooling_of(model: SentenceTransformer) -> str | None:
+    return next((str(module.pooling_mode) for module in model if isinstance(module, Pooling)), None)
+
+
+def _weight_files(config: ModelConfig) -> list[Path]:
+    index = _stored_file(config, "model.safetensors.index.json")
+    if index is None:
+        single = _stored_file(config, "model.safetensors")
+        return [single] if single else []
+    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    return [path for name in names if (path := _stored_file(config, name)) is not None]
+
+
+def _stored_file(config: ModelConfig, name: str) -> Path | None:
+    found = cached_file(
+        config.name_or_path, name, revision=config.revision, _raise_exceptions_for_missing_entries=False
+    )
+    return Path(found) if found else None

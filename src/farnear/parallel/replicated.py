@@ -1,0 +1,110 @@
+"""Strategies single and ddp: every rank holds everything, gradients meet in one all-reduce.
+
+torch's DistributedDataParallel is not used. It synchronises inside the backward of the mini-batch that it believes to
+be the last, which is silently wrong when that mini-batch leaves out a tower: its parameters then keep local gradients
+and the ranks drift apart. Here all backwards are local, and when they are done every gradient, zeros where there was
+none, goes through one all-reduce in flat buckets.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+from farnear.parallel.collectives import all_reduce_sum
+from farnear.parallel.strategy import Features, NonFiniteGradientError, ParameterSlice, adam_state
+from farnear.parallel.world import World
+
+# Elements in a bucket: large enough for full bandwidth, small enough that its copy is no burden.
+BUCKET_ELEMENTS = 32 * 1024 * 1024
+
+
+class Replicated:
+    """A module that every rank holds whole. With one rank this is plain training."""
+
+    forward_is_collective = False
+
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float, world: World) -> None:
+        self._module = module
+        self._optimizer = optimizer
+        self._max_grad_norm = max_grad_norm
+        self._world = world
+        self._named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+    def embed(self, features: Features) -> Tensor:
+        """Embeddings [n, D] of one mini-batch."""
+        return self._module(features)
+
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Backwards inside add up in ``.grad``; the mean over ranks stands there afterwards."""
+        yield
+        for parameter in self._named.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        if self._world.world_size > 1:
+            for bucket in self._buckets():
+                flat = _flatten_dense_tensors(bucket)
+                all_reduce_sum(flat).div_(self._world.world_size)
+                for gradient, mean in zip(bucket, _unflatten_dense_tensors(flat, bucket), strict=True):
+                    gradient.copy_(mean)
+
+    def backward(self, surrogate: Tensor) -> None:
+        """Backward of a scalar."""
+        surrogate.backward()
+
+    def step(self, learning_rate: float) -> float:
+        """Clip, update and clear; see `Strategy.step`."""
+        gradients = [parameter.grad for parameter in self._named.values() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        # The gradients are the same on every rank by now, so every rank decides alike.
+        if not torch.isfinite(norm):
+            raise NonFiniteGradientError
+        if self._max_grad_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(self._named.values(), self._max_grad_norm, norm)
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return float(norm)
+
+    def train(self, mode: bool) -> None:
+        """Training mode (dropout) or evaluation mode."""
+        self._module.train(mode)
+
+    def slices(self, *, owned: bool) -> list[ParameterSlice]:
+        """Whole parameters, or with ``owned`` this rank's even share of each."""
+        pieces = []
+        for name, parameter in self._named.items():
+            state = adam_state(self._optimizer, parameter)
+            start, stop = 0, parameter.numel()
+            if owned:
+                start, stop = (
+                    parameter.numel() * r // self._world.world_size for r in (self._world.rank, self._world.rank + 1)
+                )
+            weight, exp_avg, exp_avg_sq = (
+                tensor.detach().view(-1)[start:stop] for tensor in (parameter, state["exp_avg"], state["exp_avg_sq"])
+            )
+            pieces.append(ParameterSlice(name, start, weight, exp_avg, exp_avg_sq, state["step"]))
+        return pieces
+
+    def full_weights(self) -> dict[str, Tensor]:
+        """Whole parameters by name on the CPU of rank 0."""
+        if not self._world.is_main:
+            return {}
+        return {name: parameter.detach().cpu().clone() for name, parameter in self._module.named_parameters()}
+
+    def _buckets(self) -> Iterator[list[Tensor]]:
+        bucket: list[Tensor] = []
+        elements = 0
+        for parameter in self._named.values():
+            assert parameter.grad is not None
+            bucket.append(parameter.grad)
+            elements += parameter.grad.numel()
+            if elements >= BUCKET_ELEMENTS:
+                yield bucket
+                bucket, elements = [], 0
+        if bucket:
+            yield bucket

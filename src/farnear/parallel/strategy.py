@@ -1,0 +1,112 @@
+"""How gradients meet and parameters change: one interface over single, ddp and ZeRO-1, 2, 3.
+
+The cached step needs five verbs from a strategy and knows nothing else about it:
+
+    embed        features -> embeddings, with or without a graph
+    accumulate   a context in which any number of backwards add up on the rank; one reduction when it ends
+    backward     of one mini-batch's surrogate, inside that context
+    step         clip, update, forget the gradients; the global norm before clipping comes back
+    train        dropout on or off
+
+A checkpoint needs two more. `slices` shows the training state as flat pieces of named parameters: weights and moments
+as writable views, wherever the strategy keeps them. All strategies show the same names and the same meaning, which is
+what makes a checkpoint of one loadable into any other. `full_weights` brings whole parameters to rank 0 for export.
+"""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from farnear.config import RunConfig
+from farnear.parallel.world import World
+
+Features = Mapping[str, Any]
+
+
+class NonFiniteGradientError(ArithmeticError):
+    """The reduced gradient holds inf or nan. Raised on every rank alike, before any weight has changed."""
+
+
+@dataclass(frozen=True)
+class ParameterSlice:
+    """A flat piece of one parameter's training state, as views that can be read and written.
+
+    Attributes:
+        name: Of the parameter in the module.
+        start: Where the piece begins in the flattened parameter.
+        weight_n, exp_avg_n, exp_avg_sq_n: The n elements; the moments are AdamW's. fp32, or bf16 under pure_bf16.
+        step: AdamW's step count, 0-dimensional; pieces may share it.
+    """
+
+    name: str
+    start: int
+    weight_n: Tensor
+    exp_avg_n: Tensor
+    exp_avg_sq_n: Tensor
+    step: Tensor
+
+
+class Strategy(Protocol):
+    """See the module's text for what each verb means."""
+
+    forward_is_collective: bool
+    """Whether ranks must call `embed` and `backward` equally often and through the same modules."""
+
+    def embed(self, features: Features) -> Tensor:
+        """Embeddings [n, D] of one mini-batch."""
+
+    def accumulate(self) -> AbstractContextManager[None]:
+        """Backwards inside add up locally; at the end, missing gradients become zeros and one reduction averages."""
+
+    def backward(self, surrogate: Tensor) -> None:
+        """Backward of a scalar."""
+
+    def step(self, learning_rate: float) -> float:
+        """Clip, update and clear. Returns the global norm before clipping.
+
+        Raises:
+            NonFiniteGradientError: On every rank; nothing was updated.
+        """
+
+    def train(self, mode: bool) -> None:
+        """Training mode (dropout) or evaluation mode."""
+
+    def slices(self, *, owned: bool) -> list[ParameterSlice]:
+        """The state on this rank; with ``owned`` only the pieces that this rank writes, disjoint over ranks."""
+
+    def full_weights(self) -> dict[str, Tensor]:
+        """Whole parameters by name on the CPU of rank 0; an empty dict elsewhere. A collective."""
+
+
+def build_strategy(config: RunConfig, module: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> Strategy:
+    """Wrap a module and its optimizer in the strategy of the run file.
+
+    Args:
+        module: Called with features, gives embeddings; its weights are final (ZeRO takes its copies here).
+        optimizer: torch AdamW over the module's parameters.
+
+    Raises:
+        UserError: DeepSpeed is not installed, or its config file contradicts the run file.
+    """
+    if config.strategy.startswith("zero"):
+        # DeepSpeed is imported only where it is used: machines without it train under ddp.
+        from farnear.parallel.zero import Zero
+
+        return Zero(config, module, optimizer, world)
+    from farnear.parallel.replicated import Replicated
+
+    return Replicated(module, optimizer, config.training.max_grad_norm, world)
+
+
+def adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """AdamW's state of one parameter, made of zeros where no step has been taken yet."""
+    state: dict[str, Tensor] = optimizer.state[parameter]
+    if "exp_avg" not in state:
+        state["step"] = torch.tensor(0.0)
+        state["exp_avg"] = torch.zeros_like(parameter)
+        state["exp_avg_sq"] = torch.zeros_like(parameter)
+    return state

@@ -1,0 +1,180 @@
+"""Who this process is among its ranks, and whether the launcher started what the run file asks for.
+
+accelerate and torchrun tell a process its place through the environment. Three of their habits turn a wrong start into
+a wrong training without a word, so all three are checked here before the first collective:
+
+- ``accelerate launch --cpu`` starts one process however many were asked for;
+- a DeepSpeed config is dropped on a machine without GPUs, so that a ZeRO run trains something else;
+- values in a config file (mixed precision, clipping, accumulation) override or shadow the training's own.
+
+The run file decides. What contradicts it is a ``UserError`` that names both sides.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from farnear.config import RunConfig
+from farnear.errors import UserError
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its ranks.
+
+    Attributes:
+        rank: 0 to world_size - 1 over all nodes.
+        world_size: Number of ranks.
+        device: Where this rank computes.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one rank that writes and speaks."""
+        return self.rank == 0
+
+
+def start_world(config: RunConfig, environment: Mapping[str, str] = os.environ) -> World:
+    """Check the launch against the run file, join the process group and pick the device.
+
+    Raises:
+        UserError: The launcher's processes or config file contradict the run file.
+    """
+    check_launch(config, environment)
+    rank = int(environment.get("RANK", 0))
+    world_size = int(environment.get("WORLD_SIZE", 1))
+    device = _pick_device(int(environment.get("LOCAL_RANK", 0)))
+    if "WORLD_SIZE" in environment:
+        # A rank may index shards or load a model for minutes while the others wait.
+        backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    return World(rank, world_size, device)
+
+
+def stop_world() -> None:
+    """Leave the process group, if one was joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def check_launch(config: RunConfig, environment: Mapping[str, str]) -> None:
+    """Compare what the launcher's environment tells with the run file.
+
+    Raises:
+        UserError: Naming the value of each side and how to make them agree.
+    """
+    started = environment.get("WORLD_SIZE")
+    example = f"accelerate launch --config_file accelerate_configs/{config.strategy}.yaml launch/train.py RUN.yaml"
+    if config.strategy == "single":
+        if started not in (None, "1"):
+            raise UserError(
+                f"strategy single is one process, but the launcher started {started}; set strategy=ddp or start one"
+            )
+        return
+    if started is None:
+        raise UserError(
+            f"strategy {config.strategy} needs ranks, but this process was started alone (accelerate does that under "
+            f"--cpu and MULTI_CPU); start it with: {example}, or set strategy=single"
+        )
+    if config.num_processes is not None and int(started) != config.num_processes:
+        raise UserError(
+            f"the run file asks for num_processes={config.num_processes}, but the launcher started {started}; "
+            f"pass --num_processes {config.num_processes} to the launcher or set num_processes={started}"
+        )
+    by_accelerate = "ACCELERATE_MIXED_PRECISION" in environment
+    with_deepspeed = environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    is_zero = config.strategy.startswith("zero")
+    if by_accelerate and with_deepspeed != is_zero:
+        kind = "with DeepSpeed" if with_deepspeed else "without DeepSpeed"
+        raise UserError(
+            f"the run file says strategy={config.strategy}, but the accelerate config starts {kind}; "
+            f"use --config_file accelerate_configs/{config.strategy}.yaml, or change the strategy"
+        )
+    if environment.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise UserError(
+            f"the accelerate config asks for FSDP, but the run file says strategy={config.strategy}; "
+            f"use --config_file accelerate_configs/{config.strategy}.yaml"
+        )
+    _check_values(config, environment)
+
+
+def on_main_rank(world: World, work: Callable[[], Result]) -> Result:
+    """Run ``work`` on rank 0 and give its result, or its error, to every rank.
+
+    Raises:
+        UserError: The one that ``work`` raised, on all ranks alike.
+        RuntimeError: On the other ranks, when ``work`` failed otherwise on rank 0.
+    """
+    if world.world_size == 1:
+        return work()
+    told: list[tuple[str, object]] = [("", None)]
+    failure: BaseException | None = None
+    if world.is_main:
+        try:
+            told = [("done", work())]
+        except UserError as error:
+            told = [("user", str(error))]
+        except Exception as error:
+            told, failure = [("defect", repr(error))], error
+    dist.broadcast_object_list(told, src=0)
+    if failure is not None:
+        raise failure
+    outcome, value = told[0]
+    if outcome == "user":
+        raise UserError(str(value))
+    if outcome == "defect":
+        raise RuntimeError(f"rank 0 failed: {value}")
+    return value  # type: ignore[return-value]
+
+
+def _check_values(config: RunConfig, environment: Mapping[str, str]) -> None:
+    """Values of an accelerate config that only shadow the run file's."""
+    training = config.training
+    precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision != "no" and not (precision == "bf16" and training.bf16):
+        raise UserError(
+            f"the accelerate config says mixed_precision: {precision}, but the run file training.bf16: "
+            f"{str(training.bf16).lower()}; take mixed_precision out of the accelerate config"
+        )
+    accumulation = environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if accumulation not in ("1", "auto", "None", ""):
+        raise UserError(
+            f"the accelerate config says gradient_accumulation_steps: {accumulation}, but a contrastive batch is not "
+            "accumulated; take it out and set training.global_batch_size to the pairs of one step"
+        )
+    clipping = environment.get("ACCELERATE_GRADIENT_CLIPPING", "auto")
+    if clipping not in ("auto", "None", "") and float(clipping) != training.max_grad_norm:
+        raise UserError(
+            f"the accelerate config says gradient_clipping: {clipping}, but the run file training.max_grad_norm: "
+            f"{training.max_grad_norm}; take gradient_clipping out of the accelerate config"
+        )
+    stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
+    file_given = bool(environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"))
+    if config.strategy.startswith("zero") and not file_given and stage not in (None, config.strategy[-1]):
+        raise UserError(
+            f"the accelerate config says zero_stage: {stage}, but the run file strategy={config.strategy}; "
+            f"use --config_file accelerate_configs/{config.strategy}.yaml"
+        )
+
+
+def _pick_device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"rank {local_rank} of this node has no GPU: {torch.cuda.device_count()} visible; "
+            f"pass --num_processes {torch.cuda.device_count()}"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)

@@ -1,0 +1,1 @@
+"""Retrieval: encode pages and queries over ranks, search them exactly, and measure what was found."""

@@ -1,0 +1,1 @@
+"""Training: the cached step, the loop, checkpoints, metrics."""

@@ -1,0 +1,311 @@
+"""Checkpoints: one canonical state for all strategies, complete or not there at all.
+
+A checkpoint is a folder `checkpoints/step-NNNNNNNN`:
+
+    rank-00000.safetensors ...   pieces of named parameters: weights, exp_avg, exp_avg_sq, each a flat slice
+    manifest.json                what the pieces must add up to, where the run stood, and each file's size and hash
+
+A rank writes the slices it holds, whatever the strategy; a tensor's key is `KIND/START/PARAMETER`. Loading puts the
+slices of all ranks together again, so another number of ranks or another strategy is the same path, and refuses a
+folder whose pieces do not cover every element of every parameter exactly once.
+
+The order of a save is what makes it safe: a fresh folder with a name of its own, every rank's file synced to disk, then
+the manifest, then one rename to the final name, then `latest`. A killed save leaves a folder that no one reads and the
+next save removes. A published folder is never written to again.
+
+There is no pickle, and no random state: order and dropout are pure functions of the seed and the step. The cursor is
+the number of optimizer steps done.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from farnear.errors import UserError
+from farnear.parallel.collectives import gather_objects
+from farnear.parallel.strategy import ParameterSlice, Strategy
+from farnear.parallel.world import World, on_main_rank
+
+FORMAT = 1
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands, and what must be the same for it to continue.
+
+    Attributes:
+        step: Optimizer steps done: the cursor.
+        seed, global_batch_size, fingerprint: With the step they decide which pairs come next.
+        best_metric, best_step: The best evaluation so far, if any.
+    """
+
+    step: int
+    seed: int
+    global_batch_size: int
+    fingerprint: str
+    best_metric: float | None = None
+    best_step: int | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A published checkpoint whose manifest has been read."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def progress(self) -> Progress:
+        """Where the run stood."""
+        return Progress(**self.manifest["progress"])
+
+
+def save_checkpoint(
+    checkpoints: Path,
+    strategy: Strategy,
+    shapes: Mapping[str, torch.Size],
+    progress: Progress,
+    world: World,
+    about: Mapping[str, Any],
+) -> Path:
+    """Write and publish the state after ``progress.step`` steps. A collective.
+
+    Args:
+        checkpoints: The run's `checkpoints` folder.
+        shapes: Of every trained parameter.
+        about: Further facts for the manifest: strategy, versions.
+
+    Raises:
+        UserError: A rank could not write (on all ranks, naming the first).
+    """
+    final = checkpoints / folder_name(progress.step)
+    save_id = on_main_rank(world, lambda: _open_save(checkpoints, final))
+    draft = checkpoints / f".saving-{save_id}"
+    name = f"rank-{world.rank:05d}.safetensors"
+    failure, facts = None, {}
+    try:
+        pieces = strategy.slices(owned=True)
+        facts = _write_pieces(draft / name, pieces, {"save_id": save_id, "step": str(progress.step)})
+        steps = {piece.name: int(piece.step) for piece in pieces}
+    except OSError as error:
+        failure = f"rank {world.rank} cannot write {draft / name}: {error.strerror}"
+        steps = {}
+    reports = gather_objects((failure, name, facts, steps))
+    failures = [report[0] for report in reports if report[0]]
+    if failures:
+        raise UserError(
+            f"checkpoint of step {progress.step} was not saved: {failures[0]}; the previous one is untouched"
+        )
+    step_of_parameter = {name: step for report in reports for name, step in report[3].items()}
+    manifest = {
+        "format": FORMAT,
+        "save_id": save_id,
+        "world_size": world.world_size,
+        "progress": asdict(progress),
+        "parameters": {n: {"shape": list(shape), "step": step_of_parameter[n]} for n, shape in shapes.items()},
+        "files": {report[1]: report[2] for report in reports},
+        **about,
+    }
+    on_main_rank(world, lambda: _publish(checkpoints, draft, final, manifest))
+    return final
+
+
+def load_weights(checkpoint: Checkpoint, named: Mapping[str, Tensor]) -> None:
+    """Fill parameters with a checkpoint's weights. Each rank reads for itself.
+
+    Raises:
+        UserError: The checkpoint is torn, mixed or short, or belongs to another model.
+    """
+    wanted, held = checkpoint.manifest["parameters"], {name: list(p.shape) for name, p in named.items()}
+    if held != {name: facts["shape"] for name, facts in wanted.items()}:
+        odd = sorted(
+            name for name in held.keys() | wanted.keys() if held.get(name) != wanted.get(name, {}).get("shape")
+        )
+        raise UserError(
+            f"checkpoint {checkpoint.folder} is of another model: parameter {odd[0]} differs; "
+            "set model.name_or_path to the model the run was started with"
+        )
+    with torch.no_grad():
+        for name, tensor in _assemble(checkpoint, "weight").items():
+            named[name].copy_(tensor.view(named[name].shape))
+
+
+def load_moments(checkpoint: Checkpoint, strategy: Strategy) -> None:
+    """Fill the strategy's optimizer state from a checkpoint's.
+
+    Raises:
+        UserError: The checkpoint is torn, mixed or short.
+    """
+    parameters = checkpoint.manifest["parameters"]
+    pieces = strategy.slices(owned=False)
+    for kind in ("exp_avg", "exp_avg_sq"):
+        whole = _assemble(checkpoint, kind)
+        for piece in pieces:
+            target: Tensor = getattr(piece, f"{kind}_n")
+            target.copy_(whole[piece.name][piece.start : piece.start + target.numel()])
+    for piece in pieces:
+        piece.step.fill_(parameters[piece.name]["step"])
+
+
+def find_checkpoint(checkpoints: Path) -> Checkpoint | None:
+    """The newest published checkpoint, or None where there is none.
+
+    Raises:
+        UserError: It has no readable manifest, or a file is missing or has another size.
+    """
+    published = sorted(checkpoints.glob("step-*"))
+    return open_checkpoint(published[-1]) if published else None
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint's manifest and check its files.
+
+    Raises:
+        UserError: Naming the file that is missing, short or of another save.
+    """
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"checkpoint {folder} has no readable manifest.json ({error}); remove the folder") from None
+    if manifest.get("format") != FORMAT:
+        raise UserError(f"checkpoint {folder} has format {manifest.get('format')}, this farnear reads {FORMAT}")
+    for name, facts in manifest["files"].items():
+        path = folder / name
+        if not path.exists():
+            raise UserError(f"checkpoint {folder} lacks {name}; remove the folder to continue from an older one")
+        if path.stat().st_size != facts["bytes"]:
+            raise UserError(
+                f"checkpoint file {path} has {path.stat().st_size} bytes, not the {facts['bytes']} that were saved; "
+                "remove the folder to continue from an older one"
+            )
+        if _hash_of(path) != facts["sha256"]:
+            raise UserError(
+                f"checkpoint file {path} does not hold what was saved (its hash differs); remove the folder"
+            )
+    return Checkpoint(folder, manifest)
+
+
+def retain(checkpoints: Path, keep: int | None, best_step: int | None) -> None:
+    """Remove the oldest published checkpoints beyond ``keep``; the newest and the best stay."""
+    if keep is None:
+        return
+    published = sorted(checkpoints.glob("step-*"))
+    best = folder_name(best_step) if best_step is not None else None
+    spared = {path for path in published if path.name == best} | set(published[-1:])
+    removable = [path for path in published if path not in spared]
+    for path in removable[: max(0, len(published) - max(keep, len(spared)))]:
+        # Out of sight first: a half-removed folder must not look like a checkpoint.
+        doomed = path.with_name(f".removing-{path.name}")
+        os.replace(path, doomed)
+        shutil.rmtree(doomed)
+
+
+def folder_name(step: int) -> str:
+    """`step-NNNNNNNN`."""
+    return f"step-{step:08d}"
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file so that a reader sees the old text or the new, never a part."""
+    fresh = path.with_name(f".{path.name}.new")
+    with open(fresh, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(fresh, path)
+    _sync_folder(path.parent)
+
+
+def _open_save(checkpoints: Path, final: Path) -> str:
+    if final.exists():
+        raise UserError(
+            f"checkpoint {final} exists already and is never overwritten; remove it or use another output_dir"
+        )
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    for leftover in [*checkpoints.glob(".saving-*"), *checkpoints.glob(".removing-*")]:
+        print(f"removing {leftover}, the leftover of a save that did not finish")
+        shutil.rmtree(leftover)
+    save_id = uuid.uuid4().hex
+    (checkpoints / f".saving-{save_id}").mkdir()
+    return save_id
+
+
+def _write_pieces(path: Path, pieces: list[ParameterSlice], metadata: dict[str, str]) -> dict[str, Any]:
+    tensors = {
+        f"{kind}/{piece.start}/{piece.name}": getattr(piece, f"{kind}_n").detach().float().cpu().contiguous()
+        for piece in pieces
+        for kind in KINDS
+    }
+    # Views of one flat buffer share memory, which safetensors refuses to write.
+    save_file({key: tensor.clone() for key, tensor in tensors.items()}, path, metadata=metadata)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "sha256": _hash_of(path)}
+
+
+def _publish(checkpoints: Path, draft: Path, final: Path, manifest: dict[str, Any]) -> None:
+    replace_text(draft / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    os.replace(draft, final)
+    _sync_folder(checkpoints)
+    replace_text(checkpoints.parent / "latest", final.name + "\n")
+
+
+def _assemble(checkpoint: Checkpoint, kind: str) -> dict[str, Tensor]:
+    """Whole flat fp32 tensors of one kind by parameter name, from the slices of all files."""
+    elements = {name: torch.Size(facts["shape"]).numel() for name, facts in checkpoint.manifest["parameters"].items()}
+    whole = {name: torch.empty(count) for name, count in elements.items()}
+    spans: dict[str, list[tuple[int, int]]] = {name: [] for name in elements}
+    for file_name in checkpoint.manifest["files"]:
+        path = checkpoint.folder / file_name
+        try:
+            with safe_open(path, framework="pt") as file:
+                if (file.metadata() or {}).get("save_id") != checkpoint.manifest["save_id"]:
+                    raise UserError(f"checkpoint file {path} is of another save than its manifest; remove the folder")
+                for key in file.keys():  # noqa: SIM118  (a safetensors file is no mapping)
+                    key_kind, start, name = key.split("/", 2)
+                    if key_kind == kind:
+                        piece = file.get_tensor(key)
+                        whole[name][int(start) : int(start) + piece.numel()] = piece
+                        spans[name].append((int(start), int(start) + piece.numel()))
+        except SafetensorError as error:
+            raise UserError(f"checkpoint file {path} cannot be read ({error}); remove the folder") from None
+    for name, count in elements.items():
+        reached = 0
+        for start, stop in sorted(spans[name]):
+            if start != reached:
+                break
+            reached = stop
+        if reached != count:
+            raise UserError(
+                f"checkpoint {checkpoint.folder} is not whole: {kind} of {name} is covered up to {reached} of {count} "
+                "elements; remove the folder"
+            )
+    return whole
+
+
+def _hash_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

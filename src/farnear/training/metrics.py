@@ -1,0 +1,78 @@
+"""What a run writes about itself while it goes: JSON lines in its folder, progress on the terminal.
+
+`metrics.jsonl` holds one object a step and `eval.jsonl` one an evaluation; everything that draws or compares runs reads
+those. A resumed run continues the files from its checkpoint's step: lines of steps that are trained again are cut off
+first, so that a step never stands there twice. Only rank 0 writes and speaks.
+"""
+
+import json
+import math
+import resource
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import torch
+
+
+def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Add one JSON object as a line; nan and inf become null, which JSON lacks."""
+    plain = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
+    }
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(plain) + "\n")
+
+
+def cut_after(path: Path, step: int) -> None:
+    """Drop the lines of steps beyond ``step``, and a last line that a kill left half-written."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except ValueError:
+            break
+    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+class ProgressLines:
+    """Progress lines with the time that is left, from the steps of the last minute or so."""
+
+    def __init__(self, total_steps: int, logging_steps: int) -> None:
+        self._total_steps = total_steps
+        self._logging_steps = logging_steps
+        self._recent: deque[tuple[int, float]] = deque(maxlen=50)
+
+    def show(self, record: Mapping[str, Any]) -> None:
+        """Print a step's line when it is due."""
+        step = record["step"]
+        self._recent.append((step, monotonic()))
+        if step % self._logging_steps and step != self._total_steps:
+            return
+        (first, then), (last, now) = self._recent[0], self._recent[-1]
+        left = (
+            "" if last == first else f"  {_duration((self._total_steps - last) * (now - then) / (last - first))} left"
+        )
+        print(
+            f"step {step}/{self._total_steps}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
+            f"grad norm {record['grad_norm']:.3f}  {record['pairs_per_s']:.1f} pairs/s{left}",
+            flush=True,
+        )
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory this rank has held so far: of the GPU, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

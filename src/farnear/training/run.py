@@ -1,0 +1,284 @@
+"""A run from its configuration to its export.
+
+    check the launch and the run folder -> index the shards -> load the model, and a checkpoint if there is one ->
+    say what follows from all this -> measure -> train -> measure -> export -> sum up
+
+Each line of that is a function here or in the module it names; `farnear.training.loop` is the middle.
+"""
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from torch.nn import Parameter
+
+import farnear
+from farnear.config import RunConfig, dump_config, load_config
+from farnear.data.loader import TrainLoader
+from farnear.errors import UserError
+from farnear.model.embedder import Embedder, preprocessing
+from farnear.model.export import export_model
+from farnear.model.load import embedding_dimension, load_model
+from farnear.parallel.strategy import Strategy, build_strategy
+from farnear.parallel.trackers import Trackers
+from farnear.parallel.world import World, on_main_rank, start_world, stop_world
+from farnear.retrieve.evaluate import evaluate
+from farnear.run_folder import Resume, RunFolder, check_start
+from farnear.training.checkpoint import (
+    Checkpoint,
+    Progress,
+    find_checkpoint,
+    folder_name,
+    load_moments,
+    load_weights,
+    open_checkpoint,
+    replace_text,
+    retain,
+    save_checkpoint,
+)
+from farnear.training.describe import derived_numbers
+from farnear.training.loop import Parts, train
+from farnear.training.metrics import ProgressLines, append_line, cut_after
+from farnear.training.optim import build_optimizer, learning_rate_schedule, steps_of
+from farnear.training.shards import RunData, open_data
+from farnear.training.summary import write_summary
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the phases of a run share.
+
+    Attributes:
+        dims: Dimensions that are measured, the full one among them, largest first.
+        shapes: Of every trained parameter.
+    """
+
+    config: RunConfig
+    world: World
+    folder: RunFolder
+    data: RunData
+    model: SentenceTransformer
+    strategy: Strategy
+    dims: tuple[int, ...]
+    shapes: dict[str, torch.Size]
+    trackers: Trackers
+
+
+def run_training(config: RunConfig, resume: Resume | None = None) -> dict[str, Any]:
+    """Train, evaluate, export on the ranks that the launcher started; see `farnear.train`."""
+    world = start_world(config)
+    try:
+        return train_in(world, config, resume)
+    finally:
+        stop_world()
+
+
+def train_in(world: World, config: RunConfig, resume: Resume | None = None) -> dict[str, Any]:
+    """One run in a process group that stands already."""
+    started = perf_counter()
+    run, progress = open_run(config, resume, world)
+    parts = loop_parts(run)
+    if world.is_main:
+        print(derived_numbers(parts, run.data, run.model), flush=True)
+    if config.evaluation.eval_on_start and progress.step == 0:
+        measure(run, "before", 0)
+    progress = train(parts, progress)
+    if config.training.load_best_model_at_end and progress.best_step is not None:
+        run = with_weights_of(run, progress.best_step)
+    measure(run, "after", progress.step)
+    export(run)
+    run.trackers.close()
+    return on_main_rank(world, lambda: write_summary(config, run.folder, world.world_size, perf_counter() - started))
+
+
+def open_run(config: RunConfig, resume: Resume | None, world: World) -> tuple[Run, Progress]:
+    """Everything that must be there before the first step, and where the run stands.
+
+    Raises:
+        UserError: The run folder, the shards, the model or the checkpoint do not fit the run file.
+    """
+    folder = RunFolder(Path(config.output_dir))
+    on_main_rank(world, lambda: check_start(folder.path, resume))
+    checkpoint = find_checkpoint(folder.checkpoints) if resume else None
+    data = open_data(config.data, config.evaluation, folder.index, world)
+    progress = first_progress(config, data.train.fingerprint, checkpoint)
+    model, strategy, shapes = build(config, world, checkpoint)
+    dims = measured_dims(config, embedding_dimension(model))
+    on_main_rank(world, lambda: prepare_folder(config, folder, progress.step))
+    trackers = Trackers(config.training.report_to if world.is_main else (), folder.path, config.model_dump(mode="json"))
+    return Run(config, world, folder, data, model, strategy, dims, shapes, trackers), progress
+
+
+def first_progress(config: RunConfig, fingerprint: str, checkpoint: Checkpoint | None) -> Progress:
+    """Where to begin.
+
+    Raises:
+        UserError: The checkpoint's order of pairs is not the run file's, so its place in it means nothing.
+    """
+    fresh = Progress(0, config.seed, config.training.global_batch_size, fingerprint)
+    if checkpoint is None:
+        return fresh
+    saved = checkpoint.progress
+    for name, key in (
+        ("seed", "seed"),
+        ("global_batch_size", "training.global_batch_size"),
+        ("fingerprint", "data.train (the shards' content)"),
+    ):
+        if getattr(saved, name) != getattr(fresh, name):
+            raise UserError(
+                f"checkpoint {checkpoint.folder} was made with another {key} ({getattr(saved, name)}, now "
+                f"{getattr(fresh, name)}), so its place in the order of pairs is lost; restore it, or start in a new "
+                "output_dir"
+            )
+    return saved
+
+
+def build(
+    config: RunConfig, world: World, checkpoint: Checkpoint | None
+) -> tuple[SentenceTransformer, Strategy, dict[str, torch.Size]]:
+    """Model and strategy, in the state of a checkpoint if one is given, and the shapes of what is trained."""
+    training = config.training
+    model = load_model(config.model, dtype=torch.bfloat16 if training.pure_bf16 else torch.float32)
+    if training.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    module = Embedder(model, bf16=training.bf16).to(world.device)
+    trained: dict[str, Parameter] = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    shapes = {name: parameter.shape for name, parameter in trained.items()}
+    if checkpoint is not None:
+        load_weights(checkpoint, trained)
+    strategy = build_strategy(config, module, build_optimizer(module, training), world)
+    if checkpoint is not None:
+        load_moments(checkpoint, strategy)
+    return model, strategy, shapes
+
+
+def with_weights_of(run: Run, step: int) -> Run:
+    """The run with the model of one of its checkpoints."""
+    checkpoint = open_checkpoint(run.folder.checkpoints / folder_name(step))
+    model, strategy, _ = build(run.config, run.world, checkpoint)
+    return replace(run, model=model, strategy=strategy)
+
+
+def loop_parts(run: Run) -> Parts:
+    """What the loop turns."""
+    config, world, training = run.config, run.world, run.config.training
+    loader = TrainLoader(
+        run.data.train,
+        preprocess=preprocessing(run.model),
+        seed=config.seed,
+        global_batch_size=training.global_batch_size,
+        mini_batch_size=training.mini_batch_size,
+        num_negatives=config.data.num_negatives,
+        rank=world.rank,
+        world_size=world.world_size,
+        num_workers=config.data.dataloader_num_workers,
+        prefetch_factor=config.data.dataloader_prefetch_factor,
+        pin_memory=world.device.type == "cuda",
+    )
+    by_epochs = max(1, round(training.num_train_epochs * loader.steps_per_epoch))
+    total_steps = training.max_steps if training.max_steps > 0 else by_epochs
+    lines = ProgressLines(total_steps, training.logging_steps)
+
+    def record(figures: dict[str, Any]) -> None:
+        if world.is_main:
+            append_line(run.folder.metrics, figures)
+            lines.show(figures)
+            run.trackers.log(figures, figures["step"])
+
+    return Parts(
+        config=config,
+        world=world,
+        strategy=run.strategy,
+        loader=loader,
+        learning_rate=learning_rate_schedule(training, total_steps),
+        record=record,
+        evaluate=lambda step: measure(run, "during", step),
+        save=lambda progress: save(run, progress),
+        total_steps=total_steps,
+        eval_steps=steps_of(config.evaluation.eval_steps, total_steps),
+        save_steps=steps_of(training.save_steps, total_steps),
+    )
+
+
+def measure(run: Run, kind: str, step: int) -> float:
+    """Evaluate everything ("before", "after") or the sample ("during"); the deciding metric at the full dimension."""
+    task = run.data.sample if kind == "during" else run.data.whole
+    if task is None:
+        return float("nan")
+    measures = evaluate(
+        task,
+        run.strategy,
+        run.world,
+        preprocessing(run.model),
+        run.dims,
+        batch_size=run.config.evaluation.per_device_eval_batch_size,
+        num_workers=run.config.data.dataloader_num_workers,
+    )
+    if run.world.is_main:
+        size = {"queries": len(task.relevant), "pages": task.pages}
+        append_line(run.folder.evaluations, {"step": step, "kind": kind, **size, "metrics": measures})
+        run.trackers.log({"eval": measures}, step)
+        figures = "  ".join(f"{dim}: {of_dim['ndcg@10']:.4f}" for dim, of_dim in measures.items())
+        print(
+            f"nDCG@10 {kind} training by dim  {figures}  ({task.pages} pages, {len(task.relevant)} queries)", flush=True
+        )
+    return measures[str(run.dims[0])][run.config.evaluation.metric_for_best_model]
+
+
+def save(run: Run, progress: Progress) -> None:
+    """Publish a checkpoint, point `best` at the best one, remove what is beyond save_total_limit."""
+    about = {"strategy": run.config.strategy, "versions": library_versions()}
+    path = save_checkpoint(run.folder.checkpoints, run.strategy, run.shapes, progress, run.world, about)
+    if run.world.is_main:
+        if progress.best_step is not None:
+            replace_text(run.folder.path / "best", folder_name(progress.best_step) + "\n")
+        retain(run.folder.checkpoints, run.config.training.save_total_limit, progress.best_step)
+        print(f"saved {path}", flush=True)
+
+
+def export(run: Run) -> None:
+    """Write the folder that `SentenceTransformer(path)` loads."""
+    weights = {name.removeprefix("model."): weight for name, weight in run.strategy.full_weights().items()}
+    on_main_rank(run.world, lambda: export_model(run.config.model, weights, run.folder.export))
+
+
+def measured_dims(config: RunConfig, full: int) -> tuple[int, ...]:
+    """The Matryoshka dims and the full dimension, largest first.
+
+    Raises:
+        UserError: A dim is larger than the embedding.
+    """
+    dims: Sequence[int] = config.loss.matryoshka_dims or ()
+    if dims and max(dims) > full:
+        raise UserError(
+            f"loss.matryoshka_dims names {max(dims)}, but the embeddings of {config.model.name_or_path} have {full} "
+            "dimensions; take it out"
+        )
+    return tuple(sorted({*dims, full}, reverse=True))
+
+
+def prepare_folder(config: RunConfig, folder: RunFolder, step: int) -> None:
+    """Save the resolved run file, check that it loads to the same config, and cut the records back to ``step``."""
+    folder.path.mkdir(parents=True, exist_ok=True)
+    replace_text(folder.config, dump_config(config))
+    if load_config(folder.config) != config:
+        raise RuntimeError(f"{folder.config} does not load to the config it was saved from")
+    for records in (folder.metrics, folder.evaluations):
+        cut_after(records, step)
+    folder.summary.unlink(missing_ok=True)
+
+
+def library_versions() -> dict[str, str]:
+    """What a checkpoint was made with."""
+    names = ("torch", "transformers", "sentence-transformers", "accelerate")
+    return {
+        "python": platform.python_version(),
+        "farnear": farnear.__version__,
+        **{name: version(name) for name in names},
+    }

@@ -1,0 +1,44 @@
+"""`summary.json`: a finished run in a few figures, taken from what it has written on the way."""
+
+import json
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from farnear.config import RunConfig
+from farnear.run_folder import RunFolder
+from farnear.training.checkpoint import replace_text
+
+
+def write_summary(config: RunConfig, folder: RunFolder, world_size: int, seconds: float) -> dict[str, Any]:
+    """Write and return the summary.
+
+    Args:
+        seconds: From the start of this process group's work to now, evaluations and export included.
+    """
+    steps = _lines(folder.metrics)
+    evaluations = _lines(folder.evaluations)
+    summary: dict[str, Any] = {
+        "strategy": config.strategy,
+        "world_size": world_size,
+        "steps": steps[-1]["step"] if steps else 0,
+        "loss": steps[-1]["loss"] if steps else None,
+        "seconds": round(seconds, 1),
+        "pairs_per_s": round(median(step["pairs_per_s"] for step in steps), 2) if steps else None,
+        "masked": sum(step["masked"] for step in steps),
+        "export": str(folder.export),
+    }
+    for kind in ("before", "after"):
+        of_kind = [evaluation for evaluation in evaluations if evaluation["kind"] == kind]
+        if of_kind:
+            by_dim = {dim: round(figures["ndcg@10"], 4) for dim, figures in of_kind[-1]["metrics"].items()}
+            summary[f"ndcg@10_{kind}"] = by_dim[max(by_dim, key=int)]
+            summary["ndcg@10_by_dim" if kind == "after" else "ndcg@10_by_dim_before"] = by_dim
+    replace_text(folder.summary, json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

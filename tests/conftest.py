@@ -1,0 +1,34 @@
+"""What every test needs: a machine without GPUs and without a network, whatever it runs on, and a small run file."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+# Read by libraries when they are imported, and inherited by the processes that tests start.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+WriteRunFile = Callable[..., Path]
+
+
+@pytest.fixture
+def write_run_file(tmp_path: Path) -> WriteRunFile:
+    """Writes a valid run file with some top-level keys replaced, and returns its path."""
+
+    def write(**keys: Any) -> Path:
+        tree = {
+            "output_dir": str(tmp_path / "run"),
+            "model": {"name_or_path": "some/model"},
+            "data": {"train": ["train-*.tar"]},
+        }
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump({**tree, **keys}), encoding="utf-8")
+        return path
+
+    return write

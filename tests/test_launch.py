@@ -1,0 +1,300 @@
+"""Launching: the command for each strategy, one line for a mistake of any rank, and no process left behind."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import WriteRunFile
+
+from farnear import resources
+from farnear.errors import RunStoppedError, UserError
+from farnear.launching import local, outcome
+from farnear.launching.local import accelerate_command, launch, python_command, supervise
+from farnear.launching.outcome import OUTCOME_FILE, read_outcome, tell
+from farnear.run_folder import check_start
+
+ROOT = Path(__file__).resolve().parents[1]
+RunProgram = Callable[..., list[str]]
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> RunProgram:
+    """Writes a Python program and returns the command that runs it."""
+
+    def write(*lines: str) -> list[str]:
+        path = tmp_path / "program.py"
+        imports = "import os, signal, subprocess, sys, time\nfrom farnear.errors import UserError\n"
+        path.write_text(imports + "from farnear.launching.outcome import tell\n" + "\n".join(lines))
+        return [sys.executable, str(path)]
+
+    return write
+
+
+def _ends(process: psutil.Process, seconds: float = 5.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+# The command
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3"])
+def test_the_command_is_the_one_of_the_readme(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    shown, run = accelerate_command(strategy, ["my run.yaml", "a=[b c]"], None, None)
+    assert shlex.join(shown) == (
+        f"accelerate launch --config_file accelerate_configs/{strategy}.yaml launch/train.py 'my run.yaml' 'a=[b c]'"
+    )
+    assert run == [sys.executable, "-m", "accelerate.commands.launch", *shown[2:]]
+
+
+def test_the_command_works_from_another_folder_and_without_an_active_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "")
+    shown, _ = accelerate_command("ddp", ["run.yaml"], None, 3)
+    assert shown[0] == str(Path(sys.executable).parent / "accelerate")
+    assert shown[2:] == [
+        *("--config_file", str(ROOT / "accelerate_configs" / "ddp.yaml"), "--num_processes", "3"),
+        *(str(ROOT / "launch" / "train.py"), "run.yaml"),
+    ]
+    assert all(Path(word).is_file() for word in (shown[0], shown[3], shown[6]))
+    assert python_command(["run.yaml"])[0] == [sys.executable, "-u", shown[6], "run.yaml"]
+
+
+def test_resources_are_the_working_folders_own_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert resources.resource("ds_configs/zero2.json") == ROOT / "ds_configs" / "zero2.json"
+    (tmp_path / "ds_configs").mkdir()
+    (tmp_path / "ds_configs" / "zero2.json").touch()
+    assert resources.resource("ds_configs/zero2.json").resolve() == tmp_path / "ds_configs" / "zero2.json"
+    assert resources.resource(tmp_path / "x") == tmp_path / "x"
+
+
+@pytest.mark.parametrize(
+    ("keys", "options", "expected"),
+    [
+        ({}, {}, "ddp.yaml LAUNCH RUN"),
+        ({"num_processes": 2}, {}, "ddp.yaml --num_processes 2 LAUNCH RUN"),
+        ({"num_processes": 2}, {"num_processes": 3}, "ddp.yaml --num_processes 3 LAUNCH RUN num_processes=3"),
+        ({"strategy": "zero3"}, {"resume": "auto"}, "zero3.yaml LAUNCH RUN --resume auto"),
+        (
+            {"strategy": "zero3"},
+            {"overrides": ["strategy=zero1", "seed=1"]},
+            "zero1.yaml LAUNCH RUN strategy=zero1 seed=1",
+        ),
+    ],
+)
+def test_launch_runs_the_accelerate_config_of_the_strategy(
+    keys: dict[str, object],
+    options: dict[str, object],
+    expected: str,
+    write_run_file: WriteRunFile,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(local, "supervise", lambda command: started.append(command) or 0)
+    run_file = write_run_file(**keys)
+    assert launch(run_file, **{"overrides": [], **options}) == 0  # type: ignore[arg-type]
+    [command] = started
+    words = expected.replace("LAUNCH", "train.py").replace("RUN", "run.yaml").split()
+    assert [Path(word).name for word in command[4:]] == words
+    assert shlex.split(capsys.readouterr().out)[2:] == command[3:]
+
+
+def test_launch_runs_strategy_single_without_a_launcher(
+    write_run_file: WriteRunFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(local, "supervise", lambda command: started.append(command) or 0)
+    run_file = write_run_file(strategy="single")
+    assert launch(run_file, ["seed=3"]) == 0
+    assert [Path(word).name for word in started[0][1:]] == ["-u", "train.py", "run.yaml", "seed=3"]
+    with pytest.raises(UserError, match="single starts one process without accelerate"):
+        launch(run_file, [], config_file=ROOT / "accelerate_configs" / "ddp.yaml")
+    with pytest.raises(UserError, match="single is one process, but num_processes is 2"):
+        launch(run_file, [], num_processes=2)
+
+
+def test_launch_refuses_what_cannot_start(
+    write_run_file: WriteRunFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "supervise", lambda command: pytest.fail("processes were started"))
+    with pytest.raises(UserError, match=r"accelerate config .*my.yaml does not exist"):
+        launch(write_run_file(), [], config_file=tmp_path / "my.yaml")
+    with pytest.raises(UserError, match="did you mean 'seed'"):
+        launch(write_run_file(sed=1), [])
+    (tmp_path / "run" / "checkpoints" / "step-00000010").mkdir(parents=True)
+    with pytest.raises(UserError, match="holds checkpoints up to step-00000010"):
+        launch(write_run_file(), [])
+
+
+def test_a_run_is_neither_started_over_nor_resumed_from_nothing(tmp_path: Path) -> None:
+    check_start(tmp_path, None)
+    check_start(tmp_path, "auto")
+    with pytest.raises(UserError, match=r"no checkpoint in .* drop --resume to start, or say --resume auto"):
+        check_start(tmp_path, "newest")
+    (tmp_path / "checkpoints" / "step-00000020.unfinished").mkdir(parents=True)
+    check_start(tmp_path, None)
+    (tmp_path / "checkpoints" / "step-00000010").mkdir()
+    check_start(tmp_path, "auto")
+    check_start(tmp_path, "newest")
+    with pytest.raises(UserError, match=r"up to step-00000010.* --resume, or set another output_dir"):
+        check_start(tmp_path, None)
+
+
+# One line for a mistake of any rank
+
+
+def test_ranks_that_meet_the_same_mistake_tell_it_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(message: str, environment: dict[str, str]) -> str:
+        tell(UserError(message), environment)
+        return capsys.readouterr().err
+
+    monkeypatch.setattr(outcome, "SECONDS_TO_BE_ENDED", 0)
+    ranks = [{"TORCHELASTIC_ERROR_FILE": str(tmp_path / str(rank) / "error.json")} for rank in range(3)]
+    assert told("no shards", ranks[1]) == "farnear: error: no shards\n"
+    assert told("no shards", ranks[0]) == ""
+    assert told("broken page", ranks[2]) == "farnear: error: broken page\n"
+    assert told("no shards", {}) == "farnear: error: no shards\n"
+    # farnear launch prints the first one itself, at the end.
+    file = tmp_path / "outcome.json"
+    watched = [{**rank, OUTCOME_FILE: str(file)} for rank in ranks]
+    assert told("no model", watched[0]) == ""
+    assert told("no model", watched[1]) == ""
+    assert told("broken page", watched[2]) == "farnear: error: broken page\n"
+    assert str(read_outcome(file)) == "no model"
+    # Its folder goes with it.
+    assert told("no model", {OUTCOME_FILE: str(tmp_path / "gone" / "outcome.json")}) == "farnear: error: no model\n"
+
+
+def test_a_message_survives_the_way_to_the_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outcome, "SECONDS_TO_BE_ENDED", 0)
+    file = tmp_path / "outcome.json"
+    assert read_outcome(file) is None
+    tell(RunStoppedError("loss is nan at step 3: “é”"), {OUTCOME_FILE: str(file)})
+    error = read_outcome(file)
+    assert error is not None
+    assert (str(error), error.exit_code) == ("loss is nan at step 3: “é”", 1)
+    assert json.loads(file.read_text())["exit_code"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["outcome.json"]
+
+
+# No process left behind
+
+
+def test_supervise_gives_the_exit_code(program: RunProgram, capfd: pytest.CaptureFixture[str]) -> None:
+    assert supervise(program("print('trained')")) == 0
+    assert supervise(program("sys.exit(3)")) == 3
+    assert supervise(program("os.kill(os.getpid(), signal.SIGKILL)")) == 128 + signal.SIGKILL
+    output = capfd.readouterr()
+    assert output.out == "trained\n"
+    assert output.err == "farnear: a process failed; the first error above says why\n" * 2
+
+
+def test_supervise_ends_every_process_after_a_mistake(
+    program: RunProgram, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launcher with two ranks in sessions of their own: one fails, the other waits for it, deaf to SIGTERM."""
+    monkeypatch.setattr(local, "SECONDS_FROM_SIGTERM_TO_SIGKILL", 1.0)
+    command = program(
+        "if len(sys.argv) == 1:",
+        "    ranks = [subprocess.Popen([sys.executable, __file__, str(r)], start_new_session=True) for r in range(2)]",
+        "    sys.exit(max(rank.wait() for rank in ranks))",
+        f"open({str(tmp_path)!r} + '/pid' + sys.argv[1], 'w').write(str(os.getpid()))",
+        "if sys.argv[1] == '0':",
+        "    signal.signal(signal.SIGTERM, signal.SIG_IGN)",
+        "    time.sleep(60)",
+        f"while not os.path.exists({str(tmp_path)!r} + '/pid0'): time.sleep(0.01)",
+        "time.sleep(0.5)",
+        "tell(UserError('rank 1 has no GPU'))",
+    )
+    started = time.monotonic()
+    with pytest.raises(UserError, match="rank 1 has no GPU") as caught:
+        supervise(command)
+    assert time.monotonic() - started < 10
+    assert caught.value.exit_code == 2
+    for rank in range(2):
+        pid = int((tmp_path / f"pid{rank}").read_text())
+        assert not psutil.pid_exists(pid) or _ends(psutil.Process(pid))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_launcher_and_ranks(number: signal.Signals, program: RunProgram, tmp_path: Path) -> None:
+    command = program(
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], start_new_session=True)",
+        f"open({str(tmp_path)!r} + '/pid.part', 'w').write(str(child.pid))",
+        f"os.rename({str(tmp_path)!r} + '/pid.part', {str(tmp_path)!r} + '/pid')",
+        "time.sleep(60)",
+    )
+    supervisor = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            f"import sys; from farnear.launching.local import supervise; sys.exit(supervise({command}))",
+        ],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        while not (tmp_path / "pid").exists():
+            time.sleep(0.05)
+        rank = psutil.Process(int((tmp_path / "pid").read_text()))
+        # A terminal sends Ctrl-C to the whole group, others send to the process that they started.
+        os.killpg(supervisor.pid, number) if number == signal.SIGINT else supervisor.send_signal(number)
+        _, text = supervisor.communicate(timeout=20)
+    finally:
+        supervisor.kill()
+    assert supervisor.returncode == 128 + number
+    assert text == f"farnear: stopped by {number.name}; no process is left\n"
+    assert _ends(rank, seconds=0.5)
+    assert not list(tmp_path.glob("farnear-*"))
+
+
+def test_a_signal_that_nohup_ignores_stays_ignored(program: RunProgram) -> None:
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert supervise(program("os.kill(os.getppid(), signal.SIGHUP)", "time.sleep(0.3)")) == 0
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
+# Real launches
+
+
+def test_a_rank_that_fails_alone_is_told_without_torchruns_table(
+    program: RunProgram, capfd: pytest.CaptureFixture[str]
+) -> None:
+    [_, script] = program("if os.environ['RANK'] == '1': tell(UserError('broken page'))", "time.sleep(60)")
+    _, command = accelerate_command("ddp", [], None, 2)
+    with pytest.raises(UserError, match="broken page"):
+        supervise([*command[:-1], script])
+    assert capfd.readouterr().err == ""
+
+
+def test_accelerate_alone_shows_the_line_once(program: RunProgram) -> None:
+    [_, script] = program("tell(UserError('no shards in ' + sys.argv[1]))", "sys.exit(2)")
+    _, command = accelerate_command("zero2", [], None, 2)
+    environment = {key: value for key, value in os.environ.items() if key != OUTCOME_FILE}
+    ended = subprocess.run([*command[:-1], script, "a b"], env=environment, capture_output=True, text=True)
+    assert ended.returncode != 0
+    assert ended.stderr.count("farnear: error: no shards in a b\n") == 1

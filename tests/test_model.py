@@ -1,0 +1,148 @@
+"""Loading and export: fp32 whatever is stored, and a folder that gives the same embeddings elsewhere."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from sentence_transformers import SentenceTransformer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+from farnear.config import ModelConfig
+from farnear.errors import UserError
+from farnear.model.embedder import Embedder, preprocessing
+from farnear.model.export import export_model
+from farnear.model.load import cast_weights, describe_base, load_model
+from farnear.model.tiny import save_tiny_model
+
+QUERIES = ["Which page shows revenue?", "costs 2019"]
+PAGES = [Image.new("RGB", (64, 96), "red"), Image.new("RGB", (96, 64), "blue")]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model") / "base", hidden_size=64, num_layers=2)
+
+
+def nudged_weights(model: SentenceTransformer) -> dict[str, torch.Tensor]:
+    """Trained weights, as far as an export can tell."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def weight_names(folder: Path) -> set[str]:
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        return set(file.keys())
+
+
+def test_a_raw_model_gets_pooling_and_normalisation(base: Path) -> None:
+    for pooling in ("lasttoken", "mean"):
+        model = load_model(ModelConfig(name_or_path=str(base), pooling=pooling))
+        assert [type(module).__name__ for module in model] == ["Transformer", "Pooling", "Normalize"]
+        assert model[1].pooling_mode == pooling
+    assert len(load_model(ModelConfig(name_or_path=str(base), normalize=False))) == 2
+
+
+def test_an_export_gives_the_same_embeddings(base: Path, tmp_path: Path) -> None:
+    config = ModelConfig(
+        name_or_path=str(base),
+        prompts={"query": "Find the page: "},
+        min_pixels=32 * 32,
+        max_pixels=64 * 64,
+        pooling="mean",
+    )
+    model = load_model(config)
+    export_model(config, nudged_weights(model), tmp_path / "export")
+    loaded = SentenceTransformer(str(tmp_path / "export"), device="cpu")
+    assert torch.allclose(
+        model.encode_query(QUERIES, convert_to_tensor=True),
+        loaded.encode_query(QUERIES, convert_to_tensor=True),
+        atol=1e-5,
+    )
+    assert torch.allclose(
+        model.encode_document(PAGES, convert_to_tensor=True),
+        loaded.encode_document(PAGES, convert_to_tensor=True),
+        atol=1e-5,
+    )
+    assert loaded.prompts["query"] == "Find the page: "
+    assert loaded[1].pooling_mode == "mean"
+    # Larger than max_pixels: both must have reduced it alike, to this many patches.
+    features = loaded.preprocess([Image.new("RGB", (640, 640))])
+    assert features["image_grid_thw"].tolist() == [[1, 4, 4]]
+    assert weight_names(tmp_path / "export") == weight_names(base)
+    assert json.loads((tmp_path / "export" / "config.json").read_text())["architectures"] == [
+        "Qwen3VLForConditionalGeneration"
+    ]
+
+
+def test_training_sees_what_encode_sees(base: Path) -> None:
+    model = load_model(ModelConfig(name_or_path=str(base), prompts={"query": "Find: ", "document": "Page: "}))
+    preprocess = preprocessing(model)
+    embedder = Embedder(model, bf16=False).eval()
+    with torch.no_grad():
+        assert torch.allclose(
+            embedder(preprocess(QUERIES, "query")), model.encode_query(QUERIES, convert_to_tensor=True), atol=1e-6
+        )
+        assert torch.allclose(
+            embedder(preprocess(PAGES, "document")), model.encode_document(PAGES, convert_to_tensor=True), atol=1e-6
+        )
+
+
+def test_a_bf16_checkpoint_trains_in_fp32_and_is_exported_in_bf16(tmp_path: Path) -> None:
+    stored = save_tiny_model(tmp_path / "bf16", hidden_size=64, num_layers=1, dtype=torch.bfloat16)
+    config = ModelConfig(name_or_path=str(stored))
+    assert describe_base(config).dtype == torch.bfloat16
+    model = load_model(config)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    export_model(config, nudged_weights(model), tmp_path / "export")
+    loaded = SentenceTransformer(str(tmp_path / "export"), device="cpu")
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    cast_weights(model, torch.bfloat16)
+    same = model.encode_query(QUERIES, convert_to_tensor=True)
+    assert torch.allclose(same, loaded.encode_query(QUERIES, convert_to_tensor=True), atol=1e-5)
+    assert weight_names(tmp_path / "export") == weight_names(stored)
+
+
+def test_an_export_can_be_trained_on_and_exported_again(base: Path, tmp_path: Path) -> None:
+    config = ModelConfig(name_or_path=str(base), pooling="mean")
+    export_model(config, nudged_weights(load_model(config)), tmp_path / "first")
+    again = ModelConfig(name_or_path=str(tmp_path / "first"))
+    model = load_model(again)
+    assert [type(module).__name__ for module in model] == ["Transformer", "Pooling", "Normalize"]
+    export_model(again, nudged_weights(model), tmp_path / "second")
+    export_model(again, nudged_weights(model), tmp_path / "second")
+    assert weight_names(tmp_path / "second") == weight_names(base)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second"]
+    with pytest.raises(UserError, match=r"has its own pooling \(mean\), but model.pooling says lasttoken"):
+        load_model(ModelConfig(name_or_path=str(tmp_path / "first"), pooling="lasttoken"))
+
+
+def test_bf16_computes_in_bf16_and_keeps_fp32_weights(base: Path) -> None:
+    model = load_model(ModelConfig(name_or_path=str(base)))
+    features = preprocessing(model)(QUERIES, "query")
+    exact, rounded = (Embedder(model, bf16=bf16)(features) for bf16 in (False, True))
+    error = (exact - rounded.float()).norm() / exact.norm()
+    assert 1e-5 < error < 5e-2
+    rounded.float().sum().backward()
+    assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
+
+
+def test_a_model_without_image_support_is_refused(tmp_path: Path) -> None:
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "[PAD]": 1, "a": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(tmp_path)
+    small = BertConfig(vocab_size=3, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    BertModel(small).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"has no image support \(modalities: text\)"):
+        load_model(ModelConfig(name_or_path=str(tmp_path)))
+
+
+def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere cannot be loaded.*check model\.name_or_path"):
+        load_model(ModelConfig(name_or_path=str(tmp_path / "nowhere")))

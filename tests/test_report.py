@@ -1,0 +1,394 @@
+"""The report: what the page says and draws, what it escapes, what it never loads, and which run folders it refuses."""
+
+import json
+import math
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from farnear.errors import UserError
+from farnear.report.figures import Series, bins_of, chart_over_steps, ticks
+from farnear.report.page import write_report
+from farnear.report.sections import duration
+from farnear.report.svg import number
+
+VOID = {"meta", "link", "br", "img", "input", "hr"}
+
+
+class _Page(HTMLParser):
+    """Tags with their attributes, and the text of each tag name; complains about tags that do not close in order."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.text_of_tag: dict[str, list[str]] = {}
+        self.open: list[str] = []
+        self.pieces: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self.open == [], f"left open: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, {name: value or "" for name, value in attrs}))
+        if tag not in VOID:
+            self.open.append(tag)
+            self.text_of_tag.setdefault(tag, []).append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, {name: value or "" for name, value in attrs}))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "main" in self.open and "title" not in self.open:
+            self.pieces.append(data)
+        for tag in set(self.open):
+            self.text_of_tag[tag][-1] += data
+
+    def attributes(self, tag: str, css_class: str) -> list[dict[str, str]]:
+        return [found for name, found in self.tags if name == tag and found.get("class") == css_class]
+
+    def drawing(self, start: str) -> str:
+        """The text alternative that starts so."""
+        return next(found["aria-label"] for _, found in self.tags if found.get("aria-label", "").startswith(start))
+
+    @property
+    def words(self) -> str:
+        """All that a reader sees, in order, without tooltips."""
+        return " ".join(" ".join(self.pieces).split())
+
+
+def _step(step: int, **changes: Any) -> dict[str, Any]:
+    return {
+        "step": step,
+        "epoch": step / 10,
+        "loss": 5.0 - 0.1 * step,
+        "lr": 2e-5,
+        "grad_norm": 1.5,
+        "pairs_per_s": 80.0,
+        "masked": step % 2,
+        "tokens": 9000,
+        "peak_memory_bytes": 2 * 2**30,
+        "seconds": {"data": 0.1, "pass_one": 0.3, "loss": 0.1, "pass_two": 0.4, "optimizer": 0.1},
+        **changes,
+    }
+
+
+def _evaluation(step: int, kind: str, ndcg_by_dim: dict[str, float | None], **changes: Any) -> dict[str, Any]:
+    metrics = {dim: {"ndcg@1": 0.1, "ndcg@10": ndcg, "recall@10": 0.5} for dim, ndcg in ndcg_by_dim.items()}
+    return {"step": step, "kind": kind, "queries": 200, "pages": 3000, "metrics": metrics, **changes}
+
+
+def _run(
+    folder: Path,
+    steps: list[dict[str, Any]] | None = None,
+    evaluations: list[dict[str, Any]] | None = None,
+    config: str = "model:\n  name: tiny\n",
+) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.yaml").write_text(config)
+    for name, records in (("metrics.jsonl", steps), ("eval.jsonl", evaluations)):
+        if records is not None:
+            (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def _read(folder: Path) -> _Page:
+    report = write_report(folder)
+    assert report == folder / "report.html"
+    return _Page(report.read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    evaluations = [
+        _evaluation(0, "before", {"64": 0.02, "128": 0.03, "1024": 0.04}),
+        _evaluation(10, "during", {"64": 0.4, "128": 0.5, "1024": 0.6}),
+        _evaluation(20, "after", {"64": 0.7, "128": 0.8, "1024": 0.95}),
+    ]
+    folder = _run(tmp_path / "demo", [_step(step) for step in range(1, 21)], evaluations)
+    summary = {"seconds": 153.2, "pairs_per_s": 83.71234, "world_size": 2, "strategy": "zero2", "ndcg@10_after": 0.95}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def test_the_page_is_whole_and_loads_nothing(run_folder: Path) -> None:
+    page = _read(run_folder)
+    assert page.text_of_tag["title"][0] == "demo · farnear report"
+    html = (run_folder / "report.html").read_text(encoding="utf-8")
+    for loading in ("http://", "https://", "url(", "@import", "<script", "<link", "<img", " src=", " href="):
+        assert loading not in html
+    policy = next(found for tag, found in page.tags if found.get("http-equiv") == "Content-Security-Policy")
+    assert policy["content"].startswith("default-src 'none'")
+    assert any(found.get("name") == "viewport" for _, found in page.tags)
+    assert "prefers-color-scheme: dark" in html
+    assert "\n  name: tiny\n" in page.text_of_tag["details"][0]
+    drawings = [found for tag, found in page.tags if tag == "svg"]
+    assert len(drawings) == 4 + 1 + 4 + 1 + 1, "change bars and their axis, nDCG, four of training, time, masked"
+    assert all(found["role"] == "img" and found["aria-label"] for found in drawings)
+
+
+def test_the_figures_of_the_run(run_folder: Path) -> None:
+    words = _read(run_folder).words
+    assert "nDCG@10 with 1,024 dimensions 0.040 → 0.950 after training" in words
+    assert "Optimizer steps 20 epoch 2" in words
+    assert "Pairs per second 83.71" in words
+    assert "Time 2 min 33 s" in words
+    assert "Processes 2 zero2" in words
+    assert "Peak memory 2 GiB" in words
+    # The full dimension first, in the order of numbers and not of strings.
+    assert "1,024 0.040 0.950 +0.910 128 0.030 0.800 +0.770 64 0.020 0.700 +0.680" in words
+    assert "Dimensions nDCG@1 nDCG@10 Recall@10 1,024 0.100 0.950 0.500" in words
+    assert "Pass one 6 s 30.0% 300 ms" in words
+    assert "Masked pairs 10 in all" in words
+
+
+def test_the_charts_hold_the_values(run_folder: Path) -> None:
+    page = _read(run_folder)
+    assert page.drawing("Loss") == "Loss: 4.9 at step 1, 3 at step 20, lowest 3, highest 4.9"
+    assert page.drawing("Learning rate").startswith("Learning rate: 2e-5 at step 1")
+    assert page.drawing("nDCG@10 64") == (
+        "nDCG@10 64: 0.02 at step 0, 0.7 at step 20, lowest 0.02, highest 0.7; "
+        "nDCG@10 128: 0.03 at step 0, 0.8 at step 20, lowest 0.03, highest 0.8; "
+        "nDCG@10 1,024: 0.04 at step 0, 0.95 at step 20, lowest 0.04, highest 0.95"
+    )
+    assert page.drawing("Time by phase") == (
+        "Time by phase: Data 10.0%, Pass one 30.0%, Loss 10.0%, Pass two 40.0%, Optimizer 10.0%"
+    )
+    titles = page.text_of_tag["title"]
+    assert {f"Loss {number(5 - 0.1 * step)}, step {step}" for step in range(1, 21)} <= set(titles)
+    assert "nDCG@10 0.6, step 10, 1,024" in titles
+    lines = [found["points"].split() for found in page.attributes("polyline", "line")]
+    assert [len(line) for line in lines] == [3, 3, 3, 20, 20, 20, 20]
+    # nDCG from 0 (y 180) to 1 (y 14): 0.5 lies half way, wherever the labels are.
+    assert float(lines[1][1].split(",")[1]) == pytest.approx((180 + 14) / 2, abs=0.1)
+    loss_y = [float(point.split(",")[1]) for point in lines[3]]
+    assert loss_y == sorted(set(loss_y)), "a falling loss runs down the page"
+
+
+def test_everything_from_the_run_is_escaped(tmp_path: Path) -> None:
+    evil = "</pre></svg><script>alert(1)</script>\"'&"
+    steps = [_step(1, seconds={evil: 0.5, "b": 0.5})]
+    evaluations = [_evaluation(1, "after", {"8": 0.5})]
+    evaluations[0]["metrics"]["8"][evil] = 0.25
+    folder = _run(tmp_path / "<script>x<", steps, evaluations, config=evil)
+    (folder / "summary.json").write_text(json.dumps({evil: evil, "strategy": evil, "world_size": [evil]}))
+    page = _read(folder)
+    assert "<script" not in (folder / "report.html").read_text(encoding="utf-8")
+    assert page.text_of_tag["h1"] == ["<script>x<"]
+    assert page.text_of_tag["pre"] == [evil]
+    assert page.drawing("Time by phase") == f"Time by phase: {evil.capitalize()} 50.0%, B 50.0%"
+
+
+@pytest.mark.parametrize("metrics", [None, ""])
+def test_a_run_without_steps_says_so(tmp_path: Path, metrics: str | None) -> None:
+    folder = _run(tmp_path / "new")
+    if metrics is not None:
+        (folder / "metrics.jsonl").write_text(metrics)
+    page = _read(folder)
+    assert "No steps yet" in page.words
+    assert "No evaluation yet" in page.words
+    assert "name: tiny" in page.words
+
+
+def test_a_run_that_goes_on_shows_its_newest_evaluation(tmp_path: Path) -> None:
+    evaluations = [_evaluation(0, "before", {"8": 0.1}), _evaluation(5, "during", {"8": 0.25})]
+    words = _read(_run(tmp_path / "going", [_step(step) for step in range(1, 8)], evaluations)).words
+    assert "0.100 → 0.250 at step 5" in words
+    assert "Pairs per second 80 median step Time 7 s in steps" in words
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf, None])
+def test_values_that_are_not_finite_are_marked(tmp_path: Path, broken: float | None) -> None:
+    steps = [_step(step) for step in range(1, 10)]
+    steps[3] = _step(4, loss=broken, grad_norm=broken, pairs_per_s=broken, masked=broken, seconds={"data": broken})
+    steps[8] = _step(9, loss=broken)
+    evaluations = [_evaluation(0, "before", {"8": None}), _evaluation(9, "after", {"8": 0.5})]
+    page = _read(_run(tmp_path / "nan", steps, evaluations))
+    assert "2 of 9 values are not finite" in page.words
+    assert "Loss not finite from 4.9" in page.words
+    assert "not finite → 0.500" in page.words
+    assert {"Loss, step 4: not finite", "Loss, step 9: not finite", "nDCG@10, step 0: not finite"} <= set(
+        page.text_of_tag["title"]
+    )
+    loss_lines = [found["points"].split() for found in page.attributes("polyline", "line")][:2]
+    assert [len(line) for line in loss_lines] == [3, 4], "the line breaks at the broken step"
+    assert not any("nan" in value or "inf" in value for _, found in page.tags for value in found.values())
+
+
+def test_a_run_of_broken_values_only_is_drawn(tmp_path: Path) -> None:
+    nothing = dict.fromkeys(("epoch", "loss", "lr", "grad_norm", "pairs_per_s", "masked", "peak_memory_bytes"))
+    page = _read(_run(tmp_path / "nan", [_step(step, **nothing, seconds={"data": None}) for step in (1, 2)]))
+    assert page.drawing("Loss") == "Loss: 2 of 2 values are not finite"
+    assert "No times were recorded" in page.words
+
+
+def test_steps_that_a_resume_did_again_count_once(tmp_path: Path) -> None:
+    first = [_step(step, loss=1.0) for step in range(1, 9)]
+    evaluations = [_evaluation(3, "during", {"8": 0.3}), _evaluation(6, "during", {"8": 0.1})]
+    evaluations += [_evaluation(6, "during", {"8": 0.6})]
+    page = _read(_run(tmp_path / "resumed", first + [_step(step, loss=2.0) for step in (5, 6)], evaluations))
+    assert page.drawing("Loss") == "Loss: 1 at step 1, 2 at step 6, lowest 1, highest 2"
+    assert "4 recorded steps were left out" in page.words
+    assert page.drawing("nDCG@10").endswith("0.6 at step 6, lowest 0.3, highest 0.6")
+
+
+def test_other_corpora_are_not_compared_in_silence(tmp_path: Path) -> None:
+    evaluations = [
+        _evaluation(0, "before", {"8": 0.1}, pages=400),
+        _evaluation(5, "during", {"8": 0.5}, pages=400),
+        _evaluation(7, "during", {"8": 0.6}, pages=400),
+        _evaluation(8, "during", {"8": 0.3}, pages=5000),
+        _evaluation(8, "after", {"8": 0.4}, pages=5000),
+    ]
+    page = _read(_run(tmp_path / "sampled", [_step(step) for step in range(1, 10)], evaluations))
+    assert (
+        "Not the same task: 200 queries against 400 pages before, 200 queries against 5,000 pages since" in page.words
+    )
+    assert "Rings apart from the lines: 200 queries against 5,000 pages" in page.words
+    ndcg_line, loss_line = page.attributes("polyline", "line")[:2]
+    assert (len(ndcg_line["points"].split()), len(loss_line["points"].split())) == (3, 9)
+    assert "Not the same task" not in _read(_run(tmp_path / "sampled", None, evaluations[:2])).words
+
+
+def test_no_masked_pairs_draws_no_chart(tmp_path: Path) -> None:
+    page = _read(_run(tmp_path / "clean", [_step(step, masked=0) for step in (1, 2)]))
+    assert "Masked pairs 0 in all" in page.words
+    assert not any(found.get("aria-label", "").startswith("Masked") for _, found in page.tags)
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ('{"step": 3, "lo', "not a complete JSON object"),
+        ("", "not a complete JSON object"),
+        ("[1, 2]", "not a JSON object"),
+        (json.dumps({"step": 3}), "'seconds' is missing"),
+        (json.dumps({key: value for key, value in _step(3).items() if key != "grad_norm"}), "'grad_norm' is missing"),
+        (json.dumps(_step(3, loss="low")), "'loss' is 'low', not a number"),
+        (json.dumps(_step(3, loss=True)), "'loss' is True, not a number"),
+        (json.dumps(_step(-3)), "'step' is -3, not a whole number"),
+        (json.dumps(_step(3, seconds=7)), "'seconds' is not an object"),
+        (json.dumps(_step(3, seconds={"data": "x"})), "'data' is 'x', not a number"),
+    ],
+)
+def test_a_damaged_line_of_metrics_is_named(tmp_path: Path, line: str, complaint: str) -> None:
+    folder = _run(tmp_path / "damaged", [_step(1), _step(2)])
+    with (folder / "metrics.jsonl").open("a") as metrics:
+        metrics.write(line + "\n")
+    with pytest.raises(UserError) as caught:
+        write_report(folder)
+    message = str(caught.value)
+    assert f"{folder / 'metrics.jsonl'} line 3: " in message
+    assert complaint in message
+    assert "restore the file" in message
+    assert "\n" not in message
+    assert not (folder / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"kind": "later"}, "'kind' is 'later', not before, during or after"),
+        ({"metrics": {}}, "'metrics' is empty"),
+        ({"metrics": {"full": {"ndcg@10": 0.5}}}, "has the key 'full', which is not a number of dimensions"),
+        ({"metrics": {"8": {"ndcg@1": 0.5}}}, "'ndcg@10' is missing"),
+        ({"metrics": {"8": {"ndcg@10": 1.5}}}, "'ndcg@10' at 8 dimensions is 1.5, outside 0 to 1"),
+        ({"pages": 0.5}, "'pages' is 0.5, not a whole number"),
+    ],
+)
+def test_a_damaged_evaluation_is_named(tmp_path: Path, changes: dict[str, Any], complaint: str) -> None:
+    folder = _run(tmp_path / "damaged", [_step(1)], [_evaluation(1, "after", {"8": 0.5}) | changes])
+    with pytest.raises(UserError, match=r"eval\.jsonl line 1: ") as caught:
+        write_report(folder)
+    assert complaint in str(caught.value)
+
+
+def test_folders_that_are_no_runs_are_refused(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(UserError, match=r"holds no run\.yaml, so it is not a run folder"):
+            write_report(folder)
+    folder = _run(tmp_path / "run")
+    (folder / "summary.json").write_text('{"seconds": ')
+    with pytest.raises(UserError, match=r"summary\.json is not a JSON object"):
+        write_report(folder)
+    (folder / "run.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=r"run\.yaml is not UTF-8"):
+        write_report(folder)
+
+
+def test_the_page_is_replaced_whole_or_left_alone(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = write_report(run_folder)
+    before = report.read_text(encoding="utf-8")
+    with (run_folder / "metrics.jsonl").open("a") as metrics:
+        metrics.write(json.dumps(_step(21)) + "\n")
+
+    def fail(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("farnear.report.page.os.replace", fail)
+        with pytest.raises(OSError, match="no space"):
+            write_report(run_folder)
+    assert report.read_text(encoding="utf-8") == before
+    names = ["eval.jsonl", "metrics.jsonl", "report.html", "run.yaml", "summary.json"]
+    assert sorted(path.name for path in run_folder.iterdir()) == names, "nothing unfinished is left behind"
+    assert "step 21" in write_report(run_folder).read_text(encoding="utf-8")
+    assert sorted(path.name for path in run_folder.iterdir()) == names
+
+
+def test_a_long_run_keeps_its_spikes_and_stays_small(tmp_path: Path) -> None:
+    steps = [_step(step, loss=1.0 if step != 7777 else 40.0) for step in range(1, 10_001)]
+    page = _read(_run(tmp_path / "long", steps))
+    assert (tmp_path / "long" / "report.html").stat().st_size < 300_000
+    assert page.drawing("Loss").endswith("lowest 1, highest 40")
+    assert "Loss 1.78, steps 7,751 to 7,800 (mean; 1 to 40)" in page.text_of_tag["title"]
+    band_y = [float(point.split(",")[1]) for point in page.attributes("polygon", "band")[0]["points"].split()]
+    assert [y < 150 for y in band_y].count(True) == 1, "one spike, all else at the bottom"
+    assert min(band_y) < 25
+
+
+def test_bins_cover_every_step_once() -> None:
+    bins = bins_of(Series(range(1, 1002), [float(step) for step in range(1, 1002)]), at_most=100)
+    assert len(bins) <= 100
+    assert (bins[0].first_step, bins[-1].last_step) == (1, 1001)
+    assert all(left.last_step + 1 == right.first_step for left, right in pairwise(bins))
+    assert (bins[0].low, bins[0].high, bins[0].mean) == (1, 11, 6)
+
+
+@pytest.mark.parametrize("level", [0.0, 0.5, 0.99])
+def test_labels_do_not_cover_each_other(level: float) -> None:
+    series = [Series([0, 1], [0.0, level + 0.001 * line], label=f"<b>{line}") for line in range(6)]
+    drawing = _Page(f"<main>{chart_over_steps('nDCG@10', series, 'dots', value_range=(0.0, 1.0))}</main>")
+    label_y = sorted(float(found["y"]) for tag, found in drawing.tags if found.get("text-anchor") == "start")
+    assert len(label_y) == 6
+    assert all(below - above >= 12 for above, below in pairwise(label_y))
+    assert label_y[-1] <= 186
+    assert drawing.text_of_tag["text"][-6:] == ["<b>5", "<b>4", "<b>3", "<b>2", "<b>1", "<b>0"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "whole", "expected"),
+    [
+        (0, 1, False, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+        (1, 3, True, [1, 2, 3]),
+        (0, 24_000, True, [0, 5000, 10_000, 15_000, 20_000]),
+        (0, 2.1e-5, False, [0, 5e-6, 1e-5, 1.5e-5, 2e-5]),
+        (-3, 1, False, [-3, -2, -1, 0, 1]),
+    ],
+)
+def test_ticks_are_round(low: float, high: float, whole: bool, expected: list[float]) -> None:
+    assert ticks(low, high, 6, whole) == pytest.approx(expected)
+
+
+def test_numbers_as_people_write_them() -> None:
+    shown = {0: "0", 0.95: "0.95", 1234.5: "1,234", 12.34: "12.3", 2e-5: "2e-5", 0.00123: "0.00123", 3e7: "3e7"}
+    assert {value: number(value) for value in shown} == shown
+    assert number(-1.5) == "-1.5"
+    assert number(math.nan) == number(math.inf) == "not finite"
+    assert [duration(value) for value in (0.5, 59, 153.2, 11_100)] == ["0.5 s", "59 s", "2 min 33 s", "3 h 5 min"]

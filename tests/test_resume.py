@@ -1,0 +1,118 @@
+"""Resume: bit for bit at the same world size and strategy, and the same state at any other.
+
+Each test starts one group of processes and trains several times in it: the whole run, then from copies of its run
+folder cut back to an earlier checkpoint. The run has three steps an epoch, so step 2 is inside an epoch and step 3 at
+its edge.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+from ranks import run_ranks
+from safetensors import safe_open
+from tiny_runs import make_inputs, run_config
+
+from farnear.parallel.world import start_world, stop_world
+from farnear.training.checkpoint import find_checkpoint
+from farnear.training.run import open_run, save, train_in
+
+STRATEGIES = ("ddp", "zero2", "zero3")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_inputs(tmp_path_factory.mktemp("resume"))
+
+
+def losses(run: Path) -> list[tuple[int, float, float]]:
+    """Step, loss and gradient norm of each step, to the last bit."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
+
+
+def state(checkpoint: Path) -> dict[str, np.ndarray]:
+    """Whole flat tensors by KIND/PARAMETER, put together by this test's own code."""
+    pieces: dict[str, list[tuple[int, np.ndarray]]] = {}
+    for path in checkpoint.glob("rank-*.safetensors"):
+        with safe_open(path, framework="np") as file:
+            for key in file.keys():  # noqa: SIM118
+                kind, start, name = key.split("/", 2)
+                pieces.setdefault(f"{kind}/{name}", []).append((int(start), file.get_tensor(key)))
+    return {
+        key: np.concatenate([piece for _, piece in sorted(found, key=lambda p: p[0])]) for key, found in pieces.items()
+    }
+
+
+def cut_back(run: Path, step: int, name: str) -> Path:
+    """A copy of a run folder in which the checkpoints after ``step`` were never written."""
+    copy = run.with_name(name)
+    shutil.copytree(run, copy)
+    for path in (copy / "checkpoints").glob("step-*"):
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
+    return copy
+
+
+def train_and_resume(rank: int, world_size: int, folder: Path) -> None:
+    world = start_world(run_config(folder, "unused", strategy="zero2"))
+    for strategy in STRATEGIES:
+        whole = run_config(folder, f"{strategy}-whole", strategy=strategy, data={"dataloader_num_workers": 1})
+        train_in(world, whole)
+        for name, step, resume in (("inside", 2, "newest"), ("edge", 3, "auto")):
+            if rank == 0:
+                cut_back(folder / f"{strategy}-whole", step, f"{strategy}-{name}")
+            dist.barrier()
+            train_in(world, run_config(folder, f"{strategy}-{name}", strategy=strategy), resume)
+    stop_world()
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path) -> Path:
+    run_ranks(train_and_resume, 2, folder)
+    return folder
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_resume_is_bit_for_bit_the_uninterrupted_run(trained: Path, strategy: str) -> None:
+    whole = losses(trained / f"{strategy}-whole")
+    assert [step for step, _, _ in whole] == [1, 2, 3, 4, 5, 6]
+    for name in ("inside", "edge"):
+        assert losses(trained / f"{strategy}-{name}") == whole
+        resumed = state(trained / f"{strategy}-{name}" / "checkpoints" / "step-00000006")
+        uninterrupted = state(trained / f"{strategy}-whole" / "checkpoints" / "step-00000006")
+        assert resumed.keys() == uninterrupted.keys()
+        assert all(np.array_equal(resumed[key], uninterrupted[key]) for key in resumed)
+
+
+def load_and_save_again(rank: int, world_size: int, folder: Path, name: str, strategy: str) -> None:
+    """Continue from the newest checkpoint of a run, train nothing, and save what was loaded beside it."""
+    config = run_config(folder, name, strategy=strategy)
+    world = start_world(config)
+    run, progress = open_run(config, "newest", world)
+    if rank == 0:
+        shutil.rmtree(folder / name / "checkpoints")
+    dist.barrier()
+    save(run, progress)
+    stop_world()
+
+
+def test_another_world_size_or_strategy_loads_the_same_bits(trained: Path) -> None:
+    name = "elastic"
+    checkpoints = cut_back(trained / "zero2-whole", 2, name) / "checkpoints"
+    saved = state(checkpoints / "step-00000002")
+    assert {key.split("/")[0] for key in saved} == {"weight", "exp_avg", "exp_avg_sq"}
+    assert all(np.abs(moment).sum() > 0 for key, moment in saved.items() if key.startswith("exp_avg/"))
+    for world_size, strategy in ((1, "ddp"), (3, "zero3")):
+        run_ranks(load_and_save_again, world_size, trained, name, strategy)
+        loaded = state(checkpoints / "step-00000002")
+        assert loaded.keys() == saved.keys()
+        assert all(np.array_equal(loaded[key], saved[key]) for key in saved), (world_size, strategy)
+        found = find_checkpoint(checkpoints)
+        assert found is not None
+        assert found.progress.step == 2
+        assert found.manifest["world_size"] == world_size
+        assert {facts["step"] for facts in found.manifest["parameters"].values()} == {2}

@@ -1,0 +1,245 @@
+"""Whole runs: hard negatives, distractors, evaluations, the best checkpoint, export, report, and what stops them."""
+
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from PIL import Image
+from ranks import run_ranks
+from sentence_transformers import SentenceTransformer
+from tiny_runs import make_inputs, run_config
+
+import farnear
+from farnear.config import load_config
+from farnear.data.index import build_index
+from farnear.data.loader import load_features
+from farnear.data.read import PairReader
+from farnear.errors import RunStoppedError
+from farnear.model.embedder import preprocessing, to_device
+from farnear.parallel.world import start_world, stop_world
+from farnear.retrieve.encode import encode
+from farnear.retrieve.evaluate import build_task, sample_task
+from farnear.training.loop import train_step
+from farnear.training.metrics import cut_after
+from farnear.training.optim import learning_rate_schedule, steps_of
+from farnear.training.run import loop_parts, open_run, train_in
+
+
+def png(value: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), (value, 255 - value, value)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, samples: list[dict[str, Any]]) -> Path:
+    with webdataset.TarWriter(str(path)) as writer:
+        for sample in samples:
+            writer.write(sample)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_inputs(tmp_path_factory.mktemp("run"))
+    write_tar(
+        folder / "negatives.tar",
+        [
+            {
+                "__key__": f"n{i}",
+                "query.txt": f"query {i}",
+                "png": png(i),
+                "neg0.png": png(100 + i),
+                "neg1.png": png(i + 1),
+            }
+            for i in range(6)
+        ],
+    )
+    write_tar(folder / "corpus.tar", [{"__key__": f"c{i}", "png": png(200 + i)} for i in range(5)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path) -> tuple[Path, dict[str, Any]]:
+    config = run_config(
+        folder,
+        "run",
+        data={
+            "train": [str(folder / "data" / "train-*.tar"), str(folder / "negatives.tar")],
+            "eval": str(folder / "data" / "eval-*.tar"),
+            "eval_corpus": str(folder / "corpus.tar"),
+            "dataloader_num_workers": 1,
+        },
+        evaluation={"eval_steps": 2, "sample_queries": 4, "sample_pages": 6, "per_device_eval_batch_size": 3},
+        training={
+            "save_steps": 0,
+            "save_total_limit": 2,
+            "load_best_model_at_end": True,
+            "lr_scheduler_type": "cosine",
+        },
+    )
+    return folder / "run", farnear.train(config)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_run_folder_holds_the_run(finished: tuple[Path, dict[str, Any]]) -> None:
+    run, summary = finished
+    steps = lines(run / "metrics.jsonl")
+    assert [step["step"] for step in steps] == list(range(1, 9))
+    assert [step["epoch"] for step in steps] == [0] * 4 + [1] * 4
+    assert {"loss", "lr", "grad_norm", "pairs_per_s", "masked", "tokens", "peak_memory_bytes"} <= steps[0].keys()
+    assert steps[0]["seconds"].keys() == {"data", "pass_one", "loss", "pass_two", "optimizer"}
+    # Pair i's second negative is pair i + 1's page: where both are in a batch, one column is masked.
+    assert sum(step["masked"] for step in steps) > 0
+    evaluations = lines(run / "eval.jsonl")
+    assert [(e["kind"], e["step"]) for e in evaluations[:-1]] == [("before", 0)] + [("during", s) for s in (2, 4, 6, 8)]
+    assert [(e["queries"], e["pages"]) for e in evaluations[:2]] == [(8, 13), (4, 6)]
+    assert evaluations[0]["metrics"].keys() == {"64", "16"}
+    assert summary == json.loads((run / "summary.json").read_text())
+    assert summary["ndcg@10_after"] == round(evaluations[-1]["metrics"]["64"]["ndcg@10"], 4)
+    assert summary["world_size"] == 1
+    assert (run / "report.html").read_text().startswith("<!")
+    assert load_config(run / "run.yaml").training.max_steps == -1
+
+
+def test_the_best_checkpoint_is_kept_and_exported(finished: tuple[Path, dict[str, Any]]) -> None:
+    run, _ = finished
+    during = {e["step"]: e["metrics"]["64"]["ndcg@10"] for e in lines(run / "eval.jsonl") if e["kind"] == "during"}
+    best = max(during, key=lambda step: (during[step], -step))
+    assert (run / "best").read_text() == f"step-{best:08d}\n"
+    kept = {path.name for path in (run / "checkpoints").iterdir()}
+    assert kept == {f"step-{best:08d}", "step-00000008"}
+    last = lines(run / "eval.jsonl")[-1]
+    assert last["kind"] == "after"
+    exported = SentenceTransformer(str(run / "export"), device="cpu")
+    assert exported.get_embedding_dimension() == 64
+
+
+def test_an_export_embeds_as_the_run_measured(folder: Path, finished: tuple[Path, dict[str, Any]]) -> None:
+    """The exported folder, through sentence-transformers alone, ranks the corpus as the run's last evaluation did."""
+    run, summary = finished
+    model = SentenceTransformer(str(run / "export"), device="cpu")
+    index = build_index(sorted((folder / "data").glob("eval-*.tar")))
+    corpus = build_index([folder / "corpus.tar"], pairs=False)
+    reader, further = PairReader(index), PairReader(corpus)
+    q_QD = model.encode_query([reader.query(pair) for pair in range(len(index))], convert_to_tensor=True)
+    pages = [reader.page(int(page)) for page in index.positive_N] + [further.page(page) for page in range(5)]
+    score_QP = model.similarity(q_QD, model.encode_document(pages, convert_to_tensor=True))
+    rank_Q = (score_QP > score_QP.diagonal()[:, None]).sum(1)
+    ndcg = torch.where(rank_Q < 10, 1 / torch.log2(rank_Q + 2.0), 0.0).mean()
+    assert float(ndcg) == pytest.approx(summary["ndcg@10_after"], abs=2e-4)
+
+
+def test_the_corpus_is_every_distinct_page_once(folder: Path) -> None:
+    task = build_task(build_index([folder / "negatives.tar"]), build_index([folder / "corpus.tar"], pairs=False))
+    # Six positives, six first negatives; five second negatives are positives of other pairs.
+    assert len(task.page_row_P) == 6 + 6 + 1
+    assert len(task.distractor_row_R) == 5
+    assert all(len(pages) == 1 for pages in task.relevant)
+    sample = sample_task(task, 3, 15)
+    assert len(sample.relevant) == 3
+    assert sample.pages == 15
+    for query, relevant in enumerate(sample.relevant):
+        assert {sample.page_row_P[p] for p in relevant} == {task.page_row_P[p] for p in task.relevant[query]}
+    assert sample_task(task, 100, 1).pages == 6
+    assert sample_task(task, 2, 1).pages == 2
+
+
+def loss_that_is_not_finite(rank: int, world_size: int, folder: Path) -> None:
+    config = run_config(folder, "broken", strategy="ddp")
+    world = start_world(config)
+    run, _ = open_run(config, None, world)
+    parts = loop_parts(run)
+    if rank == 1:
+        with torch.no_grad():
+            next(iter(run.model.parameters())).fill_(math.nan)
+    batch = next(parts.loader.batches(2, 3))
+    with pytest.raises(
+        RunStoppedError, match=r"step 3: the loss is not finite \(loss nan\).*train-000000\.tar/"
+    ) as caught:
+        train_step(parts, batch)
+    assert all(key in str(caught.value) for key in parts.loader.keys_of_batch(2))
+    stop_world()
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all_with_the_keys(folder: Path) -> None:
+    run_ranks(loss_that_is_not_finite, 2, folder)
+
+
+def encode_on_ranks(rank: int, world_size: int, folder: Path) -> None:
+    """More ranks than one can share evenly, and under ZeRO-3 a rank without a share."""
+    config = run_config(folder, "encode", strategy="zero3")
+    world = start_world(config)
+    run, _ = open_run(config, None, world)
+    reader, preprocess = PairReader(run.data.train), preprocessing(run.model)
+    run.strategy.train(False)
+    for rows in (np.array([4, 0, 7, 2, 9, 1, 3]), np.array([5])):
+        e_ND = encode(run.strategy, world, reader, preprocess, "query", rows, batch_size=2, num_workers=0)
+        with torch.no_grad():
+            parts = [
+                run.strategy.embed(to_device(features, world.device))
+                for _, features in load_features(reader, preprocess, "query", rows.tolist(), 1, 0)
+            ]
+        assert torch.allclose(e_ND, torch.cat(parts), atol=1e-5)
+    stop_world()
+
+
+def test_encode_keeps_the_order_whatever_the_shares(folder: Path) -> None:
+    run_ranks(encode_on_ranks, 3, folder)
+
+
+def all_strategies_once(rank: int, world_size: int, folder: Path) -> None:
+    world = start_world(run_config(folder, "unused", strategy="zero1"))
+    for name, keys in {
+        "bf16": {"bf16": True},
+        "checkpointing": {"gradient_checkpointing": True},
+        "plain": {},
+    }.items():
+        train_in(world, run_config(folder, f"zero1-{name}", strategy="zero1", training={**keys, "max_steps": 2}))
+    train_in(world, run_config(folder, "pure-bf16", strategy="ddp", training={"pure_bf16": True, "max_steps": 2}))
+    stop_world()
+
+
+def test_precision_and_checkpointing_reach_the_training(folder: Path) -> None:
+    run_ranks(all_strategies_once, 2, folder)
+    loss = {n: lines(folder / n / "metrics.jsonl")[1]["loss"] for n in ("zero1-plain", "zero1-bf16", "pure-bf16")}
+    assert lines(folder / "zero1-checkpointing" / "metrics.jsonl")[1]["loss"] == pytest.approx(
+        loss["zero1-plain"], rel=1e-5
+    )
+    assert loss["zero1-bf16"] != loss["zero1-plain"]
+    assert loss["zero1-bf16"] == pytest.approx(loss["zero1-plain"], rel=0.05)
+    assert loss["pure-bf16"] == pytest.approx(loss["zero1-plain"], rel=0.2)
+
+
+def test_records_are_cut_back_to_a_step(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    cut_after(path, 2)
+    assert lines(path) == [{"step": 1}, {"step": 2}]
+
+
+def test_the_learning_rate_follows_transformers(folder: Path) -> None:
+    def rates(**training: Any) -> list[float]:
+        schedule = learning_rate_schedule(
+            run_config(folder, "x", training={"learning_rate": 1.0, **training}).training, 10
+        )
+        return [round(schedule(step), 4) for step in range(10)]
+
+    assert rates() == [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
+    assert rates(warmup_steps=2)[:4] == [0.0, 0.5, 1.0, 0.875]
+    assert rates(warmup_steps=0.2) == rates(warmup_steps=2) == rates(warmup_ratio=0.2)
+    assert rates(warmup_steps=2, warmup_ratio=0.5) == rates(warmup_steps=2)
+    cosine = rates(lr_scheduler_type="cosine", warmup_ratio=0.2)
+    assert cosine[2] == 1.0
+    assert cosine[6] == 0.5
+    assert steps_of(0.25, 10) == 3
+    assert steps_of(4, 10) == 4
+    assert steps_of(0, 10) is steps_of(None, 10) is None
