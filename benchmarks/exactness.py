@@ -37,7 +37,7 @@ from transformers.utils import logging as transformers_logging
 from farnear.config import LossConfig, ModelConfig, RunConfig, parse_config
 from farnear.data.loader import MiniBatch, RankBatch
 from farnear.data.plan import slice_of_rank
-from farnear.model.embedder import Embedder, preprocessing
+from farnear.model.embedder import Embedder, Preprocessing
 from farnear.model.load import load_model
 from farnear.model.tiny import save_tiny_model
 from farnear.parallel.strategy import Strategy, build_strategy
@@ -140,7 +140,7 @@ def make_batch(case: Case, world_size: int) -> GlobalBatch:
 
 def reference_gradient(model: SentenceTransformer, case: Case, batch: GlobalBatch) -> dict[str, Tensor]:
     """Gradient of the mean loss, the whole batch at once, from the definition."""
-    preprocess = preprocessing(model)
+    preprocess = Preprocessing(model)
     model.train()
 
     def embed(inputs: list[Any], side: str, first_turn: int, at_once: int) -> Tensor:
@@ -193,7 +193,7 @@ def rank_batch(case: Case, batch: GlobalBatch, model: SentenceTransformer, world
     borrowed = len(mine) == 0
     if borrowed:
         mine = np.array([0])
-    preprocess = preprocessing(model)
+    preprocess = Preprocessing(model)
     negatives = [page for i in mine for page in batch.negatives[i] if not borrowed]
     inputs = {"document": [batch.pages[i] for i in mine] + negatives, "query": [batch.queries[i] for i in mine]}
     mini_batches = []

@@ -1,5 +1,6 @@
 """What every test needs: a machine without GPUs and without a network, whatever it runs on, and a small run file."""
 
+import multiprocessing
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,9 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# Ranks and data workers are forked from one process that has imported these once.
+multiprocessing.set_forkserver_preload(["torch", "sentence_transformers", "deepspeed", "farnear.training.run"])
 
 WriteRunFile = Callable[..., Path]
 

@@ -1,10 +1,9 @@
 """Real gloo processes for tests: given a time limit, and gone afterwards whatever happened.
 
-They are forked from one server process that has imported torch, transformers and deepspeed and done nothing else, which
-saves each rank the ten seconds that these imports take.
+They are forked from one server process that has imported torch, transformers and deepspeed and done nothing else (see
+`conftest.py`), which saves each rank the ten seconds that these imports take.
 """
 
-import multiprocessing
 import os
 import socket
 import sys
@@ -16,8 +15,6 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
-
-multiprocessing.set_forkserver_preload(["torch", "sentence_transformers", "deepspeed", "farnear.training.run"])
 
 
 def run_ranks(work: Callable[..., None], world_size: int, *arguments: Any, seconds: float = 240) -> None:

@@ -3,7 +3,7 @@
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -249,8 +249,11 @@ def test_features_for_encoding_come_in_order(index: Index, workers: int) -> None
     assert no_children()
 
 
+def special(inputs: list[Any], side: str) -> dict[str, Any]:
+    return {"array": np.arange(3), "text": "x", "none": None}
+
+
 def test_features_are_not_touched_on_their_way(index: Index) -> None:
-    special: Callable[..., dict[str, Any]] = lambda inputs, side: {"array": np.arange(3), "text": "x", "none": None}  # noqa: E731
     for workers in (0, 1):
         ((_, features),) = load_features(PairReader(index), special, "query", [0], 1, workers)
         assert isinstance(features["array"], np.ndarray) and features["text"] == "x" and features["none"] is None

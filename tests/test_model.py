@@ -1,6 +1,7 @@
 """Loading and export: fp32 whatever is stored, and a folder that gives the same embeddings elsewhere."""
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from farnear.config import ModelConfig
 from farnear.errors import UserError
-from farnear.model.embedder import Embedder, preprocessing
+from farnear.model.embedder import Embedder, Preprocessing
 from farnear.model.export import export_model
 from farnear.model.load import cast_weights, describe_base, load_model
 from farnear.model.tiny import save_tiny_model
@@ -83,7 +84,7 @@ def test_an_export_gives_the_same_embeddings(base: Path, tmp_path: Path) -> None
 
 def test_training_sees_what_encode_sees(base: Path) -> None:
     model = load_model(ModelConfig(name_or_path=str(base), prompts={"query": "Find: ", "document": "Page: "}))
-    preprocess = preprocessing(model)
+    preprocess = Preprocessing(model)
     embedder = Embedder(model, bf16=False).eval()
     with torch.no_grad():
         assert torch.allclose(
@@ -125,7 +126,7 @@ def test_an_export_can_be_trained_on_and_exported_again(base: Path, tmp_path: Pa
 
 def test_bf16_computes_in_bf16_and_keeps_fp32_weights(base: Path) -> None:
     model = load_model(ModelConfig(name_or_path=str(base)))
-    features = preprocessing(model)(QUERIES, "query")
+    features = Preprocessing(model)(QUERIES, "query")
     exact, rounded = (Embedder(model, bf16=bf16)(features) for bf16 in (False, True))
     error = (exact - rounded.float()).norm() / exact.norm()
     assert 1e-5 < error < 5e-2
@@ -146,3 +147,16 @@ def test_a_model_without_image_support_is_refused(tmp_path: Path) -> None:
 def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere cannot be loaded.*check model\.name_or_path"):
         load_model(ModelConfig(name_or_path=str(tmp_path / "nowhere")))
+
+
+def test_preprocessing_is_sent_to_workers_without_the_weights(base: Path) -> None:
+    model = load_model(ModelConfig(name_or_path=str(base), prompts={"query": "Find: "}, max_pixels=64 * 64))
+    here = Preprocessing(model)
+    sent = pickle.dumps(here)
+    assert len(sent) < sum(parameter.numel() for parameter in model.parameters())
+    there = pickle.loads(sent)
+    for inputs, side in ((QUERIES, "query"), (PAGES, "document")):
+        expected, actual = here(inputs, side), there(inputs, side)
+        assert expected.keys() == actual.keys()
+        for name, value in expected.items():
+            assert torch.equal(value, actual[name]) if isinstance(value, torch.Tensor) else value == actual[name]

@@ -21,7 +21,7 @@ from farnear.data.index import build_index
 from farnear.data.loader import load_features
 from farnear.data.read import PairReader
 from farnear.errors import RunStoppedError
-from farnear.model.embedder import preprocessing, to_device
+from farnear.model.embedder import to_device
 from farnear.parallel.world import start_world, stop_world
 from farnear.retrieve.encode import encode
 from farnear.retrieve.evaluate import build_task, sample_task
@@ -179,7 +179,7 @@ def encode_on_ranks(rank: int, world_size: int, folder: Path) -> None:
     config = run_config(folder, "encode", strategy="zero3")
     world = start_world(config)
     run, _ = open_run(config, None, world)
-    reader, preprocess = PairReader(run.data.train), preprocessing(run.model)
+    reader, preprocess = PairReader(run.data.train), run.preprocess
     run.strategy.train(False)
     for rows in (np.array([4, 0, 7, 2, 9, 1, 3]), np.array([5])):
         e_ND = encode(run.strategy, world, reader, preprocess, "query", rows, batch_size=2, num_workers=0)

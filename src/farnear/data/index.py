@@ -91,6 +91,14 @@ class Index:
     positive_N: Int64  # page rows
     negative_start_N1: Int64  # [N + 1]
     negatives: Int64  # [K] page rows
+    path: Path | None = None  # of the file it was opened from
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a worker process is sent: the file's name where there is a file, for it can map it too."""
+        return {"path": self.path} if self.path else vars(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(vars(open_index(state["path"])) if state["path"] else state)
 
     def __len__(self) -> int:
         """The number of pairs N (0 for page shards)."""
@@ -106,7 +114,7 @@ class Index:
 
 
 _HEADER_FIELDS = ("shards", "fingerprint", "ignored_members", "ignored_examples")
-_COLUMNS = tuple(column.name for column in fields(Index) if column.name not in _HEADER_FIELDS)
+_COLUMNS = tuple(column.name for column in fields(Index) if column.name not in (*_HEADER_FIELDS, "path"))
 
 
 def expand_shards(patterns: Sequence[str], what: str) -> list[Path]:
@@ -298,6 +306,7 @@ def open_index(path: Path) -> Index:
         fingerprint=header["fingerprint"],
         ignored_members=header["ignored_members"],
         ignored_examples=tuple(header["ignored_examples"]),
+        path=path,
         **columns,
     )
 

@@ -79,8 +79,8 @@ class TrainLoader:
     """The training batches of one rank.
 
     ``num_negatives`` bounds the hard negatives of a pair (None: all, 0: none). ``mini_batch_size`` is in pairs for
-    queries and in pages for documents. ``num_workers`` 0 works in this process. Workers are forked, so neither the
-    index nor the preprocess function need to be picklable. ``prefetch_factor`` is in mini-batches a worker.
+    queries and in pages for documents. ``num_workers`` 0 works in this process. Workers are sent the index
+    and the preprocess function, which must be picklable then. ``prefetch_factor`` is in mini-batches a worker.
     """
 
     def __init__(
@@ -219,7 +219,7 @@ class _Work(Dataset[tuple[dict[str, Any] | None, UserError | None]]):
 
 @dataclass(frozen=True)
 class _Workers:
-    """How jobs are carried out: in this process (``num_workers`` 0) or by forked ones."""
+    """How jobs are carried out: in this process (``num_workers`` 0) or by workers, to whom all of this is pickled."""
 
     reader: PairReader
     preprocess: Preprocess
@@ -236,7 +236,9 @@ class _Workers:
             collate_fn=_unchanged,
             num_workers=self.num_workers,
             prefetch_factor=self.prefetch_factor if self.num_workers else None,
-            multiprocessing_context="fork" if self.num_workers else None,
+            # Never fork: a rank has threads (torch's, tqdm's, queues'), and a child forked while one of them starts or
+            # ends can inherit a lock that no one will release.
+            multiprocessing_context="forkserver" if self.num_workers else None,
             pin_memory=self.pin_memory,
             # DataLoader draws the workers' seeds when it starts; from its own generator, so that starting it, which a
             # resumed run does at another step, leaves the random state of dropout alone.

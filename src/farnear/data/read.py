@@ -1,8 +1,8 @@
 """Read one query or one page at its offset, and decode the page to RGB.
 
 A read is a ``pread``, which needs no position in the file, so any pair of any shard costs the same. Shards are opened
-when they are first needed and at most 256 stay open. After a fork a worker opens its own: with a descriptor shared
-between processes the kernel would see their reads as one stream and misjudge its read-ahead.
+when they are first needed and at most 256 stay open. A worker process opens its own: with a descriptor shared between
+processes the kernel would see their reads as one stream and misjudge its read-ahead.
 
 Offsets are worth nothing in a shard that was written again, so the size of a shard is compared with the index when it
 is opened. What cannot be read or decoded is a ``UserError`` that names shard and member; nothing is made up in its
@@ -26,12 +26,15 @@ _CHANGED = "so it was changed after it was indexed; build the index again"
 
 
 class PairReader:
-    """Queries and pages of an index by row. Works on both sides of a fork; threads must not share one."""
+    """Queries and pages of an index by row. It can be sent to another process; threads must not share one."""
 
     def __init__(self, index: Index) -> None:
         self.index = index
         self._file_of_shard: OrderedDict[int, io.FileIO] = OrderedDict()
-        self._owner = os.getpid()
+
+    def __reduce__(self) -> tuple[type["PairReader"], tuple[Index]]:
+        # Open files stay where they are.
+        return PairReader, (self.index,)
 
     def query(self, pair: int) -> str:
         """The text of a pair's query, without the white space around it."""
@@ -87,9 +90,6 @@ class PairReader:
         return b"".join(pieces)
 
     def _open(self, shard: int) -> io.FileIO:
-        if self._owner != os.getpid():
-            self.close()  # closes this process's copies of the descriptors only
-            self._owner = os.getpid()
         file = self._file_of_shard.get(shard)
         if file is not None:
             self._file_of_shard.move_to_end(shard)

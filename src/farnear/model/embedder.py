@@ -7,7 +7,9 @@ bf16 lives here, inside the module, and nowhere else: the forward runs under aut
 reduction stay fp32 under single, ddp and every ZeRO stage alike, and no strategy has a precision of its own.
 """
 
-from collections.abc import Callable, Mapping
+import io
+import pickle
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -34,21 +36,48 @@ class Embedder(nn.Module):
             return self.model(dict(features))["sentence_embedding"]
 
 
-def preprocessing(model: SentenceTransformer) -> Callable[[list[Any], str], dict[str, Any]]:
-    """The function from inputs and their side to features, with the side's prompt.
+class Preprocessing:
+    """From inputs and their side to features, with the side's prompt; sent to worker processes without the weights.
 
     The prompt is chosen as `encode_query` and `encode_document` choose it, so that an exported model used through them
     sees what it was trained on.
+
+    Args:
+        model: As loaded: a strategy may hang hooks and shards on it that no process can be sent.
     """
-    prompts = {"query": model.prompts.get("query")}
-    prompts["document"] = next(
-        (model.prompts[n] for n in ("document", "passage", "corpus") if n in model.prompts), None
-    )
 
-    def preprocess(inputs: list[Any], side: str) -> dict[str, Any]:
-        return dict(model.preprocess(inputs, prompt=prompts[side], task=side))
+    def __init__(self, model: SentenceTransformer) -> None:
+        self._model = model
+        document = next((model.prompts[n] for n in ("document", "passage", "corpus") if n in model.prompts), None)
+        self._prompts = {"query": model.prompts.get("query"), "document": document}
+        self._snapshot = _pickled_without_weights(model)
 
-    return preprocess
+    def __call__(self, inputs: list[Any], side: str) -> dict[str, Any]:
+        """Features of one mini-batch; ``side`` is "query" or "document"."""
+        return dict(self._model.preprocess(inputs, prompt=self._prompts[side], task=side))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_snapshot": self._snapshot, "_prompts": self._prompts}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._model = pickle.loads(self._snapshot)
+
+
+def _pickled_without_weights(model: SentenceTransformer) -> bytes:
+    class Pickler(pickle.Pickler):
+        def reducer_override(self, value: Any) -> Any:
+            if isinstance(value, nn.Parameter):
+                return _parameter_without_data, (value.shape, value.dtype, value.requires_grad)
+            return NotImplemented
+
+    stream = io.BytesIO()
+    Pickler(stream).dump(model)
+    return stream.getvalue()
+
+
+def _parameter_without_data(shape: torch.Size, dtype: torch.dtype, requires_grad: bool) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=requires_grad)
 
 
 def to_device(features: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

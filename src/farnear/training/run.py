@@ -6,10 +6,12 @@
 Each line of that is a function here or in the module it names; `farnear.training.loop` is the middle.
 """
 
+import multiprocessing
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from multiprocessing import forkserver
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -22,7 +24,7 @@ import farnear
 from farnear.config import RunConfig, dump_config, load_config
 from farnear.data.loader import TrainLoader
 from farnear.errors import UserError
-from farnear.model.embedder import Embedder, preprocessing
+from farnear.model.embedder import Embedder, Preprocessing
 from farnear.model.export import export_model
 from farnear.model.load import embedding_dimension, load_model
 from farnear.parallel.strategy import Strategy, build_strategy
@@ -64,6 +66,7 @@ class Run:
     folder: RunFolder
     data: RunData
     model: SentenceTransformer
+    preprocess: Preprocessing
     strategy: Strategy
     dims: tuple[int, ...]
     shapes: dict[str, torch.Size]
@@ -103,16 +106,23 @@ def open_run(config: RunConfig, resume: Resume | None, world: World) -> tuple[Ru
     Raises:
         UserError: The run folder, the shards, the model or the checkpoint do not fit the run file.
     """
+    prepare_workers()
     folder = RunFolder(Path(config.output_dir))
     on_main_rank(world, lambda: check_start(folder.path, resume))
     checkpoint = find_checkpoint(folder.checkpoints) if resume else None
     data = open_data(config.data, config.evaluation, folder.index, world)
     progress = first_progress(config, data.train.fingerprint, checkpoint)
-    model, strategy, shapes = build(config, world, checkpoint)
+    model, preprocess, strategy, shapes = build(config, world, checkpoint)
     dims = measured_dims(config, embedding_dimension(model))
     on_main_rank(world, lambda: prepare_folder(config, folder, progress.step))
     trackers = Trackers(config.training.report_to if world.is_main else (), folder.path, config.model_dump(mode="json"))
-    return Run(config, world, folder, data, model, strategy, dims, shapes, trackers), progress
+    return Run(config, world, folder, data, model, preprocess, strategy, dims, shapes, trackers), progress
+
+
+def prepare_workers() -> None:
+    """Start the process that workers are forked from: it imports what they need once, while the model is loaded."""
+    multiprocessing.set_forkserver_preload(["farnear.data.loader", "farnear.model.embedder"])
+    forkserver.ensure_running()
 
 
 def first_progress(config: RunConfig, fingerprint: str, checkpoint: Checkpoint | None) -> Progress:
@@ -141,10 +151,11 @@ def first_progress(config: RunConfig, fingerprint: str, checkpoint: Checkpoint |
 
 def build(
     config: RunConfig, world: World, checkpoint: Checkpoint | None
-) -> tuple[SentenceTransformer, Strategy, dict[str, torch.Size]]:
-    """Model and strategy, in the state of a checkpoint if one is given, and the shapes of what is trained."""
+) -> tuple[SentenceTransformer, Preprocessing, Strategy, dict[str, torch.Size]]:
+    """Model, preprocessing, strategy, in the state of a checkpoint if given one, and the shapes of what is trained."""
     training = config.training
     model = load_model(config.model, dtype=torch.bfloat16 if training.pure_bf16 else torch.float32)
+    preprocess = Preprocessing(model)
     if training.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     module = Embedder(model, bf16=training.bf16).to(world.device)
@@ -155,14 +166,14 @@ def build(
     strategy = build_strategy(config, module, build_optimizer(module, training), world)
     if checkpoint is not None:
         load_moments(checkpoint, strategy)
-    return model, strategy, shapes
+    return model, preprocess, strategy, shapes
 
 
 def with_weights_of(run: Run, step: int) -> Run:
     """The run with the model of one of its checkpoints."""
     checkpoint = open_checkpoint(run.folder.checkpoints / folder_name(step))
-    model, strategy, _ = build(run.config, run.world, checkpoint)
-    return replace(run, model=model, strategy=strategy)
+    model, preprocess, strategy, _ = build(run.config, run.world, checkpoint)
+    return replace(run, model=model, preprocess=preprocess, strategy=strategy)
 
 
 def loop_parts(run: Run) -> Parts:
@@ -170,7 +181,7 @@ def loop_parts(run: Run) -> Parts:
     config, world, training = run.config, run.world, run.config.training
     loader = TrainLoader(
         run.data.train,
-        preprocess=preprocessing(run.model),
+        preprocess=run.preprocess,
         seed=config.seed,
         global_batch_size=training.global_batch_size,
         mini_batch_size=training.mini_batch_size,
@@ -215,7 +226,7 @@ def measure(run: Run, kind: str, step: int) -> float:
         task,
         run.strategy,
         run.world,
-        preprocessing(run.model),
+        run.preprocess,
         run.dims,
         batch_size=run.config.evaluation.per_device_eval_batch_size,
         num_workers=run.config.data.dataloader_num_workers,
