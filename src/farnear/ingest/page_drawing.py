@@ -12,7 +12,6 @@ coordinates of a layout are fractions of the page, so every page size works. Ran
 """
 
 import io
-import math
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -37,10 +36,6 @@ COLOURS: Mapping[str, Colour] = MappingProxyType(
         "blue": (28, 84, 204),
         "green": (30, 142, 50),
         "orange": (255, 140, 0),
-        "purple": (124, 30, 168),
-        "brown": (118, 70, 28),
-        "pink": (255, 112, 184),
-        "teal": (0, 172, 176),
     }
 )
 
@@ -161,27 +156,6 @@ def _draw_bars(pen: ImageDraw.ImageDraw, box: Box, colour: Colour, draw: Draw) -
     _draw_axes(pen, box)
 
 
-def _curve(box: Box, draw: Draw) -> list[tuple[float, float]]:
-    left, top, right, bottom = box
-    steps = 5 + int(3 * draw())
-    return [
-        (left + (right - left) * step / steps, bottom - (bottom - top) * (0.2 + 0.75 * draw()))
-        for step in range(steps + 1)
-    ]
-
-
-def _draw_line(pen: ImageDraw.ImageDraw, box: Box, colour: Colour, draw: Draw) -> None:
-    _draw_axes(pen, box)
-    points = _curve(box, draw)
-    pen.line(points, fill=colour, width=12, joint="curve")
-
-
-def _draw_area(pen: ImageDraw.ImageDraw, box: Box, colour: Colour, draw: Draw) -> None:
-    left, _, right, bottom = box
-    pen.polygon([(left, bottom), *_curve(box, draw), (right, bottom)], fill=colour)
-    _draw_axes(pen, box)
-
-
 def _draw_pie(pen: ImageDraw.ImageDraw, box: Box, colour: Colour, draw: Draw) -> None:
     left, top, right, bottom = box
     radius = 0.48 * min(right - left, bottom - top)
@@ -194,19 +168,6 @@ def _draw_pie(pen: ImageDraw.ImageDraw, box: Box, colour: Colour, draw: Draw) ->
         end = start + 360 * share / sum(shares)
         pen.pieslice(circle, start, end, fill=pale if number == 0 else colour, outline=(255, 255, 255), width=4)
         start = end
-
-
-def _draw_scatter(pen: ImageDraw.ImageDraw, box: Box, colour: Colour, draw: Draw) -> None:
-    left, top, right, bottom = box
-    _draw_axes(pen, box)
-    radius = 0.045 * (right - left)
-    slope = math.tau * draw()
-    for _ in range(14 + int(8 * draw())):
-        along, aside = draw(), 0.35 * (draw() - 0.5)
-        x = min(max(along + aside * math.sin(slope), 0.06), 0.94)
-        y = min(max(along + aside * math.cos(slope), 0.06), 0.94)
-        centre_x, centre_y = left + x * (right - left), bottom - y * (bottom - top)
-        pen.ellipse((centre_x - radius, centre_y - radius, centre_x + radius, centre_y + radius), fill=colour)
 
 
 def _draw_table(pen: ImageDraw.ImageDraw, box: Box, colour: Colour, draw: Draw) -> None:
@@ -233,10 +194,7 @@ def _draw_table(pen: ImageDraw.ImageDraw, box: Box, colour: Colour, draw: Draw) 
 CHARTS: Mapping[str, DrawChart] = MappingProxyType(
     {
         "bar chart": _draw_bars,
-        "line chart": _draw_line,
-        "area chart": _draw_area,
         "pie chart": _draw_pie,
-        "scatter plot": _draw_scatter,
         "table": _draw_table,
     }
 )
