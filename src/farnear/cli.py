@@ -56,7 +56,7 @@ def _prepare_environment() -> None:
     """Settings that libraries read when they are imported."""
     import torch
 
-    # Workers are forked after the tokenizer was used, where its threads would deadlock.
+    # Ranks and data workers fill the cores already; a tokenizer's own threads would only compete with them.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -106,7 +106,8 @@ def open_run(config: RunConfig, resume: Resume | None, world: World) -> tuple[Ru
     Raises:
         UserError: The run folder, the shards, the model or the checkpoint do not fit the run file.
     """
-    prepare_workers()
+    if config.data.dataloader_num_workers:
+        prepare_workers()
     folder = RunFolder(Path(config.output_dir))
     on_main_rank(world, lambda: check_start(folder.path, resume))
     checkpoint = find_checkpoint(folder.checkpoints) if resume else None
