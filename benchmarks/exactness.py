@@ -10,7 +10,8 @@ one SGD step from the same weights, with clipping off and on, and the relative e
     | update - reference update | / | reference update |        (over all parameters together)
 
 SGD, because AdamW magnifies rounding wherever a gradient is near zero; AdamW is compared on its own, five steps from
-equal injected gradients. The last line is JSON. Exit code 1 when a bound is broken.
+equal injected gradients. ZeRO-3 is made to split parameters from 1,000 elements on, as in a large model; left alone it
+would keep all of these whole. The last line is JSON. Exit code 1 when a bound is broken.
 """
 
 import argparse
@@ -20,10 +21,12 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -51,6 +54,7 @@ BOUND_ADAMW = 1e-6
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 WORLD_SIZES = (1, 2, 3)
 SEED = 7
+SPLIT_CONFIG = Path(__file__).with_name("zero3_split.json")
 CPU = torch.device("cpu")
 
 
@@ -229,6 +233,14 @@ def run_config(strategy: str, model: str, max_grad_norm: float) -> RunConfig:
     )
 
 
+@contextmanager
+def parameters_split(strategy: str) -> Iterator[None]:
+    """Strategies built inside split parameters over the ranks, where that is zero3, as they do in a large model."""
+    settings = {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(SPLIT_CONFIG)} if strategy == "zero3" else {}
+    with patch.dict(os.environ, settings):
+        yield
+
+
 def cached_update(
     strategy_name: str,
     case: Case,
@@ -246,7 +258,8 @@ def cached_update(
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
     mine = rank_batch(case, batch, model, world)
     optimizer = torch.optim.SGD(module.parameters(), lr=lr)
-    strategy = build_strategy(run_config(strategy_name, model_path, clip), module, optimizer, world)
+    with parameters_split(strategy_name):
+        strategy = build_strategy(run_config(strategy_name, model_path, clip), module, optimizer, world)
     strategy.train(True)
     counts.update(calls=0, elements=0)
     cached_gradient(strategy, mine, case.loss, StepFigures(), seed=SEED, world=world)
@@ -296,7 +309,7 @@ class Injected(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(SEED)
-        self.a = nn.Parameter(torch.randn(17, 5, generator=generator))
+        self.a = nn.Parameter(torch.randn(171, 7, generator=generator))
         self.b = nn.Parameter(torch.randn(3, generator=generator))
         self.c = nn.Parameter(torch.randn(4, 2, 3, generator=generator))
 
@@ -314,7 +327,8 @@ def adamw_error(strategy_name: str, world: World) -> float:
     options: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1}
     plain = torch.optim.AdamW(reference.parameters(), **options)
     optimizer = torch.optim.AdamW(module.parameters(), **options)
-    strategy: Strategy = build_strategy(run_config(strategy_name, "unused", 0.5), module, optimizer, world)
+    with parameters_split(strategy_name):
+        strategy: Strategy = build_strategy(run_config(strategy_name, "unused", 0.5), module, optimizer, world)
     generator = torch.Generator().manual_seed(SEED)
     start = {name: p.detach().clone() for name, p in reference.named_parameters()}
     for step in range(5):

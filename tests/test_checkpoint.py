@@ -16,8 +16,7 @@ from farnear.parallel.world import World
 from farnear.training.checkpoint import (
     Progress,
     find_checkpoint,
-    load_moments,
-    load_weights,
+    load_state,
     open_checkpoint,
     retain,
     save_checkpoint,
@@ -37,10 +36,13 @@ def trained_module(seed: int) -> tuple[nn.Module, Replicated]:
     return module, strategy
 
 
+def shapes_of(module: nn.Module) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in module.named_parameters()}
+
+
 def save_step(folder: Path, step: int, seed: int = 0) -> Path:
     module, strategy = trained_module(seed)
-    shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
-    return save_checkpoint(folder / "checkpoints", strategy, shapes, Progress(step, 1, 2, "f"), ALONE, {})
+    return save_checkpoint(folder / "checkpoints", strategy, shapes_of(module), Progress(step, 1, 2, "f"), ALONE, {})
 
 
 @pytest.fixture
@@ -51,8 +53,7 @@ def published(tmp_path: Path) -> Path:
 def load_all(folder: Path) -> tuple[nn.Module, Replicated]:
     checkpoint = open_checkpoint(folder)
     module, strategy = trained_module(seed=9)
-    load_weights(checkpoint, dict(module.named_parameters()))
-    load_moments(checkpoint, strategy)
+    load_state(checkpoint, strategy, shapes_of(module))
     return module, strategy
 
 
@@ -130,9 +131,10 @@ def test_a_checkpoint_without_manifest_is_refused(published: Path) -> None:
 
 
 def test_another_model_is_refused(published: Path) -> None:
+    _, strategy = trained_module(seed=0)
     other = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
     with pytest.raises(UserError, match=r"another model: parameter 0\.bias differs"):
-        load_weights(open_checkpoint(published), dict(other.named_parameters()))
+        load_state(open_checkpoint(published), strategy, shapes_of(other))
 
 
 def test_leftovers_of_a_killed_save_are_removed_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,17 +1,12 @@
 """A slice of benchmarks/exactness.py: the distributed cached gradient is the plain one, and a wrong scale is seen."""
 
-import sys
-from pathlib import Path
 from typing import Any
 
+import exactness
 import pytest
 import torch
 from ranks import run_ranks
 from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-import exactness
 
 from farnear.parallel.strategy import NonFiniteGradientError, build_strategy
 from farnear.parallel.world import start_world, stop_world
@@ -47,10 +42,11 @@ def one_bad_gradient(rank: int, world_size: int) -> None:
     for name in exactness.STRATEGIES:
         module = exactness.Injected()
         optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
-        strategy = build_strategy(exactness.run_config(name, "unused", 1.0), module, optimizer, world)
+        with exactness.parameters_split(name):
+            strategy = build_strategy(exactness.run_config(name, "unused", 1.0), module, optimizer, world)
         before = strategy.full_weights()
         bad = float("inf") if rank == 1 else 1.0
-        gradients = [torch.full(shape, bad) for shape in ((17, 5), (3,), (4, 2, 3))]
+        gradients = [torch.full(shape, bad) for shape in ((171, 7), (3,), (4, 2, 3))]
         with strategy.accumulate():
             strategy.backward(strategy.embed({"gradients": gradients}))
         with pytest.raises(NonFiniteGradientError):
@@ -70,7 +66,7 @@ class TwoTowers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.image, self.text = nn.Linear(3, 2), nn.Linear(3, 2)
+        self.image, self.text = nn.Linear(3, 512), nn.Linear(3, 512)
 
     def forward(self, features: dict[str, Any]) -> torch.Tensor:
         tower = self.image if features["image"] else self.text
@@ -83,7 +79,8 @@ def step_without_images(rank: int, world_size: int) -> None:
     for name in exactness.STRATEGIES:
         module = TwoTowers()
         optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
-        strategy = build_strategy(exactness.run_config(name, "unused", 0.0), module, optimizer, world)
+        with exactness.parameters_split(name):
+            strategy = build_strategy(exactness.run_config(name, "unused", 0.0), module, optimizer, world)
         snapshots = []
         for image in (True, False):
             with strategy.accumulate():

@@ -11,13 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
+from exactness import parameters_split
 from ranks import run_ranks
 from safetensors import safe_open
+from sentence_transformers import SentenceTransformer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import make_inputs, run_config
 
 from farnear.parallel.world import start_world, stop_world
-from farnear.training.checkpoint import find_checkpoint
+from farnear.training.checkpoint import find_checkpoint, load_state, open_checkpoint
 from farnear.training.run import open_run, save, train_in
 
 STRATEGIES = ("ddp", "zero2", "zero3")
@@ -60,13 +64,14 @@ def cut_back(run: Path, step: int, name: str) -> Path:
 def train_and_resume(rank: int, world_size: int, folder: Path) -> None:
     world = start_world(run_config(folder, "unused", strategy="zero2"))
     for strategy in STRATEGIES:
-        whole = run_config(folder, f"{strategy}-whole", strategy=strategy, data={"dataloader_num_workers": 1})
-        train_in(world, whole)
-        for name, step, resume in (("inside", 2, "newest"), ("edge", 3, "auto")):
-            if rank == 0:
-                cut_back(folder / f"{strategy}-whole", step, f"{strategy}-{name}")
-            dist.barrier()
-            train_in(world, run_config(folder, f"{strategy}-{name}", strategy=strategy), resume)
+        with parameters_split(strategy):
+            whole = run_config(folder, f"{strategy}-whole", strategy=strategy, data={"dataloader_num_workers": 1})
+            train_in(world, whole)
+            for name, step, resume in (("inside", 2, "newest"), ("edge", 3, "auto")):
+                if rank == 0:
+                    cut_back(folder / f"{strategy}-whole", step, f"{strategy}-{name}")
+                dist.barrier()
+                train_in(world, run_config(folder, f"{strategy}-{name}", strategy=strategy), resume)
     stop_world()
 
 
@@ -92,7 +97,8 @@ def load_and_save_again(rank: int, world_size: int, folder: Path, name: str, str
     """Continue from the newest checkpoint of a run, train nothing, and save what was loaded beside it."""
     config = run_config(folder, name, strategy=strategy)
     world = start_world(config)
-    run, progress = open_run(config, "newest", world)
+    with parameters_split(strategy):
+        run, progress = open_run(config, "newest", world)
     if rank == 0:
         shutil.rmtree(folder / name / "checkpoints")
     dist.barrier()
@@ -116,3 +122,62 @@ def test_another_world_size_or_strategy_loads_the_same_bits(trained: Path) -> No
         assert found.progress.step == 2
         assert found.manifest["world_size"] == world_size
         assert {facts["step"] for facts in found.manifest["parameters"].values()} == {2}
+
+
+def return_to_the_best(rank: int, world_size: int, folder: Path) -> None:
+    """The sample is one query and its page, so the first evaluation, at step 2, is never beaten."""
+    world = start_world(run_config(folder, "unused", strategy="zero2"))
+    for strategy in STRATEGIES:
+        config = run_config(
+            folder,
+            f"{strategy}-best",
+            strategy=strategy,
+            data={"eval": str(folder / "data" / "eval-*.tar")},
+            training={"load_best_model_at_end": True, "max_steps": 4, "save_steps": 0, "report_to": "tensorboard"},
+            evaluation={"eval_steps": 2, "sample_queries": 1, "sample_pages": 1},
+        )
+        with parameters_split(strategy):
+            train_in(world, config)
+            run, _ = open_run(config, "newest", world)
+            if rank == 0:
+                cut_back(folder / f"{strategy}-best", 2, f"{strategy}-fresh")
+            dist.barrier()
+            fresh, progress = open_run(run_config(folder, f"{strategy}-fresh", strategy=strategy), "newest", world)
+        assert progress.step == 2
+        features = run.preprocess(["Which page shows the red bar chart?"], "query")
+        # Twice: from its second forward on ZeRO-3 keeps small parameters gathered.
+        last = [run.strategy.embed(features) for _ in range(2)][1]
+        load_state(open_checkpoint(run.folder.checkpoints / "step-00000002"), run.strategy, run.shapes)
+        best = run.strategy.embed(features)
+        assert torch.equal(best, fresh.strategy.embed(features)), strategy
+        assert not torch.equal(best, last), strategy
+    stop_world()
+
+
+@pytest.fixture(scope="module")
+def best(trained: Path) -> Path:
+    run_ranks(return_to_the_best, 2, trained)
+    return trained
+
+
+def test_the_best_weights_are_computed_with_and_exported(best: Path) -> None:
+    for strategy in STRATEGIES:
+        run = best / f"{strategy}-best"
+        assert (run / "best").read_text() == "step-00000002\n"
+        exported = dict(SentenceTransformer(str(run / "export"), device="cpu").named_parameters())
+        saved = state(run / "checkpoints" / "step-00000002")
+        weights = {
+            key.removeprefix("weight/model."): value for key, value in saved.items() if key.startswith("weight/")
+        }
+        assert weights.keys() == exported.keys()
+        assert all(np.array_equal(exported[name].detach().numpy().ravel(), weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_tracker_is_told_what_the_run_folder_holds(best: Path, strategy: str) -> None:
+    run = best / f"{strategy}-best"
+    events = EventAccumulator(str(run / run.name)).Reload()
+    assert [(event.step, pytest.approx(event.value)) for event in events.Scalars("loss")] == [
+        (step, loss) for step, loss, _ in losses(run)
+    ]
+    assert [(event.step, event.value) for event in events.Scalars("eval/64/ndcg@10")][1:3] == [(2, 1.0), (4, 1.0)]

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -221,9 +222,20 @@ def test_precision_and_checkpointing_reach_the_training(folder: Path) -> None:
 
 def test_records_are_cut_back_to_a_step(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 2, "kind": "after"}\n{"step": 3}\n{"st')
     cut_after(path, 2)
     assert lines(path) == [{"step": 1}, {"step": 2}]
+
+
+def test_records_stand_once_after_a_second_start_and_a_second_end(folder: Path) -> None:
+    keys: dict[str, Any] = {"data": {"eval": str(folder / "data" / "eval-*.tar")}, "training": {"max_steps": 1}}
+    for _ in range(2):
+        farnear.train(run_config(folder, "twice", **keys))
+        shutil.rmtree(folder / "twice" / "checkpoints")
+    farnear.train(run_config(folder, "twice", **keys))
+    farnear.train(run_config(folder, "twice", **keys), "newest")
+    assert [step["step"] for step in lines(folder / "twice" / "metrics.jsonl")] == [1]
+    assert [evaluation["kind"] for evaluation in lines(folder / "twice" / "eval.jsonl")] == ["before", "after"]
 
 
 def test_the_learning_rate_follows_transformers(folder: Path) -> None:

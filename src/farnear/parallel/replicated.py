@@ -90,6 +90,9 @@ class Replicated:
             pieces.append(ParameterSlice(name, start, weight, exp_avg, exp_avg_sq, state["step"]))
         return pieces
 
+    def spread_weights(self) -> None:
+        """Nothing to do: the slices are views of the parameters themselves."""
+
     def full_weights(self) -> dict[str, Tensor]:
         """Whole parameters by name on the CPU of rank 0."""
         if not self._world.is_main:

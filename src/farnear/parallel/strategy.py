@@ -8,9 +8,10 @@ The cached step needs five verbs from a strategy and knows nothing else about it
     step         clip, update, forget the gradients; the global norm before clipping comes back
     train        dropout on or off
 
-A checkpoint needs two more. `slices` shows the training state as flat pieces of named parameters: weights and moments
+A checkpoint needs three more. `slices` shows the training state as flat pieces of named parameters: weights and moments
 as writable views, wherever the strategy keeps them. All strategies show the same names and the same meaning, which is
-what makes a checkpoint of one loadable into any other. `full_weights` brings whole parameters to rank 0 for export.
+what makes a checkpoint of one loadable into any other. After weights were written there, `spread_weights` brings them
+to the ranks that compute with them. `full_weights` brings whole parameters to rank 0 for export.
 """
 
 from collections.abc import Mapping
@@ -77,6 +78,9 @@ class Strategy(Protocol):
 
     def slices(self, *, owned: bool) -> list[ParameterSlice]:
         """The state on this rank; with ``owned`` only the pieces that this rank writes, disjoint over ranks."""
+
+    def spread_weights(self) -> None:
+        """Make weights that were written through `slices(owned=False)` those that `embed` uses. A collective."""
 
     def full_weights(self) -> dict[str, Tensor]:
         """Whole parameters by name on the CPU of rank 0; an empty dict elsewhere. A collective."""

@@ -34,6 +34,7 @@ class Trackers:
             tracker_class = LOGGER_TYPE_TO_CLASS[name]
             arguments = {"logging_dir": str(folder)} if tracker_class.requires_logging_directory else {}
             tracker = tracker_class(folder.name, **arguments)
+            tracker.start()
             tracker.store_init_configuration(_flat(config))
             self._trackers.append(tracker)
 

@@ -97,6 +97,17 @@ class Zero:
         pieces = self._slices_of_stage_3() if self._stage == 3 else self._slices_of_stage_1_and_2()
         return list(pieces)
 
+    def spread_weights(self) -> None:
+        """From the optimizer's partitions to the parameters, as in an engine's step."""
+        zero = self._engine.optimizer
+        if self._stage < 3:
+            zero.update_lp_params()
+            return
+        # Small parameters stay gathered between forwards; without this the old ones would.
+        zero.parameter_offload.partition_all_parameters()
+        for group in range(len(zero.fp32_partitioned_groups_flat)):
+            zero._reassign_or_swap_out_partitioned_parameters(group)
+
     def full_weights(self) -> dict[str, Tensor]:
         """Whole parameters by name on the CPU of rank 0, gathered one at a time."""
         weights = {}

@@ -122,41 +122,32 @@ def save_checkpoint(
     return final
 
 
-def load_weights(checkpoint: Checkpoint, named: Mapping[str, Tensor]) -> None:
-    """Fill parameters with a checkpoint's weights. Each rank reads for itself.
+def load_state(checkpoint: Checkpoint, strategy: Strategy, shapes: Mapping[str, torch.Size]) -> None:
+    """Bring weights and AdamW's state to what a checkpoint holds. A collective; each rank reads for itself.
+
+    Args:
+        shapes: Of every trained parameter.
 
     Raises:
         UserError: The checkpoint is torn, mixed or short, or belongs to another model.
     """
-    wanted, held = checkpoint.manifest["parameters"], {name: list(p.shape) for name, p in named.items()}
-    if held != {name: facts["shape"] for name, facts in wanted.items()}:
-        odd = sorted(
-            name for name in held.keys() | wanted.keys() if held.get(name) != wanted.get(name, {}).get("shape")
-        )
+    parameters = checkpoint.manifest["parameters"]
+    saved, held = {name: facts["shape"] for name, facts in parameters.items()}, {n: list(s) for n, s in shapes.items()}
+    if odd := sorted(name for name in held.keys() | saved.keys() if held.get(name) != saved.get(name)):
         raise UserError(
             f"checkpoint {checkpoint.folder} is of another model: parameter {odd[0]} differs; "
             "set model.name_or_path to the model the run was started with"
         )
-    with torch.no_grad():
-        for name, tensor in _assemble(checkpoint, "weight").items():
-            named[name].copy_(tensor.view(named[name].shape))
-
-
-def load_moments(checkpoint: Checkpoint, strategy: Strategy) -> None:
-    """Fill the strategy's optimizer state from a checkpoint's.
-
-    Raises:
-        UserError: The checkpoint is torn, mixed or short.
-    """
-    parameters = checkpoint.manifest["parameters"]
     pieces = strategy.slices(owned=False)
-    for kind in ("exp_avg", "exp_avg_sq"):
+    # One kind after the other: only a third of the state is whole in memory at a time.
+    for kind in KINDS:
         whole = _assemble(checkpoint, kind)
         for piece in pieces:
             target: Tensor = getattr(piece, f"{kind}_n")
             target.copy_(whole[piece.name][piece.start : piece.start + target.numel()])
     for piece in pieces:
         piece.step.fill_(parameters[piece.name]["step"])
+    strategy.spread_weights()
 
 
 def find_checkpoint(checkpoints: Path) -> Checkpoint | None:

@@ -27,16 +27,17 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def cut_after(path: Path, step: int) -> None:
-    """Drop the lines of steps beyond ``step``, and a last line that a kill left half-written."""
+    """Drop what will be written again: lines of steps beyond ``step``, the evaluation at the end, half a last line."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except ValueError:
+            record = json.loads(line)
+        except ValueError:  # a kill came in the middle of it
             break
+        if record["step"] <= step and record.get("kind") != "after":
+            kept.append(line)
     path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
 

@@ -9,7 +9,7 @@ Each line of that is a function here or in the module it names; `farnear.trainin
 import multiprocessing
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from multiprocessing import forkserver
 from pathlib import Path
@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
-from torch.nn import Parameter
 
 import farnear
 from farnear.config import RunConfig, dump_config, load_config
@@ -37,8 +36,7 @@ from farnear.training.checkpoint import (
     Progress,
     find_checkpoint,
     folder_name,
-    load_moments,
-    load_weights,
+    load_state,
     open_checkpoint,
     replace_text,
     retain,
@@ -93,7 +91,7 @@ def train_in(world: World, config: RunConfig, resume: Resume | None = None) -> d
         measure(run, "before", 0)
     progress = train(parts, progress)
     if config.training.load_best_model_at_end and progress.best_step is not None:
-        run = with_weights_of(run, progress.best_step)
+        load_state(open_checkpoint(run.folder.checkpoints / folder_name(progress.best_step)), run.strategy, run.shapes)
     measure(run, "after", progress.step)
     export(run)
     run.trackers.close()
@@ -160,21 +158,12 @@ def build(
     if training.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     module = Embedder(model, bf16=training.bf16).to(world.device)
-    trained: dict[str, Parameter] = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    shapes = {name: parameter.shape for name, parameter in trained.items()}
-    if checkpoint is not None:
-        load_weights(checkpoint, trained)
+    # Taken now: ZeRO-3 leaves parameters without a shape.
+    shapes = {name: parameter.shape for name, parameter in module.named_parameters() if parameter.requires_grad}
     strategy = build_strategy(config, module, build_optimizer(module, training), world)
     if checkpoint is not None:
-        load_moments(checkpoint, strategy)
+        load_state(checkpoint, strategy, shapes)
     return model, preprocess, strategy, shapes
-
-
-def with_weights_of(run: Run, step: int) -> Run:
-    """The run with the model of one of its checkpoints."""
-    checkpoint = open_checkpoint(run.folder.checkpoints / folder_name(step))
-    model, preprocess, strategy, _ = build(run.config, run.world, checkpoint)
-    return replace(run, model=model, preprocess=preprocess, strategy=strategy)
 
 
 def loop_parts(run: Run) -> Parts:
@@ -276,13 +265,19 @@ def measured_dims(config: RunConfig, full: int) -> tuple[int, ...]:
 
 
 def prepare_folder(config: RunConfig, folder: RunFolder, step: int) -> None:
-    """Save the resolved run file, check that it loads to the same config, and cut the records back to ``step``."""
+    """Save the resolved run file, check that it loads to the same config, and cut the records back to ``step``.
+
+    What a training that starts, at step 0, finds there is of one that did not reach its first checkpoint.
+    """
     folder.path.mkdir(parents=True, exist_ok=True)
     replace_text(folder.config, dump_config(config))
     if load_config(folder.config) != config:
         raise RuntimeError(f"{folder.config} does not load to the config it was saved from")
     for records in (folder.metrics, folder.evaluations):
-        cut_after(records, step)
+        if step:
+            cut_after(records, step)
+        else:
+            records.unlink(missing_ok=True)
     folder.summary.unlink(missing_ok=True)
 
 
