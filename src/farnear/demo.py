@@ -28,7 +28,7 @@ def run_demo(arguments: argparse.Namespace) -> int:
     """Draw, train, measure, and say how to use the result. Returns the exit code.
 
     Args:
-        arguments: out (the run folder), strategy, ranks, seed.
+        arguments: out (the run folder), strategy, ranks (or None), seed.
 
     Raises:
         UserError: The folder holds something else, or the launch met a user's mistake.
@@ -57,7 +57,7 @@ def demo_run(arguments: argparse.Namespace, out: Path) -> dict[str, Any]:
     return {
         "output_dir": str(out),
         "strategy": arguments.strategy,
-        "num_processes": arguments.ranks,
+        "num_processes": arguments.ranks or (1 if arguments.strategy == "single" else 2),
         "seed": arguments.seed,
         "model": {"name_or_path": str(out / "base")},
         "data": {
@@ -96,12 +96,13 @@ def prepare(out: Path, seed: int) -> None:
 
 
 def closing_words(out: Path, seconds: float) -> str:
-    """What was gained, where the model is, and how to query it."""
+    """What was gained, where the model is, and three lines that query it, which work as they stand."""
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     before, after = summary["ndcg@10_by_dim_before"], summary["ndcg@10_by_dim"]
     rows = [f"{dim:>10}  {before[dim]:>6.3f}  {after[dim]:>6.3f}" for dim in sorted(after, key=int, reverse=True)]
-    page = next(iter(sorted((out / "data").glob("eval-*.tar"))))
-    how = f"{summary['strategy']}, {summary['world_size']} ranks, {seconds:.0f} s"
+    ranks = summary["world_size"]
+    how = f"{summary['strategy']}, {ranks} rank{'' if ranks == 1 else 's'}, {seconds:.0f} s"
+    query, pages = save_examples(out)
     return "\n".join(
         [
             "",
@@ -110,11 +111,26 @@ def closing_words(out: Path, seconds: float) -> str:
             *rows,
             "",
             f"report  {out / 'report.html'}",
-            f"model   {summary['export']}   pages to try it on: {page}",
+            f"model   {summary['export']}",
+            "",
+            "Which of three unseen pages answers a query? The first one does:",
             "",
             "    from sentence_transformers import SentenceTransformer",
             f"    model = SentenceTransformer({summary['export']!r})",
-            '    model.similarity(model.encode_query("Which page shows the red bar chart of sales in 2019?"), '
-            "model.encode_document([page_image]))",
+            f"    print(model.similarity(model.encode_query({query!r}), model.encode_document({pages})))",
         ]
     )
+
+
+def save_examples(out: Path) -> tuple[str, list[str]]:
+    """Write three evaluation pages as images; their paths, and the query that the first one answers."""
+    from farnear.data.index import build_index
+    from farnear.data.read import PairReader
+
+    reader = PairReader(build_index(sorted((out / "data").glob("eval-*.tar"))))
+    paths = []
+    for pair in range(3):
+        path = out / f"page-{pair}.png"
+        reader.page(int(reader.index.positive_N[pair])).save(path)
+        paths.append(str(path))
+    return reader.query(0), paths

@@ -16,6 +16,7 @@ parameters and fp32 gradients. Its own bf16 mode would accumulate the mini-batch
 """
 
 import json
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,6 +52,8 @@ class Zero:
             ) from None
         # An operator of its CPU inference that DeepSpeed would compile at start, with a compiler and minutes to spare.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # It warns of an optimizer other than its own, which is what we bring on purpose.
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         self._gathered_parameters = deepspeed.zero.GatheredParameters
         self._world = world
         self._stage = int(config.strategy[-1])

@@ -26,7 +26,8 @@ def derived_numbers(parts: Parts, data: RunData, model: SentenceTransformer) -> 
         ("reads", f"{', '.join(map(str, model.modalities))}; pooling {pooling}; prompts {prompts}"),
         (
             "trains",
-            f"on {world.world_size} ranks ({world.device.type}), strategy {config.strategy}, seed {config.seed}",
+            f"on {world.world_size} {'rank' if world.world_size == 1 else 'ranks'} ({world.device.type}), "
+            f"strategy {config.strategy}, seed {config.seed}",
         ),
         (
             "pairs",

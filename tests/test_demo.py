@@ -1,0 +1,49 @@
+"""The demo: a small one from the command to the three lines that it prints, and in `make soak` the real one."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from farnear import demo
+from farnear.cli import main
+
+
+def test_a_small_demo_ends_with_lines_that_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "TRAIN_PAIRS", 300)
+    monkeypatch.setattr(demo, "EVAL_PAIRS", 20)
+    out = tmp_path / "demo"
+    assert main(["demo", "--out", str(out), "--strategy", "zero2", "--ranks", "2", "--seed", "5"]) == 0
+    printed = capfd.readouterr().out
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["strategy"], summary["world_size"], summary["steps"]) == ("zero2", 2, 3)
+    assert {"ndcg@10_before", "ndcg@10_after", "seconds", "pairs_per_s"} <= summary.keys()
+    assert summary["ndcg@10_by_dim"].keys() == {"128", "64", "32"}
+    assert f"{summary['ndcg@10_before']:.3f}" in printed
+    assert "3/3" in printed
+    assert (out / "report.html").exists()
+    program = "\n".join(line.strip() for line in printed.splitlines()[-3:])
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert answer.stdout.startswith("tensor([[")
+    assert answer.stdout.count(",") == 2
+
+
+def test_a_folder_that_is_no_demo_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    assert main(["demo", "--out", str(tmp_path)]) == 2
+    assert "holds something that is not a demo" in capsys.readouterr().err
+    assert (tmp_path / "thesis.txt").exists()
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(("seed", "wanted"), [(0, 0.90), (1, 0.85), (2, 0.85)])
+def test_the_demo_learns_to_read(tmp_path: Path, seed: int, wanted: float) -> None:
+    assert main(["demo", "--out", str(tmp_path / "demo"), "--seed", str(seed)]) == 0
+    summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
+    assert summary["ndcg@10_before"] <= 0.10
+    assert summary["ndcg@10_after"] >= wanted
