@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -40,9 +41,9 @@ def shapes_of(module: nn.Module) -> dict[str, torch.Size]:
     return {name: parameter.shape for name, parameter in module.named_parameters()}
 
 
-def save_step(folder: Path, step: int, seed: int = 0) -> Path:
+def save_step(folder: Path, step: int, seed: int = 0, **about: bool) -> Path:
     module, strategy = trained_module(seed)
-    return save_checkpoint(folder / "checkpoints", strategy, shapes_of(module), Progress(step, 1, 2, "f"), ALONE, {})
+    return save_checkpoint(folder / "checkpoints", strategy, shapes_of(module), Progress(step, 1, 2, "f"), ALONE, about)
 
 
 @pytest.fixture
@@ -156,3 +157,33 @@ def test_retention_spares_the_newest_and_the_best(tmp_path: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000001", "step-00000004"]
     retain(folder, None, best_step=None)
     assert len(list(folder.iterdir())) == 2
+
+
+def test_a_former_best_goes_when_it_was_saved_for_that_alone(tmp_path: Path) -> None:
+    for step, as_best in ((1, True), (2, False), (3, True), (4, True)):
+        save_step(tmp_path, step, saved_as_best=as_best)
+    retain(tmp_path / "checkpoints", None, best_step=3)
+    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert left == ["step-00000002", "step-00000003", "step-00000004"]
+
+
+def test_a_checkpoint_set_aside_by_hand_does_not_count(tmp_path: Path) -> None:
+    newest = save_step(tmp_path, 2)
+    shutil.copytree(save_step(tmp_path, 1), newest.with_name("step-00000003.old"))
+    (newest.with_name("step-broken")).mkdir()
+    found = find_checkpoint(newest.parent)
+    assert found is not None
+    assert found.folder == newest
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = save_step(tmp_path, 1)
+
+    def save_file(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("farnear.training.checkpoint.save_file", save_file)
+    with pytest.raises(UserError, match=r"step 2 was not saved: rank 0 cannot write .* No space left on device"):
+        save_step(tmp_path, 2)
+    assert list(first.parent.iterdir()) == [first]
+    assert load_all(first)

@@ -9,7 +9,7 @@ import pytest
 from conftest import WriteRunFile
 
 from farnear import config as config_module
-from farnear.config import FOREIGN_KEYS, RunConfig, dump_config, known_keys, load_config, parse_config
+from farnear.config import FOREIGN_KEYS, RunConfig, TrainingConfig, dump_config, known_keys, load_config, parse_config
 from farnear.errors import UserError
 
 
@@ -86,7 +86,16 @@ def test_advice_for_foreign_keys_names_known_keys_only() -> None:
         ("training={bf16: true, pure_bf16: true}", ["bf16", "pure_bf16", "set one"]),
         ("training.load_best_model_at_end=true", ["load_best_model_at_end", "data.eval", "evaluation.eval_steps"]),
         ("evaluation.eval_steps=10", ["evaluation.eval_steps", "data.eval"]),
-        ("model=null", ["model: input should be a section"]),
+        ("model=null", ["'model.name_or_path' is missing"]),
+        ("model=3", ["model: input should be a section"]),
+        ("training.learning_rate=.inf", ["training.learning_rate", "finite"]),
+        ("training.num_train_epochs=.nan", ["training.num_train_epochs", "finite"]),
+        ("training.global_batch_size=100000000000000", ["training.global_batch_size", "1048576"]),
+        ("loss={matryoshka_dims: [64, 32], matryoshka_weights: [1, 0]}", ["matryoshka_weights must be positive"]),
+        ("model={name_or_path: x, min_pixels: 9, max_pixels: 4}", ["min_pixels 9 is above max_pixels 4"]),
+        ("model.name_or_path=", ["model.name_or_path", "not None"]),
+        ("foo=1", ["unknown key 'foo'; the keys there are output_dir, strategy"]),
+        ("data.train={a: 1, a: 2}", ["the key 'a' stands twice"]),
         ("training.max_steps", ["'training.max_steps' is not an override", "section.key=value"]),
         ("=3", ["is not an override"]),
         ("model.name_or_path.x=3", ["'name_or_path' is a value, not a section"]),
@@ -96,6 +105,18 @@ def test_advice_for_foreign_keys_names_known_keys_only() -> None:
 def test_a_wrong_value_is_refused_by_name(write_run_file: WriteRunFile, override: str, words: list[str]) -> None:
     message = _refusal(write_run_file(), override)
     assert [word for word in words if word not in message] == [], message
+
+
+def test_what_yaml_would_take_for_something_else(write_run_file: WriteRunFile) -> None:
+    path = write_run_file(output_dir="runs")
+    text = path.read_text()
+    path.write_text(text + "training:\n  max_steps: 3\ntraining:\n  bf16: true\n")
+    assert "the key 'training' stands twice" in _refusal(path)
+    path.write_text(text + "training:\n")
+    assert load_config(path).training == TrainingConfig()
+    assert load_config(path, ["output_dir=2024-02-30"]).output_dir == "2024-02-30"
+    path.write_text(text + "seed: " + 5000 * "1")
+    assert "is not YAML" in _refusal(path)
 
 
 def test_combinations_that_cannot_train_are_refused(write_run_file: WriteRunFile) -> None:

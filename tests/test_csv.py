@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from tar_makers import image_bytes
 
 from farnear.errors import UserError
@@ -105,6 +106,23 @@ def test_a_file_that_is_no_image_is_named_and_nothing_is_written(folder: Path) -
     with pytest.raises(UserError, match=r"line 3 names .*fake\.png, which is no image"):
         import_csv(write_csv(folder, [("query", "image"), GOOD, ("b", "fake.png")]), folder / "out")
     assert list((folder / "out").iterdir()) == []
+
+
+def test_an_image_that_training_could_not_read_is_named(folder: Path) -> None:
+    Image.new("RGB", (40, 40), "red").save(folder / "bitmap.png", "BMP")
+    Image.effect_noise((40, 40), 9).save(folder / "whole.png")
+    Image.effect_noise((40, 40), 9).save(folder / "whole.jpg")
+    for name in ("png", "jpg"):
+        (folder / f"cut.{name}").write_bytes((folder / f"whole.{name}").read_bytes()[:-90])
+    for name, words in {
+        "bitmap.png": "is no image of the kinds PNG, JPEG, WEBP",
+        "cut.png": "cannot be decoded",
+        "cut.jpg": "cannot be decoded",
+    }.items():
+        with pytest.raises(UserError, match=rf"line 2 names .*{name}, which {words}.*; replace or remove it"):
+            import_csv(write_csv(folder, [("query", "image"), ("b", name)]), folder / "out")
+    whole = [("query", "image"), ("a", "whole.png"), ("b", "whole.jpg")]
+    assert import_csv(write_csv(folder, whole), folder / "out").train_pairs == 2
 
 
 def test_a_file_that_is_no_csv_is_named(folder: Path) -> None:

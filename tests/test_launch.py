@@ -158,6 +158,17 @@ def test_a_run_is_neither_started_over_nor_resumed_from_nothing(tmp_path: Path) 
         check_start(tmp_path, None)
 
 
+def test_what_a_run_would_replace_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("# with comments\n")
+    with pytest.raises(UserError, match=r"holds run\.yaml, but is no run folder.* set another output_dir"):
+        check_start(tmp_path, "auto")
+    (tmp_path / "run.lock").touch()
+    check_start(tmp_path, "auto")
+    (tmp_path / "summary.json").touch()
+    with pytest.raises(UserError, match="holds a finished run without checkpoints"):
+        check_start(tmp_path, None)
+
+
 # One line for a mistake of any rank
 
 
@@ -268,6 +279,22 @@ def test_a_signal_ends_launcher_and_ranks(number: signal.Signals, program: RunPr
     assert text == f"farnear: stopped by {number.name}; no process is left\n"
     assert _ends(rank, seconds=0.5)
     assert not list(tmp_path.glob("farnear-*"))
+
+
+def test_a_killed_launcher_takes_its_child_along(program: RunProgram, tmp_path: Path) -> None:
+    command = program(f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()) + '.')", "time.sleep(60)")
+    supervisor = subprocess.Popen(
+        [sys.executable, "-c", f"from farnear.launching.local import supervise; supervise({command})"],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )
+    try:
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text().endswith("."):
+            time.sleep(0.05)
+        child = psutil.Process(int((tmp_path / "pid").read_text().rstrip(".")))
+    finally:
+        supervisor.kill()
+        supervisor.wait()
+    assert _ends(child, seconds=2.0)
 
 
 def test_a_signal_that_nohup_ignores_stays_ignored(program: RunProgram) -> None:

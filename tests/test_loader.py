@@ -228,6 +228,22 @@ def test_a_defect_of_preprocess_keeps_its_type(index: Index, num_workers: int) -
     assert no_children()
 
 
+def dislikes_query_4(inputs: list[Any], side: str) -> dict[str, Any]:
+    if side == "query" and any("4" in query for query in inputs):
+        raise ValueError("absolute aspect\nratio")
+    return preprocess(inputs, side)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_input_that_the_model_cannot_take_is_named(index: Index, num_workers: int) -> None:
+    pair = next(p for p in range(len(index)) if "4" in PairReader(index).query(p))
+    with pytest.raises(UserError) as caught:
+        list(load_features(PairReader(index), dislikes_query_4, "query", range(len(index)), 4, num_workers))
+    assert str(caught.value).startswith(f"the query of {index.pair_id(pair)} cannot be prepared for the model")
+    assert "(ValueError: absolute aspect ratio)" in str(caught.value)
+    assert no_children()
+
+
 @pytest.mark.timeout(60)
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of the other worker's clean-up
 def test_a_killed_worker_is_an_error_and_no_hang(index: Index) -> None:

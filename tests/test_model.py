@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -145,8 +146,40 @@ def test_a_model_without_image_support_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nowhere cannot be loaded.*check model\.name_or_path"):
+    with pytest.raises(UserError, match=r"there is no model folder .*nowhere.*set model\.name_or_path"):
         load_model(ModelConfig(name_or_path=str(tmp_path / "nowhere")))
+
+
+def test_a_name_is_looked_for_on_the_hub_only_where_it_can_be_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for name in ("runs/tiny", "./tiny", "a/b/c", "/tiny"):
+        with pytest.raises(UserError, match="there is no model folder"):
+            load_model(ModelConfig(name_or_path=name))
+    # Offline, a hub name is looked for and not found.
+    with pytest.raises(UserError, match=r"model someone/tiny cannot be loaded \("):
+        load_model(ModelConfig(name_or_path="someone/tiny"))
+
+
+def test_a_model_that_was_half_written_is_named(base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "half")
+    weights = tmp_path / "half" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="half cannot be loaded"):
+        load_model(ModelConfig(name_or_path=str(tmp_path / "half")))
+    with pytest.raises(UserError, match=r"cannot be loaded \(TypeError.*model\.model_kwargs"):
+        load_model(ModelConfig(name_or_path=str(base), model_kwargs={"foo": 1}))
+
+
+def test_a_query_is_text_whatever_it_looks_like(base: Path, tmp_path: Path) -> None:
+    preprocess = Preprocessing(load_model(ModelConfig(name_or_path=str(base), prompts={"query": "Find: "})))
+    PAGES[0].save(tmp_path / "page.png")
+    queries = [str(tmp_path / "page.png"), "http://localhost:1/a.png", "data:image/png;base64,AAAA", "plain"]
+    features = preprocess(queries, "query")
+    assert "pixel_values" not in features
+    assert features["input_ids"].shape[0] == 4
 
 
 def test_preprocessing_is_sent_to_workers_without_the_weights(base: Path) -> None:

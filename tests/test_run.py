@@ -3,7 +3,11 @@
 import io
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +18,22 @@ import webdataset
 from PIL import Image
 from ranks import run_ranks
 from sentence_transformers import SentenceTransformer
-from tiny_runs import make_inputs, run_config
+from tiny_runs import make_inputs, run_config, run_tree
 
 import farnear
 from farnear.config import load_config
 from farnear.data.index import build_index
 from farnear.data.loader import load_features
 from farnear.data.read import PairReader
-from farnear.errors import RunStoppedError
+from farnear.errors import RunStoppedError, UserError
 from farnear.model.embedder import to_device
-from farnear.parallel.world import start_world, stop_world
+from farnear.parallel.world import World, start_world, stop_world
 from farnear.retrieve.encode import encode
 from farnear.retrieve.evaluate import build_task, sample_task
 from farnear.training.loop import train_step
-from farnear.training.metrics import cut_after
+from farnear.training.metrics import cut_after, mean_loss
 from farnear.training.optim import learning_rate_schedule, steps_of
-from farnear.training.run import loop_parts, open_run, train_in
+from farnear.training.run import loop_parts, open_run, save, train_in
 
 
 def png(value: int) -> bytes:
@@ -232,10 +236,56 @@ def test_records_stand_once_after_a_second_start_and_a_second_end(folder: Path) 
     for _ in range(2):
         farnear.train(run_config(folder, "twice", **keys))
         shutil.rmtree(folder / "twice" / "checkpoints")
+        (folder / "twice" / "summary.json").unlink()
     farnear.train(run_config(folder, "twice", **keys))
     farnear.train(run_config(folder, "twice", **keys), "newest")
     assert [step["step"] for step in lines(folder / "twice" / "metrics.jsonl")] == [1]
     assert [evaluation["kind"] for evaluation in lines(folder / "twice" / "eval.jsonl")] == ["before", "after"]
+
+
+def test_the_loss_that_is_shown_is_that_of_the_pairs() -> None:
+    records = [{"loss": 4.0, "pairs": 8}, {"loss": 2.0, "pairs": 7}, {"loss": 0.0, "pairs": 1}]
+    assert mean_loss(records) == pytest.approx((32 + 14) / 16)
+    assert mean_loss([]) is mean_loss([{"loss": None, "pairs": 3}]) is None
+
+
+def test_weights_that_overflowed_are_neither_measured_nor_saved(folder: Path) -> None:
+    keys: dict[str, Any] = {"training": {"max_steps": 1, "learning_rate": 1.0, "weight_decay": 0.0}}
+    config = run_config(folder, "diverged", **keys)
+    world = World(0, 1, torch.device("cpu"))
+    run, progress = open_run(config, None, world)
+    run.strategy.slices(owned=False)[0].weight_n.fill_(float("inf"))
+    with pytest.raises(RunStoppedError, match=r"made model\..* non-finite, so nothing was saved"):
+        save(run, replace(progress, step=1))
+    assert not list((folder / "diverged").glob("checkpoints/*"))
+    with pytest.raises(RunStoppedError, match=r"of 22 embeddings \(document\) are not finite"):
+        how = {"batch_size": 8, "num_workers": 0}
+        encode(run.strategy, world, PairReader(run.data.train), run.preprocess, "document", np.arange(22), **how)
+
+
+def test_fewer_steps_than_were_taken_are_refused(folder: Path) -> None:
+    farnear.train(run_config(folder, "long", training={"max_steps": 2}))
+    with pytest.raises(UserError, match=r"has taken 2 steps, but the run file asks for 1; raise training\.max_steps"):
+        farnear.train(run_config(folder, "long", training={"max_steps": 1}), "newest")
+
+
+def test_files_have_the_usual_permissions(finished: tuple[Path, dict[str, Any]]) -> None:
+    run, _ = finished
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in [*run.glob("export/*.safetensors"), *run.glob("checkpoints/*/*.safetensors")]:
+        assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_a_script_without_a_main_guard_trains_once(folder: Path, tmp_path: Path) -> None:
+    """Data workers would run an unguarded script again."""
+    tree = run_tree(folder, "unguarded", data={"dataloader_num_workers": 1}, training={"max_steps": 1})
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import farnear\nfrom farnear.config import parse_config\nfarnear.train(parse_config({tree!r}))\n"
+    )
+    subprocess.run([sys.executable, str(script)], check=True, timeout=120, capture_output=True)
+    assert len(lines(folder / "unguarded" / "metrics.jsonl")) == 1
 
 
 def test_the_learning_rate_follows_transformers(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Each mistake a user can make before the first step: one line that says what, why and what to do; exit code 2."""
 
+import os
 import shutil
 import tarfile
 from pathlib import Path
@@ -12,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from farnear.cli import train_command
+from farnear.run_folder import RunFolder, claimed
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +49,26 @@ def test_an_empty_tar(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_unknown_key(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = mistake(folder, capsys, "training.learning_rat=1")
     assert "unknown key 'training.learning_rat'; did you mean 'training.learning_rate'?" in line
+
+
+def test_an_output_dir_that_is_a_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "file").write_text("")
+    assert "exists: " in (line := mistake(folder, capsys, f"output_dir={folder / 'file'}")), line
+    assert "Not a directory: " in mistake(folder, capsys, f"output_dir={folder / 'file' / 'below'}")
+
+
+def test_a_folder_of_somebody_elses(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    theirs = folder / "theirs"
+    (theirs / "export").mkdir(parents=True)
+    assert "holds export, but is no run folder" in mistake(folder, capsys, f"output_dir={theirs}")
+    assert list(theirs.iterdir()) == [theirs / "export"]
+
+
+def test_a_run_folder_in_use(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with claimed(RunFolder(folder / "busy")):
+        line = mistake(folder, capsys, f"output_dir={folder / 'busy'}", "training.max_steps=1")
+    assert f"another run is writing into {folder / 'busy'} (process {os.getpid()} on " in line
+    assert not (folder / "busy" / "index").exists()
 
 
 def test_a_shard_on_both_sides(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import farnear
 from farnear.command_line import Parser, parse, positive, resume, size
-from farnear.errors import UserError
+from farnear.errors import UserError, refused_by_system
 
 if TYPE_CHECKING:
     from farnear.ingest.shards import ImportReport
@@ -30,8 +30,13 @@ def main(words: Sequence[str] | None = None) -> int:
         command: Command = arguments.command
         return command(arguments)
     except UserError as error:
-        print(error_line(error), file=sys.stderr)
-        return error.exit_code
+        mistake = error
+    except OSError as error:
+        if error.filename is None:  # no file of the user's: a defect
+            raise
+        mistake = refused_by_system(error)
+    print(error_line(mistake), file=sys.stderr)
+    return mistake.exit_code
 
 
 def train_command(words: Sequence[str]) -> int:
@@ -46,10 +51,15 @@ def train_command(words: Sequence[str]) -> int:
         config = load_config(arguments.run_file, arguments.overrides)
         _prepare_environment()
         farnear.train(config, arguments.resume)
+        return 0
     except UserError as error:
-        tell(error)
-        return error.exit_code
-    return 0
+        mistake = error
+    except OSError as error:
+        if error.filename is None:  # no file of the user's: a defect
+            raise
+        mistake = refused_by_system(error)
+    tell(mistake)
+    return mistake.exit_code
 
 
 def _prepare_environment() -> None:
@@ -159,7 +169,8 @@ def _add_shards(commands: "argparse._SubParsersAction[Parser]") -> None:
         "from-pdf",
         help="the pages of PDFs, each with a line of its text as its query",
         description="Render the pages of every PDF in a folder and take a telling line of each page's text as its "
-        "query. No document and no query is on both sides of the split.",
+        "query. No document and no query is on both sides of the split; a document is a PDF, or a page where there is "
+        "one PDF only.",
         epilog="example:\n  farnear shards from-pdf manuals shards --eval-fraction 0.1",
     )
     pdf.add_argument("source", metavar="FOLDER", type=Path, help="searched for PDFs with all below it; or one PDF")

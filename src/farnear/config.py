@@ -22,6 +22,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from farnear.errors import UserError
+from farnear.yaml_text import read_yaml
 
 Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3"]
 
@@ -52,13 +53,15 @@ FOREIGN_KEYS = {
 class Section(BaseModel):
     """A part of the run file: frozen, without unknown keys, documented by the line under each field."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class ModelConfig(Section):
     """Which model is trained and how it reads its inputs."""
 
-    name_or_path: str
+    name_or_path: str = Field(min_length=1)
     """A SentenceTransformer with image support, or a vision-language model: a hub name or a folder."""
     revision: str | None = None
     """Commit, tag or branch on the hub. Pin a commit for runs that must be repeatable."""
@@ -80,6 +83,12 @@ class ModelConfig(Section):
     """Whether a normalisation layer is added to a model that has none."""
     prompts: dict[str, str] | None = None
     """Prompts by name; `query` and `document` are used in training, evaluation and export. Unset: the model's own."""
+
+    @model_validator(mode="after")
+    def _pixels_in_order(self) -> "ModelConfig":
+        if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}")
+        return self
 
 
 class DataConfig(Section):
@@ -124,6 +133,8 @@ class LossConfig(Section):
                     f"matryoshka_weights has {len(self.matryoshka_weights)} values for "
                     f"{len(self.matryoshka_dims)} matryoshka_dims; give one a dim"
                 )
+            if min(self.matryoshka_weights) <= 0:
+                raise ValueError("matryoshka_weights must be positive; take a dim out instead of giving it no weight")
         if self.matryoshka_dims is not None:
             if min(self.matryoshka_dims) < 1:
                 raise ValueError("matryoshka_dims must be positive")
@@ -135,13 +146,13 @@ class LossConfig(Section):
 class TrainingConfig(Section):
     """How the model is optimised, saved and reported."""
 
-    global_batch_size: int = Field(default=64, ge=2)
+    global_batch_size: int = Field(default=64, ge=2, le=2**20)
     """Pairs in one optimizer step, over all ranks. Every pair is a negative for every other."""
     mini_batch_size: int = Field(default=8, ge=1)
     """Queries or pages that go through the model at once on one rank. It sets memory and speed, never the result."""
-    learning_rate: float = Field(default=2e-5, gt=0)
+    learning_rate: float = Field(default=2e-5, gt=0, le=100)
     """Peak learning rate of AdamW."""
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0, le=100)
     """Decoupled weight decay; biases and norms are left out, as in transformers."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of AdamW's first moment."""
@@ -155,7 +166,7 @@ class TrainingConfig(Section):
     """Steps of linear warm-up; below 1 it is a share of all steps. It takes precedence over warmup_ratio."""
     warmup_ratio: float = Field(default=0.0, ge=0, le=1)
     """Warm-up as a share of all steps."""
-    num_train_epochs: float = Field(default=1.0, gt=0)
+    num_train_epochs: float = Field(default=1.0, gt=0, le=1_000_000)
     """Passes over the training pairs; may be a fraction."""
     max_steps: int = -1
     """Optimizer steps in all; when positive it overrides num_train_epochs."""
@@ -257,15 +268,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     path = Path(path)
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"run file {path} cannot be read ({error.strerror}); name an existing YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"run file {path} is not YAML: {_one_line(str(error))}") from None
+    except ValueError as error:
+        raise UserError(f"run file {path} is not YAML: {error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"run file {path} holds no keys; it needs at least output_dir, model and data")
     for override in overrides:
         _apply_override(tree, override)
+    for name, value in tree.items():
+        # A section all of whose lines are commented out.
+        if value is None and _is_section(name):
+            tree[name] = {}
     return parse_config(tree, source=str(path))
 
 
@@ -302,9 +317,9 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise UserError(f"'{override}' is not an override; write section.key=value, such as training.max_steps=100")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"override {key}: the value is not YAML: {_one_line(str(error))}") from None
+        value = read_yaml(text)
+    except ValueError as error:
+        raise UserError(f"override {key}: the value is not YAML: {error}") from None
     *sections, leaf = key.split(".")
     for section in sections:
         # An empty section, all of whose lines are commented out, is None.
@@ -320,8 +335,13 @@ def _unknown_keys(tree: dict[str, Any], section: type[BaseModel], prefix: str = 
         field = section.model_fields.get(str(key))
         if field is None:
             yield f"{prefix}{key}"
-        elif isinstance(field.annotation, type) and issubclass(field.annotation, Section) and isinstance(value, dict):
+        elif isinstance(value, dict) and isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             yield from _unknown_keys(value, field.annotation, f"{prefix}{key}.")
+
+
+def _is_section(name: str) -> bool:
+    field = RunConfig.model_fields.get(name)
+    return field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, Section)
 
 
 def _advice(key: str) -> str:
@@ -329,6 +349,10 @@ def _advice(key: str) -> str:
     if leaf in FOREIGN_KEYS:
         return f"{key} is not a key of farnear: {FOREIGN_KEYS[leaf]}"
     nearest = max(known_keys(), key=lambda known: _likeness(key, known))
+    if _likeness(key, nearest) < 0.5:
+        section = key.rpartition(".")[0]
+        there = [known.rpartition(".")[2] for known in known_keys() if known.rpartition(".")[0] == section]
+        return f"unknown key '{key}'; the keys there are {', '.join(there) or 'none: it is no section'}"
     return f"unknown key '{key}'; did you mean '{nearest}'?"
 
 
@@ -353,7 +377,3 @@ def _complaint(detail: Any) -> str:
     if detail["type"] == "value_error":
         return f"{where}: {what}" if where else what
     return f"{where}: {what[0].lower()}{what[1:]}, not {detail['input']!r}"
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

@@ -40,6 +40,7 @@ def run_demo(arguments: argparse.Namespace) -> int:
             raise UserError(
                 f"{out} holds something that is not a demo, which would be lost; name another folder with --out"
             )
+        print(f"replacing the demo in {out}; --out names another folder", flush=True)
         shutil.rmtree(out)
     out.mkdir(parents=True)
     run_file = out / RUN_FILE

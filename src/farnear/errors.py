@@ -15,3 +15,9 @@ class RunStoppedError(UserError):
     """A run that cannot go on because of its own numbers: reported in one line too, but nobody's mistake."""
 
     exit_code = 1
+
+
+def refused_by_system(error: OSError) -> UserError:
+    """A full disk, a folder that is a file, a missing permission, as one line."""
+    where = f": {error.filename}" if error.filename is not None else ""
+    return UserError(f"{error.strerror or error}{where}; check the path, its permissions and the space on its disk")

@@ -1,10 +1,16 @@
 """The run folder: what lies in it, and the rule that keeps a run from being started over by accident.
 
 A folder that holds checkpoints stands for hours of work. It is continued when the user says so and never mixed with a
-new run. `farnear launch` asks before it starts processes, and the training asks again, as it may be started otherwise.
+new run, nor does a run replace what is not a run's. `farnear launch` asks before it starts processes, and the training
+asks again, as it may be started otherwise.
 """
 
+import fcntl
+import os
+import platform
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,7 +19,7 @@ from farnear.errors import UserError
 
 Resume = Literal["newest", "auto"]
 
-_CHECKPOINT_NAME = re.compile(r"step-\d+")
+_CHECKPOINT_NAME = re.compile(r"step-\d{8,}")
 
 
 @dataclass(frozen=True)
@@ -57,22 +63,70 @@ class RunFolder:
         """The run in a few figures; it exists when the run is done."""
         return self.path / "summary.json"
 
+    @property
+    def lock(self) -> Path:
+        """Held by the run that writes here; its being there says that the folder is a run folder."""
+        return self.path / "run.lock"
+
+    def written(self) -> tuple[Path, ...]:
+        """What a new run would replace."""
+        return (self.config, self.metrics, self.evaluations, self.index, self.export, self.summary)
+
+
+def published_checkpoints(checkpoints: Path) -> list[Path]:
+    """The folders `step-NNNNNNNN`, the newest last. Others beside them, set aside by a person, do not count."""
+    return sorted(path for path in checkpoints.glob("step-*") if _CHECKPOINT_NAME.fullmatch(path.name))
+
 
 def check_start(output_dir: Path, resume: Resume | None) -> None:
-    """Refuse to start over a run that has checkpoints, and to resume one that has none.
+    """Refuse to start over what a run or a person has made, and to resume what has no checkpoint.
 
     Raises:
         UserError: Naming the ways out.
     """
-    checkpoints = output_dir / "checkpoints"
-    names = sorted(path.name for path in checkpoints.glob("step-*") if _CHECKPOINT_NAME.fullmatch(path.name))
-    if names and resume is None:
+    folder = RunFolder(output_dir)
+    published = published_checkpoints(folder.checkpoints)
+    if published and resume is None:
         raise UserError(
-            f"run folder {output_dir} holds checkpoints up to {names[-1]}, and a new run would mix with them; "
+            f"run folder {output_dir} holds checkpoints up to {published[-1].name}, and a new run would mix with them; "
             "continue it with --resume, or set another output_dir"
         )
-    if not names and resume == "newest":
+    if published:
+        return
+    if resume == "newest":
         raise UserError(
-            f"there is no checkpoint in {checkpoints} to resume from; "
+            f"there is no checkpoint in {folder.checkpoints} to resume from; "
             "drop --resume to start, or say --resume auto to continue only if there is one"
         )
+    if folder.summary.exists():
+        raise UserError(
+            f"run folder {output_dir} holds a finished run without checkpoints, which a new one would replace; "
+            "set another output_dir, or remove the folder"
+        )
+    if not folder.lock.exists() and (found := [path.name for path in folder.written() if path.exists()]):
+        raise UserError(
+            f"{output_dir} holds {found[0]}, but is no run folder, and a run would replace that; set another output_dir"
+        )
+
+
+@contextmanager
+def claimed(folder: RunFolder) -> Iterator[None]:
+    """Keep other runs out of a run folder. The lock goes with the process, so a kill leaves none behind.
+
+    Raises:
+        UserError: Another run writes into the folder.
+    """
+    folder.path.mkdir(parents=True, exist_ok=True)
+    with open(folder.lock, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"another run is writing into {folder.path} ({file.read().strip()}); wait for it, or set another "
+                "output_dir"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        yield

@@ -33,6 +33,7 @@ import pyarrow.compute as pc
 
 from farnear.data.scan import EXAMPLES_OF_IGNORED, ShardScan, scan_shard
 from farnear.errors import UserError
+from farnear.processes import main_module_hidden
 
 FORMAT_VERSION = 1
 _FORMAT_KEY = b"farnear.index"
@@ -140,7 +141,10 @@ def _expand_one(pattern: str, what: str) -> list[Path]:
         if not Path(name).exists() and glob.has_magic(name):
             matches = sorted(glob.glob(name, recursive=True))
             if not matches:
-                raise UserError(f"{what}: {name!r} matches no file, so there is nothing to read; check the folder")
+                raise UserError(
+                    f"{what}: {name!r} matches no file, so there is nothing to read; paths are taken from the working "
+                    f"folder, {os.getcwd()}"
+                )
         else:
             matches = [name]
         paths += [Path(os.path.abspath(match)) for match in matches]
@@ -165,16 +169,16 @@ def _expand_braces(pattern: str, what: str) -> list[str]:
 def build_index(shards: Sequence[Path], *, pairs: bool = True) -> Index:
     """Scan ``shards`` and index what they hold: pairs, or with ``pairs=False`` pages only (distractors).
 
-    More than one shard and more than 512 MB are scanned by as many processes as this process may use cores; they are
-    spawned, so a script that calls this needs the usual ``if __name__ == "__main__"``. Raises ``UserError`` naming
-    shard and offset or key for a damaged tar, an incomplete sample, an unusable query or a key that is used twice.
+    More than one shard and more than 512 MB are scanned by as many processes as this process may use cores. Raises
+    ``UserError`` naming shard and offset or key for a damaged tar, an incomplete sample, an unusable query or a key
+    that is used twice.
     """
     names = [os.path.abspath(shard) for shard in shards]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     processes = min(len(names), cores)
     total_bytes = sum(os.path.getsize(name) for name in names if os.path.exists(name))
     if processes > 1 and total_bytes > _BYTES_WORTH_A_PROCESS:
-        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        with main_module_hidden(), ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
             scans = list(pool.map(partial(scan_shard, pairs=pairs), names))
     else:
         scans = [scan_shard(name, pairs) for name in names]

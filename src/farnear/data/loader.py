@@ -29,6 +29,7 @@ from farnear.data.index import Index
 from farnear.data.plan import Plan, plan_epoch, slice_of_rank, steps_per_epoch
 from farnear.data.read import PairReader
 from farnear.errors import UserError
+from farnear.processes import main_module_hidden
 
 Preprocess = Callable[[list[Any], str], dict[str, Any]]
 """(inputs, side) -> features. ``side`` is "query" (inputs are str) or "document" (inputs are RGB images)."""
@@ -135,7 +136,8 @@ class TrainLoader:
         """Yield the batches of steps ``start_step`` to ``stop_step`` - 1, counted over all epochs.
 
         The workers stop when the iterator is exhausted or closed. Raises ``UserError`` for a page or query that cannot
-        be read, RuntimeError when a worker is killed, and whatever the preprocess function raises.
+        be read or preprocessed, RuntimeError when a worker is killed, and what the preprocess function raises for
+        every input alike.
         """
         jobs = (job for step in range(start_step, stop_step) for job, _ in self._jobs(self._rank_slice(step)))
         with closing(self._workers.run(jobs)) as results:
@@ -212,9 +214,32 @@ class _Work(Dataset[tuple[dict[str, Any] | None, UserError | None]]):
     def __getitem__(self, job: _Job) -> tuple[dict[str, Any] | None, UserError | None]:
         read: Callable[[int], Any] = self.reader.query if job.side == "query" else self.reader.page
         try:
-            return self.preprocess([read(row) for row in job.ids.tolist()], job.side), None
+            inputs = [read(row) for row in job.ids.tolist()]
+            return self._preprocessed(inputs, job), None
         except UserError as error:
             return None, error
+
+    def _preprocessed(self, inputs: list[Any], job: _Job) -> dict[str, Any]:
+        try:
+            return self.preprocess(inputs, job.side)
+        except Exception:
+            # A page too thin for the model, a special token in a query? Where all inputs fail it is the model's defect.
+            failed = [
+                (row, why) for row, one in zip(job.ids, inputs, strict=True) if (why := self._fault(one, job.side))
+            ]
+            if not failed or len(failed) == len(inputs) > 1:
+                raise
+            row, why = failed[0]
+            index = self.reader.index
+            what = f"the query of {index.pair_id(row)}" if job.side == "query" else f"the page {index.page_id(row)}"
+            raise UserError(f"{what} cannot be prepared for the model ({why}); mend its sample or drop it") from None
+
+    def _fault(self, one: Any, side: str) -> str | None:
+        try:
+            self.preprocess([one], side)
+        except Exception as error:
+            return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return None
 
 
 @dataclass(frozen=True)
@@ -246,7 +271,7 @@ class _Workers:
         )
         # The loop holds the only reference to DataLoader's iterator: when it is left, the workers are shut down.
         try:
-            for features, error in loader:
+            for features, error in _started(loader):
                 if error is not None:
                     raise error
                 yield features
@@ -254,6 +279,11 @@ class _Workers:
             if self.num_workers:  # DataLoader's frames in the traceback refer to the iterator too
                 traceback.clear_frames(failure.__traceback__)
             raise
+
+
+def _started(loader: DataLoader[Any]) -> Iterator[Any]:
+    with main_module_hidden():
+        return iter(loader)
 
 
 def _unchanged(result: Any) -> Any:

@@ -19,6 +19,7 @@ from farnear.errors import UserError
 from farnear.ingest.shards import IMAGE_EXTENSIONS, ImportReport, Pair, Record, import_pairs, key_for
 
 COLUMNS = ("query", "image", "document")
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
 
 
 def import_csv(
@@ -106,12 +107,23 @@ def _image_path(source: Path, line: int, row: Mapping[str, str]) -> Path:
     return image
 
 
+def _fault_of(image: bytes) -> str | None:
+    """Why training could not read an image, which would stop it days later."""
+    try:
+        with Image.open(io.BytesIO(image), formats=IMAGE_FORMATS) as picture:
+            picture.draft("RGB", (64, 64))  # a JPEG need not be decoded at its full size to be seen whole
+            picture.load()
+    except UnidentifiedImageError:
+        return f"which is no image of the kinds {', '.join(IMAGE_FORMATS)}"
+    except Exception as error:  # on broken bytes Pillow's decoders raise almost anything
+        return f"which cannot be decoded ({' '.join(str(error).split())})"
+    return None
+
+
 def _loaded(records: Sequence[Record], source: Path, place_of_key: Mapping[str, tuple[int, Path]]) -> Iterator[Pair]:
     for record in records:
         line, path = place_of_key[record.key]
         image = path.read_bytes()
-        try:
-            Image.open(io.BytesIO(image)).close()
-        except UnidentifiedImageError as error:
-            raise UserError(f"{source} line {line} names {path}, which is no image; replace or remove it") from error
+        if complaint := _fault_of(image):
+            raise UserError(f"{source} line {line} names {path}, {complaint}; replace or remove it")
         yield Pair(record.key, record.query, image, path.suffix.lower().lstrip("."), record.document)

@@ -69,8 +69,8 @@ def import_pdf(
 ) -> ImportReport:
     """Write the pages of PDFs as shards, a line of each page's text as its query.
 
-    With several PDFs, each is one document of the split, so that no PDF is on both sides. A single PDF could not be
-    split like that; there each page is a document of its own.
+    With several PDFs, each is one document of the split, so that no PDF is on both sides. Where only one has usable
+    pages, it could not be split like that; there each page is a document of its own.
 
     Args:
         source: a PDF, or a folder that is searched for PDFs with all folders below it.
@@ -97,6 +97,7 @@ def import_pdf(
     lines_of_pages = dict(zip(path_of_name, texts, strict=True))
     queries = choose_queries(lines_of_pages, min_words)
 
+    alone = len({name for name, _ in queries}) == 1
     records: list[Record] = []
     skipped: list[str] = []
     page_of_key: dict[str, PageOfPdf] = {}
@@ -109,12 +110,12 @@ def import_pdf(
                 )
                 continue
             key = key_for(number, f"{path.stem[:60]}-p{page + 1:05d}")
-            records.append(Record(key, query, f"{name} page {page + 1}" if len(path_of_name) == 1 else name))
+            records.append(Record(key, query, f"{name} page {page + 1}" if alone else name))
             page_of_key[key] = (path, page)
     if not records:
         raise UserError(
             f"none of the {len(skipped)} pages under {source} has a line of text to ask for it by; scanned pages need "
-            "a text layer (OCR) first, and shorter lines are taken with a smaller min_words"
+            "a text layer (OCR) first, and shorter lines are taken with a smaller --min-words"
         )
     load = partial(_rendered, page_of_key=page_of_key, max_side=max_side, png=png)
     return import_pairs(

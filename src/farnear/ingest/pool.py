@@ -3,8 +3,7 @@
 `ProcessPoolExecutor.map` takes all items at once and keeps every result that nobody has asked for yet. Here only a few
 items are ever under way, so that pages stream from the renderer into a shard, however many there are.
 
-Processes are spawned, not forked: a parent with PyTorch in it has threads, and a fork then copies locked locks. A
-spawned process imports the caller's main module again, hence the usual `if __name__ == "__main__":` in scripts.
+Processes are spawned, not forked: a parent with PyTorch in it has threads, and a fork then copies locked locks.
 """
 
 import os
@@ -14,6 +13,8 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from itertools import islice
 from multiprocessing import get_context
 from typing import TypeVar
+
+from farnear.processes import main_module_hidden
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -31,7 +32,8 @@ def map_in_order(function: Callable[[Item], Result], items: Iterable[Item], proc
     """Yield `function(item)` for each item, in order; an exception in a process is raised here.
 
     Args:
-        function: something that can be pickled: a module's function, or a `functools.partial` of one.
+        function: something that can be pickled: a function of a module, but not of the program's main one, or a
+            `functools.partial` of it.
         items: picklable, read lazily, a few ahead of what is asked for.
         processes: with 1 everything happens in this process.
     """
@@ -41,7 +43,8 @@ def map_in_order(function: Callable[[Item], Result], items: Iterable[Item], proc
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as executor:
         under_way: deque[Future[Result]] = deque()
         for item in items:
-            under_way.append(executor.submit(function, item))
+            with main_module_hidden():  # the first one starts the processes
+                under_way.append(executor.submit(function, item))
             if len(under_way) == ITEMS_UNDER_WAY_PER_PROCESS * processes:
                 yield under_way.popleft().result()
         while under_way:

@@ -9,6 +9,7 @@ Every process of a launch inherits the name of the launch's outcome file in its 
 found at the end, data workers and orphans included.
 """
 
+import ctypes
 import os
 import shlex
 import shutil
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -118,6 +119,7 @@ def supervise(command: Sequence[str]) -> int:
             env={**os.environ, OUTCOME_FILE: str(outcome)},
             # The terminal's Ctrl-C reaches this process alone, which then ends the others in order.
             start_new_session=True,
+            preexec_fn=_end_with_this_process(),
         )
         try:
             while child.poll() is None and not received and not outcome.exists():
@@ -151,6 +153,22 @@ def _signals_received() -> Iterator[list[signal.Signals]]:
     finally:
         for number in heeded:
             signal.signal(number, previous[number])
+
+
+def _end_with_this_process() -> Callable[[], None]:
+    """For the child, before it becomes the command: take a SIGTERM when this process dies, be it by a SIGKILL.
+
+    accelerate and torchrun pass it on to their ranks. Linux only: prctl(2), PR_SET_PDEATHSIG.
+    """
+    libc = ctypes.CDLL(None)
+    parent = os.getpid()
+
+    def prepare() -> None:
+        libc.prctl(1, signal.SIGTERM)
+        if os.getppid() != parent:  # it died meanwhile
+            os._exit(128 + signal.SIGTERM)
+
+    return prepare
 
 
 def _end(child: subprocess.Popen[bytes], mark: str) -> None:

@@ -54,6 +54,9 @@ class Preprocessing:
 
     def __call__(self, inputs: list[Any], side: str) -> dict[str, Any]:
         """Features of one mini-batch; ``side`` is "query" or "document"."""
+        if side == "query":
+            # A bare string that looks like a path or a URL would be opened as an image.
+            inputs = [{"text": text} for text in inputs]
         return dict(self._model.preprocess(inputs, prompt=self._prompts[side], task=side))
 
     def __getstate__(self) -> dict[str, Any]:

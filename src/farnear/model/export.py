@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from farnear.config import ModelConfig
+from farnear.files import give_usual_mode
 from farnear.model.load import BaseCheckpoint, cast_weights, describe_base, load_model
 
 
@@ -66,6 +67,7 @@ def _restore_names(folder: Path, base: BaseCheckpoint) -> None:
             tensors: dict[str, torch.Tensor] = {name: file.get_tensor(name) for name in names}
         renamed.update({name: _name_in_base(name, base) for name in names})
         save_file({renamed[name]: tensor for name, tensor in tensors.items()}, path, metadata=metadata)
+        give_usual_mode(path)
     index_file = folder / "model.safetensors.index.json"
     if index_file.exists():
         index = json.loads(index_file.read_text(encoding="utf-8"))

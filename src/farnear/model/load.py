@@ -8,6 +8,8 @@ checkpoint in bf16, where an AdamW update at a learning rate of 2e-5 is lost to 
 """
 
 import json
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,7 @@ def load_model(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> Se
     Raises:
         UserError: The checkpoint cannot be loaded, reads no images, or contradicts the section.
     """
+    _refuse_missing_folder(config.name_or_path)
     model_kwargs: dict[str, Any] = {"dtype": dtype, **config.model_kwargs}
     if config.attn_implementation is not None:
         model_kwargs["attn_implementation"] = config.attn_implementation
@@ -70,10 +73,11 @@ def load_model(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> Se
             model_kwargs=model_kwargs,
             processor_kwargs=processor_kwargs,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # on a damaged folder the libraries raise almost anything
         raise UserError(
-            f"model {config.name_or_path} cannot be loaded: {' '.join(str(error).split())[:300]}; "
-            "check model.name_or_path, model.revision and model.model_kwargs"
+            f"model {config.name_or_path} cannot be loaded ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:300]}); "
+            "check the folder or hub name, model.revision and model.model_kwargs"
         ) from error
     if not model.supports("image"):
         raise UserError(
@@ -92,6 +96,18 @@ def load_model(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> Se
     if wrong:
         raise RuntimeError(f"weights came up as {', '.join(sorted(wrong))}, not {dtype}")
     return model
+
+
+def _refuse_missing_folder(name: str) -> None:
+    """A name that can only be a folder is not looked for on the hub, which takes minutes without a network."""
+    path = Path(name).expanduser()
+    is_hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.startswith(".")
+    lies_in_a_folder = path.parent != Path() and path.parent.is_dir()
+    if not path.exists() and (lies_in_a_folder or not is_hub_name):
+        raise UserError(
+            f"there is no model folder {os.path.abspath(path)}, and {name} is no name on the hub; "
+            "set model.name_or_path"
+        )
 
 
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:

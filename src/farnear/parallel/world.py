@@ -14,13 +14,13 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from farnear.config import RunConfig
-from farnear.errors import UserError
+from farnear.errors import UserError, refused_by_system
 
 Result = TypeVar("Result")
 
@@ -113,29 +113,28 @@ def on_main_rank(world: World, work: Callable[[], Result]) -> Result:
     """Run ``work`` on rank 0 and give its result, or its error, to every rank.
 
     Raises:
-        UserError: The one that ``work`` raised, on all ranks alike.
+        UserError: On all ranks alike: the one that ``work`` raised, or one for a file that it could not read or write.
         RuntimeError: On the other ranks, when ``work`` failed otherwise on rank 0.
     """
-    if world.world_size == 1:
-        return work()
-    told: list[tuple[str, object]] = [("", None)]
-    failure: BaseException | None = None
+    told: list[Any] = [None, None]
+    defect: Exception | None = None
     if world.is_main:
         try:
-            told = [("done", work())]
+            told[0] = work()
         except UserError as error:
-            told = [("user", str(error))]
+            told[1] = error
+        except OSError as error:
+            told[1] = refused_by_system(error)
         except Exception as error:
-            told, failure = [("defect", repr(error))], error
-    dist.broadcast_object_list(told, src=0)
-    if failure is not None:
-        raise failure
-    outcome, value = told[0]
-    if outcome == "user":
-        raise UserError(str(value))
-    if outcome == "defect":
-        raise RuntimeError(f"rank 0 failed: {value}")
-    return value  # type: ignore[return-value]
+            told[1], defect = RuntimeError(f"rank 0 failed: {error!r}"), error
+    if world.world_size > 1:
+        dist.broadcast_object_list(told, src=0)
+    if defect is not None:
+        raise defect
+    result, mistake = told
+    if mistake is not None:
+        raise mistake
+    return result
 
 
 def _check_values(config: RunConfig, environment: Mapping[str, str]) -> None:

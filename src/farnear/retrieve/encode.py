@@ -13,6 +13,7 @@ from torch import Tensor
 
 from farnear.data.loader import Preprocess, load_features
 from farnear.data.read import PairReader
+from farnear.errors import RunStoppedError
 from farnear.model.embedder import to_device
 from farnear.parallel.collectives import agree_on_max, gather_rows
 from farnear.parallel.strategy import Strategy
@@ -41,6 +42,9 @@ def encode(
 
     Returns:
         float32 [n, D] on the CPU, in the order of ``rows``, on every rank.
+
+    Raises:
+        RunStoppedError: On every rank, when an embedding is not finite.
     """
     share = np.array_split(rows, world.world_size)[world.rank]
     # A rank without a share still takes part in collective forwards; what it embeds is cut off again.
@@ -55,4 +59,9 @@ def encode(
     for _ in range(turns - batches):
         strategy.embed(to_device(features, world.device))
     e_ND, _ = gather_rows(torch.cat(parts)[:own])
+    if bad := int((~e_ND.isfinite().all(dim=1)).sum()):
+        raise RunStoppedError(
+            f"{bad} of {len(e_ND)} embeddings ({side}) are not finite, so nothing can be ranked: the weights have gone "
+            "wrong; lower training.learning_rate and continue from the checkpoint before"
+        )
     return e_ND.cpu()

@@ -32,10 +32,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from farnear.errors import UserError
+from farnear.errors import RunStoppedError, UserError
+from farnear.files import give_usual_mode, replace_text, sync_folder
 from farnear.parallel.collectives import gather_objects
 from farnear.parallel.strategy import ParameterSlice, Strategy
 from farnear.parallel.world import World, on_main_rank
+from farnear.run_folder import published_checkpoints
 
 FORMAT = 1
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
@@ -85,11 +87,13 @@ def save_checkpoint(
     Args:
         checkpoints: The run's `checkpoints` folder.
         shapes: Of every trained parameter.
-        about: Further facts for the manifest: strategy, versions.
+        about: Further facts for the manifest: strategy, versions, saved_as_best (see `retain`).
 
     Raises:
         UserError: A rank could not write (on all ranks, naming the first).
+        RunStoppedError: A weight is not finite.
     """
+    _refuse_non_finite(strategy, progress.step)
     final = checkpoints / folder_name(progress.step)
     save_id = on_main_rank(world, lambda: _open_save(checkpoints, final))
     draft = checkpoints / f".saving-{save_id}"
@@ -99,14 +103,15 @@ def save_checkpoint(
         pieces = strategy.slices(owned=True)
         facts = _write_pieces(draft / name, pieces, {"save_id": save_id, "step": str(progress.step)})
         steps = {piece.name: int(piece.step) for piece in pieces}
-    except OSError as error:
-        failure = f"rank {world.rank} cannot write {draft / name}: {error.strerror}"
+    except (OSError, SafetensorError) as error:
+        failure = f"rank {world.rank} cannot write {draft / name}: {error}"
         steps = {}
     reports = gather_objects((failure, name, facts, steps))
     failures = [report[0] for report in reports if report[0]]
     if failures:
+        on_main_rank(world, lambda: shutil.rmtree(draft))
         raise UserError(
-            f"checkpoint of step {progress.step} was not saved: {failures[0]}; the previous one is untouched"
+            f"checkpoint of step {progress.step} was not saved: {failures[0]}; what was saved before is untouched"
         )
     step_of_parameter = {name: step for report in reports for name, step in report[3].items()}
     manifest = {
@@ -156,7 +161,7 @@ def find_checkpoint(checkpoints: Path) -> Checkpoint | None:
     Raises:
         UserError: It has no readable manifest, or a file is missing or has another size.
     """
-    published = sorted(checkpoints.glob("step-*"))
+    published = published_checkpoints(checkpoints)
     return open_checkpoint(published[-1]) if published else None
 
 
@@ -189,18 +194,29 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def retain(checkpoints: Path, keep: int | None, best_step: int | None) -> None:
-    """Remove the oldest published checkpoints beyond ``keep``; the newest and the best stay."""
-    if keep is None:
-        return
-    published = sorted(checkpoints.glob("step-*"))
+    """Remove checkpoints that were saved only for being the best and are no more, then the oldest beyond ``keep``.
+
+    The newest and the best always stay.
+    """
     best = folder_name(best_step) if best_step is not None else None
-    spared = {path for path in published if path.name == best} | set(published[-1:])
-    removable = [path for path in published if path not in spared]
-    for path in removable[: max(0, len(published) - max(keep, len(spared)))]:
+    *older, _newest = published_checkpoints(checkpoints)
+    outdone = [path for path in older if path.name != best and _was_saved_as_best(path)]
+    kept = [path for path in older if path not in outdone]
+    removable = [path for path in kept if path.name != best]
+    beyond = max(0, len(kept) + 1 - keep) if keep is not None else 0
+    for path in [*outdone, *removable[:beyond]]:
         # Out of sight first: a half-removed folder must not look like a checkpoint.
         doomed = path.with_name(f".removing-{path.name}")
         os.replace(path, doomed)
         shutil.rmtree(doomed)
+
+
+def _was_saved_as_best(folder: Path) -> bool:
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(manifest.get("saved_as_best"))
 
 
 def folder_name(step: int) -> str:
@@ -208,15 +224,14 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees the old text or the new, never a part."""
-    fresh = path.with_name(f".{path.name}.new")
-    with open(fresh, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(fresh, path)
-    _sync_folder(path.parent)
+def _refuse_non_finite(strategy: Strategy, step: int) -> None:
+    pieces = strategy.slices(owned=True)
+    bad = [piece.name for piece in pieces if not piece.weight_n.isfinite().all()]
+    if all_bad := [name for names in gather_objects(bad) for name in names]:
+        raise RunStoppedError(
+            f"step {step}: the update made {all_bad[0]} non-finite, so nothing was saved; lower training.learning_rate "
+            "and continue from the checkpoint before"
+        )
 
 
 def _open_save(checkpoints: Path, final: Path) -> str:
@@ -241,6 +256,7 @@ def _write_pieces(path: Path, pieces: list[ParameterSlice], metadata: dict[str, 
     }
     # Views of one flat buffer share memory, which safetensors refuses to write.
     save_file({key: tensor.clone() for key, tensor in tensors.items()}, path, metadata=metadata)
+    give_usual_mode(path)
     with open(path, "rb") as file:
         os.fsync(file.fileno())
     return {"bytes": path.stat().st_size, "sha256": _hash_of(path)}
@@ -249,7 +265,7 @@ def _write_pieces(path: Path, pieces: list[ParameterSlice], metadata: dict[str, 
 def _publish(checkpoints: Path, draft: Path, final: Path, manifest: dict[str, Any]) -> None:
     replace_text(draft / "manifest.json", json.dumps(manifest, indent=1) + "\n")
     os.replace(draft, final)
-    _sync_folder(checkpoints)
+    sync_folder(checkpoints)
     replace_text(checkpoints.parent / "latest", final.name + "\n")
 
 
@@ -292,11 +308,3 @@ def _hash_of(path: Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

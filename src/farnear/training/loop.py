@@ -27,7 +27,7 @@ class Parts:
         learning_rate: Of a 0-based step.
         record: Takes the figures of each step.
         evaluate: Measures the sample and returns the metric that decides which checkpoint is best.
-        save: Publishes a checkpoint.
+        save: Publishes a checkpoint; True where it is saved only because it is the best.
         eval_steps, save_steps: Intervals in steps; None means never.
     """
 
@@ -38,7 +38,7 @@ class Parts:
     learning_rate: Callable[[int], float]
     record: Callable[[dict[str, Any]], None]
     evaluate: Callable[[int], float]
-    save: Callable[[Progress], None]
+    save: Callable[[Progress, bool], None]
     total_steps: int
     eval_steps: int | None
     save_steps: int | None
@@ -56,8 +56,9 @@ def train(parts: Parts, progress: Progress) -> Progress:
             is_best = progress.best_metric is None or metric > progress.best_metric
             if is_best:
                 progress = replace(progress, best_metric=metric, best_step=progress.step)
-        if is_best or _is_due(progress.step, parts.save_steps) or progress.step == parts.total_steps:
-            parts.save(progress)
+        is_due = _is_due(progress.step, parts.save_steps) or progress.step == parts.total_steps
+        if is_due or is_best:
+            parts.save(progress, not is_due)
     return progress
 
 

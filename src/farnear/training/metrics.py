@@ -9,7 +9,7 @@ import json
 import math
 import resource
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -41,18 +41,27 @@ def cut_after(path: Path, step: int) -> None:
     path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
 
+def mean_loss(records: Iterable[Mapping[str, Any]]) -> float | None:
+    """Of the pairs in some steps. An epoch's last batch may hold one pair only, whose loss is 0."""
+    known = [record for record in records if record["loss"] is not None and record["pairs"]]
+    pairs = sum(record["pairs"] for record in known)
+    return sum(record["loss"] * record["pairs"] for record in known) / pairs if pairs else None
+
+
 class ProgressLines:
-    """Progress lines with the time that is left, from the steps of the last minute or so."""
+    """Progress lines: the loss since the line before, and the time that is left by the last fifty steps."""
 
     def __init__(self, total_steps: int, logging_steps: int) -> None:
         self._total_steps = total_steps
         self._logging_steps = logging_steps
         self._recent: deque[tuple[int, float]] = deque(maxlen=50)
+        self._since_line: list[Mapping[str, Any]] = []
 
     def show(self, record: Mapping[str, Any]) -> None:
         """Print a step's line when it is due."""
         step = record["step"]
         self._recent.append((step, monotonic()))
+        self._since_line.append(record)
         if step % self._logging_steps and step != self._total_steps:
             return
         (first, then), (last, now) = self._recent[0], self._recent[-1]
@@ -60,10 +69,11 @@ class ProgressLines:
             "" if last == first else f"  {_duration((self._total_steps - last) * (now - then) / (last - first))} left"
         )
         print(
-            f"step {step}/{self._total_steps}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
+            f"step {step}/{self._total_steps}  loss {mean_loss(self._since_line) or 0.0:.4f}  lr {record['lr']:.2e}  "
             f"grad norm {record['grad_norm']:.3f}  {record['pairs_per_s']:.1f} pairs/s{left}",
             flush=True,
         )
+        self._since_line.clear()
 
 
 def peak_memory_bytes(device: torch.device) -> int:

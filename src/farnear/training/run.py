@@ -9,6 +9,7 @@ Each line of that is a function here or in the module it names; `farnear.trainin
 import multiprocessing
 import platform
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from multiprocessing import forkserver
@@ -23,6 +24,7 @@ import farnear
 from farnear.config import RunConfig, dump_config, load_config
 from farnear.data.loader import TrainLoader
 from farnear.errors import UserError
+from farnear.files import replace_text
 from farnear.model.embedder import Embedder, Preprocessing
 from farnear.model.export import export_model
 from farnear.model.load import embedding_dimension, load_model
@@ -30,7 +32,7 @@ from farnear.parallel.strategy import Strategy, build_strategy
 from farnear.parallel.trackers import Trackers
 from farnear.parallel.world import World, on_main_rank, start_world, stop_world
 from farnear.retrieve.evaluate import evaluate
-from farnear.run_folder import Resume, RunFolder, check_start
+from farnear.run_folder import Resume, RunFolder, check_start, claimed
 from farnear.training.checkpoint import (
     Checkpoint,
     Progress,
@@ -38,7 +40,6 @@ from farnear.training.checkpoint import (
     folder_name,
     load_state,
     open_checkpoint,
-    replace_text,
     retain,
     save_checkpoint,
 )
@@ -82,20 +83,37 @@ def run_training(config: RunConfig, resume: Resume | None = None) -> dict[str, A
 
 def train_in(world: World, config: RunConfig, resume: Resume | None = None) -> dict[str, Any]:
     """One run in a process group that stands already."""
+    folder = RunFolder(Path(config.output_dir))
+    with ExitStack() as claim:
+        on_main_rank(world, lambda: _claim(folder, resume, claim))
+        return _train(world, config, folder, resume)
+
+
+def _claim(folder: RunFolder, resume: Resume | None, claim: ExitStack) -> None:
+    check_start(folder.path, resume)
+    claim.enter_context(claimed(folder))
+
+
+def _train(world: World, config: RunConfig, folder: RunFolder, resume: Resume | None) -> dict[str, Any]:
     started = perf_counter()
     run, progress = open_run(config, resume, world)
     parts = loop_parts(run)
+    refuse_shorter_run(parts, progress)
     if world.is_main:
         print(derived_numbers(parts, run.data, run.model), flush=True)
+        if progress.step:
+            print(f"continuing from {folder_name(progress.step)}: {parts.total_steps - progress.step} steps to go")
     if config.evaluation.eval_on_start and progress.step == 0:
         measure(run, "before", 0)
     progress = train(parts, progress)
     if config.training.load_best_model_at_end and progress.best_step is not None:
-        load_state(open_checkpoint(run.folder.checkpoints / folder_name(progress.best_step)), run.strategy, run.shapes)
+        load_state(open_checkpoint(folder.checkpoints / folder_name(progress.best_step)), run.strategy, run.shapes)
     measure(run, "after", progress.step)
     export(run)
     run.trackers.close()
-    return on_main_rank(world, lambda: write_summary(config, run.folder, world.world_size, perf_counter() - started))
+    if world.is_main:
+        print(f"exported {folder.export}", flush=True)
+    return on_main_rank(world, lambda: write_summary(config, folder, world.world_size, perf_counter() - started))
 
 
 def open_run(config: RunConfig, resume: Resume | None, world: World) -> tuple[Run, Progress]:
@@ -107,7 +125,6 @@ def open_run(config: RunConfig, resume: Resume | None, world: World) -> tuple[Ru
     if config.data.dataloader_num_workers:
         prepare_workers()
     folder = RunFolder(Path(config.output_dir))
-    on_main_rank(world, lambda: check_start(folder.path, resume))
     checkpoint = find_checkpoint(folder.checkpoints) if resume else None
     data = open_data(config.data, config.evaluation, folder.index, world)
     progress = first_progress(config, data.train.fingerprint, checkpoint)
@@ -166,6 +183,19 @@ def build(
     return model, preprocess, strategy, shapes
 
 
+def refuse_shorter_run(parts: Parts, progress: Progress) -> None:
+    """A checkpoint beyond the last step could only be evaluated again, as something that it is not.
+
+    Raises:
+        UserError: The run file asks for fewer steps than the checkpoint has taken.
+    """
+    if progress.step > parts.total_steps:
+        raise UserError(
+            f"the newest checkpoint in {parts.config.output_dir} has taken {progress.step} steps, but the run file "
+            f"asks for {parts.total_steps}; raise training.max_steps or num_train_epochs, or set another output_dir"
+        )
+
+
 def loop_parts(run: Run) -> Parts:
     """What the loop turns."""
     config, world, training = run.config, run.world, run.config.training
@@ -200,7 +230,7 @@ def loop_parts(run: Run) -> Parts:
         learning_rate=learning_rate_schedule(training, total_steps),
         record=record,
         evaluate=lambda step: measure(run, "during", step),
-        save=lambda progress: save(run, progress),
+        save=lambda progress, as_best: save(run, progress, as_best),
         total_steps=total_steps,
         eval_steps=steps_of(config.evaluation.eval_steps, total_steps),
         save_steps=steps_of(training.save_steps, total_steps),
@@ -232,15 +262,19 @@ def measure(run: Run, kind: str, step: int) -> float:
     return measures[str(run.dims[0])][run.config.evaluation.metric_for_best_model]
 
 
-def save(run: Run, progress: Progress) -> None:
-    """Publish a checkpoint, point `best` at the best one, remove what is beyond save_total_limit."""
-    about = {"strategy": run.config.strategy, "versions": library_versions()}
+def save(run: Run, progress: Progress, as_best: bool = False) -> None:
+    """Publish a checkpoint, point `best` at the best one, remove what is beyond save_total_limit.
+
+    Args:
+        as_best: Whether it is saved only because it is the best, and goes when it is no more.
+    """
+    about = {"strategy": run.config.strategy, "versions": library_versions(), "saved_as_best": as_best}
     path = save_checkpoint(run.folder.checkpoints, run.strategy, run.shapes, progress, run.world, about)
     if run.world.is_main:
         if progress.best_step is not None:
             replace_text(run.folder.path / "best", folder_name(progress.best_step) + "\n")
         retain(run.folder.checkpoints, run.config.training.save_total_limit, progress.best_step)
-        print(f"saved {path}", flush=True)
+        print(f"saved {path}{', the best so far' if progress.best_step == progress.step else ''}", flush=True)
 
 
 def export(run: Run) -> None:

@@ -6,8 +6,9 @@ from statistics import median
 from typing import Any
 
 from farnear.config import RunConfig
+from farnear.files import replace_text
 from farnear.run_folder import RunFolder
-from farnear.training.checkpoint import replace_text
+from farnear.training.metrics import mean_loss
 
 
 def write_summary(config: RunConfig, folder: RunFolder, world_size: int, seconds: float) -> dict[str, Any]:
@@ -22,7 +23,7 @@ def write_summary(config: RunConfig, folder: RunFolder, world_size: int, seconds
         "strategy": config.strategy,
         "world_size": world_size,
         "steps": steps[-1]["step"] if steps else 0,
-        "loss": steps[-1]["loss"] if steps else None,
+        "loss": mean_loss(steps[-config.training.logging_steps :]),
         "seconds": round(seconds, 1),
         "pairs_per_s": round(median(step["pairs_per_s"] for step in steps), 2) if steps else None,
         "masked": sum(step["masked"] for step in steps),
