@@ -108,7 +108,7 @@ def test_launch_runs_the_accelerate_config_of_the_strategy(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     started: list[list[str]] = []
-    monkeypatch.setattr(local, "supervise", lambda command: started.append(command) or 0)
+    monkeypatch.setattr(local, "supervise", lambda command, _: started.append(command) or 0)
     run_file = write_run_file(**keys)
     assert launch(run_file, **{"overrides": [], **options}) == 0  # type: ignore[arg-type]
     [command] = started
@@ -121,7 +121,7 @@ def test_launch_runs_strategy_single_without_a_launcher(
     write_run_file: WriteRunFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[list[str]] = []
-    monkeypatch.setattr(local, "supervise", lambda command: started.append(command) or 0)
+    monkeypatch.setattr(local, "supervise", lambda command, _: started.append(command) or 0)
     run_file = write_run_file(strategy="single")
     assert launch(run_file, ["seed=3"]) == 0
     assert [Path(word).name for word in started[0][1:]] == ["-u", "train.py", "run.yaml", "seed=3"]
@@ -134,7 +134,7 @@ def test_launch_runs_strategy_single_without_a_launcher(
 def test_launch_refuses_what_cannot_start(
     write_run_file: WriteRunFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local, "supervise", lambda command: pytest.fail("processes were started"))
+    monkeypatch.setattr(local, "supervise", lambda command, _: pytest.fail("processes were started"))
     with pytest.raises(UserError, match=r"accelerate config .*my.yaml does not exist"):
         launch(write_run_file(), [], config_file=tmp_path / "my.yaml")
     with pytest.raises(UserError, match="did you mean 'seed'"):

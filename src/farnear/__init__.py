@@ -38,5 +38,5 @@ def train(config: "RunConfig", resume: Literal["newest", "auto"] | None = None) 
 
     summary = run_training(config, resume)
     if int(os.environ.get("RANK", 0)) == 0:
-        write_report(Path(config.output_dir))
+        print(f"report {write_report(Path(config.output_dir))}", flush=True)
     return summary

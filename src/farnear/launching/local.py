@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -66,6 +66,7 @@ def launch(
     config = load_config(run_file, overrides)
     check_start(Path(config.output_dir), resume)
     arguments = [str(run_file), *overrides, *RESUME_WORDS[resume]]
+    environment: dict[str, str] = {}
     if config.strategy == "single":
         if config_file is not None:
             raise UserError(
@@ -75,8 +76,9 @@ def launch(
         shown, run = python_command(arguments)
     else:
         shown, run = accelerate_command(config.strategy, arguments, config_file, config.num_processes)
+        environment = threads_of_a_rank(config.num_processes)
     print(shlex.join(shown), flush=True)
-    return supervise(run)
+    return supervise(run, environment)
 
 
 def python_command(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -103,8 +105,19 @@ def accelerate_command(
     return [_program("accelerate"), "launch", *words], [sys.executable, "-m", "accelerate.commands.launch", *words]
 
 
-def supervise(command: Sequence[str]) -> int:
+def threads_of_a_rank(num_processes: int | None) -> dict[str, str]:
+    """The cores' share for each rank. torchrun would set one, with a warning; without a number of ranks so do we."""
+    cores = len(os.sched_getaffinity(0))
+    threads = max(1, cores // num_processes) if num_processes else 1
+    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+
+
+def supervise(command: Sequence[str], environment: Mapping[str, str] | None = None) -> int:
     """Run a command whose processes report through an outcome file, and leave none of them behind.
+
+    Args:
+        command: The program and its arguments.
+        environment: Variables beside this process's own.
 
     Returns:
         Its exit code, or 128 + the number of the signal that ended it or this process's wait for it.
@@ -116,7 +129,7 @@ def supervise(command: Sequence[str]) -> int:
         outcome = Path(folder, "outcome.json")
         child = subprocess.Popen(
             command,
-            env={**os.environ, OUTCOME_FILE: str(outcome)},
+            env={**os.environ, **(environment or {}), OUTCOME_FILE: str(outcome)},
             # The terminal's Ctrl-C reaches this process alone, which then ends the others in order.
             start_new_session=True,
             preexec_fn=_end_with_this_process(),

@@ -98,7 +98,10 @@ def tiles(run: Run) -> list[Tile]:
     if run.steps:
         last = run.steps[-1]
         found.append(Tile("Optimizer steps", f"{last.step:,}", f"epoch {number(last.epoch)}"))
-        found.append(Tile("Loss", number(last.loss), f"from {number(run.steps[0].loss)}"))
+        # The summary's is a mean over the last steps: a single one may be a batch of one pair, whose loss is 0.
+        loss = run.summary.get("loss")
+        newest_loss = float(loss) if isinstance(loss, int | float) else last.loss
+        found.append(Tile("Loss", number(newest_loss), f"from {number(run.steps[0].loss)}"))
     if "pairs_per_s" in run.summary:
         found.append(Tile("Pairs per second", plain(run.summary["pairs_per_s"])))
     elif run.steps:
