@@ -297,6 +297,25 @@ def test_a_killed_launcher_takes_its_child_along(program: RunProgram, tmp_path: 
     assert _ends(child, seconds=2.0)
 
 
+def test_a_killed_torchrun_takes_its_ranks_along(tmp_path: Path) -> None:
+    rank = (
+        "import os, time; from farnear.processes import end_with_parent; end_with_parent(os.getppid()); "
+        "print(os.getpid(), flush=True); time.sleep(60)"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {rank!r}])"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert parent.stdout is not None
+        child = psutil.Process(int(parent.stdout.readline()))
+    finally:
+        parent.kill()
+        parent.wait()
+    assert _ends(child, seconds=2.0)
+
+
 def test_a_signal_that_nohup_ignores_stays_ignored(program: RunProgram) -> None:
     previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

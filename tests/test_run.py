@@ -269,6 +269,43 @@ def test_fewer_steps_than_were_taken_are_refused(folder: Path) -> None:
         farnear.train(run_config(folder, "long", training={"max_steps": 1}), "newest")
 
 
+def test_a_best_is_compared_with_its_like_only(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One query and its page score 1.0 at every step; eight queries do not."""
+
+    def keys(steps: int, sample: int, **training: Any) -> dict[str, Any]:
+        return {
+            "data": {"eval": str(folder / "data" / "eval-*.tar")},
+            "training": {"max_steps": steps, "save_steps": 2, **training},
+            "evaluation": {"eval_steps": 2, "sample_queries": sample, "sample_pages": sample},
+        }
+
+    run = folder / "compared"
+    best = run / "checkpoints" / "step-00000002"
+    farnear.train(run_config(folder, "compared", **keys(4, 1)))
+    assert (run / "best").read_text() == f"{best.name}\n"
+    # The same measure: the best stands, and is looked at before hours are spent.
+    weights = next(best.glob("rank-*"))
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1])
+    with pytest.raises(UserError, match=r"step-00000002.*bytes, not the"):
+        farnear.train(run_config(folder, "compared", **keys(6, 1, load_best_model_at_end=True)), "newest")
+    weights.write_bytes(whole)
+    farnear.train(run_config(folder, "compared", **keys(6, 1)), "newest")
+    assert (run / "best").read_text() == f"{best.name}\n"
+    # Another sample.
+    capsys.readouterr()
+    farnear.train(run_config(folder, "compared", **keys(8, 8)), "newest")
+    assert f"{best.name}, was measured otherwise or on other pages" in capsys.readouterr().out
+    assert (run / "best").read_text() == "step-00000008\n"
+    # Gone.
+    for path in run.glob("checkpoints/step-*"):
+        if path.name != "step-00000004":
+            shutil.rmtree(path)
+    farnear.train(run_config(folder, "compared", **keys(6, 1)), "newest")
+    assert f"{best.name}, is gone: the best is chosen among" in capsys.readouterr().out
+    assert (run / "best").read_text() == "step-00000006\n"
+
+
 def test_files_have_the_usual_permissions(finished: tuple[Path, dict[str, Any]]) -> None:
     run, _ = finished
     umask = os.umask(0)

@@ -43,11 +43,14 @@ def train_command(words: Sequence[str]) -> int:
     """What launch/train.py does on each rank. Returns the exit code."""
     from farnear.config import load_config
     from farnear.launching.outcome import tell
+    from farnear.processes import end_with_parent
 
     parser = Parser(prog="launch/train.py", description="Train one model on the ranks that the launcher started.")
     _add_run_arguments(parser)
     try:
         arguments = parse(parser, words)
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun, not by a shell that may be left
+            end_with_parent(os.getppid())
         config = load_config(arguments.run_file, arguments.overrides)
         _prepare_environment()
         farnear.train(config, arguments.resume)

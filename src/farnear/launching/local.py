@@ -9,7 +9,6 @@ Every process of a launch inherits the name of the launch's outcome file in its 
 found at the end, data workers and orphans included.
 """
 
-import ctypes
 import os
 import shlex
 import shutil
@@ -18,8 +17,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -27,6 +27,7 @@ import psutil
 from farnear.config import load_config
 from farnear.errors import UserError
 from farnear.launching.outcome import OUTCOME_FILE, read_outcome
+from farnear.processes import end_with_parent
 from farnear.resources import resource_root
 from farnear.run_folder import Resume, check_start
 
@@ -132,7 +133,8 @@ def supervise(command: Sequence[str], environment: Mapping[str, str] | None = No
             env={**os.environ, **(environment or {}), OUTCOME_FILE: str(outcome)},
             # The terminal's Ctrl-C reaches this process alone, which then ends the others in order.
             start_new_session=True,
-            preexec_fn=_end_with_this_process(),
+            # torchrun, for its part, ends its ranks when it takes a SIGTERM.
+            preexec_fn=partial(end_with_parent, os.getpid()),
         )
         try:
             while child.poll() is None and not received and not outcome.exists():
@@ -166,22 +168,6 @@ def _signals_received() -> Iterator[list[signal.Signals]]:
     finally:
         for number in heeded:
             signal.signal(number, previous[number])
-
-
-def _end_with_this_process() -> Callable[[], None]:
-    """For the child, before it becomes the command: take a SIGTERM when this process dies, be it by a SIGKILL.
-
-    accelerate and torchrun pass it on to their ranks. Linux only: prctl(2), PR_SET_PDEATHSIG.
-    """
-    libc = ctypes.CDLL(None)
-    parent = os.getpid()
-
-    def prepare() -> None:
-        libc.prctl(1, signal.SIGTERM)
-        if os.getppid() != parent:  # it died meanwhile
-            os._exit(128 + signal.SIGTERM)
-
-    return prepare
 
 
 def _end(child: subprocess.Popen[bytes], mark: str) -> None:

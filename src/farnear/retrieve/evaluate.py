@@ -9,6 +9,7 @@ During a run a fixed sample is measured. It is taken by hash, so it is the same 
 the shards.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -52,6 +53,17 @@ class RetrievalTask:
     def pages(self) -> int:
         """Size of the corpus."""
         return len(self.page_row_P) + len(self.distractor_row_R)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the queries' texts, the pages' contents and what answers what: measures compare where it is the same."""
+        digest = hashlib.blake2b(digest_size=8)
+        digest.update(self.index.query_hash_N[self.query_pair_Q].tobytes())
+        digest.update(self.index.page_hash_P[self.page_row_P].tobytes())
+        if self.distractors is not None:
+            digest.update(self.distractors.page_hash_P[self.distractor_row_R].tobytes())
+        digest.update(repr([sorted(pages) for pages in self.relevant]).encode())
+        return digest.hexdigest()
 
 
 def build_task(index: Index, distractors: Index | None = None) -> RetrievalTask:

@@ -51,6 +51,7 @@ class Progress:
         step: Optimizer steps done: the cursor.
         seed, global_batch_size, fingerprint: With the step they decide which pairs come next.
         best_metric, best_step: The best evaluation so far, if any.
+        measured_by: What `best_metric` is a value of: another measure or another sample does not compare with it.
     """
 
     step: int
@@ -59,6 +60,7 @@ class Progress:
     fingerprint: str
     best_metric: float | None = None
     best_step: int | None = None
+    measured_by: str = ""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import multiprocessing
 import platform
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from multiprocessing import forkserver
 from pathlib import Path
@@ -127,7 +127,9 @@ def open_run(config: RunConfig, resume: Resume | None, world: World) -> tuple[Ru
     folder = RunFolder(Path(config.output_dir))
     checkpoint = find_checkpoint(folder.checkpoints) if resume else None
     data = open_data(config.data, config.evaluation, folder.index, world)
-    progress = first_progress(config, data.train.fingerprint, checkpoint)
+    progress = first_progress(config, data, checkpoint)
+    if checkpoint is not None:
+        progress = with_best_that_compares(progress, config, data, folder, world)
     model, preprocess, strategy, shapes = build(config, world, checkpoint)
     dims = measured_dims(config, embedding_dimension(model))
     on_main_rank(world, lambda: prepare_folder(config, folder, progress.step))
@@ -141,13 +143,15 @@ def prepare_workers() -> None:
     forkserver.ensure_running()
 
 
-def first_progress(config: RunConfig, fingerprint: str, checkpoint: Checkpoint | None) -> Progress:
+def first_progress(config: RunConfig, data: RunData, checkpoint: Checkpoint | None) -> Progress:
     """Where to begin.
 
     Raises:
         UserError: The checkpoint's order of pairs is not the run file's, so its place in it means nothing.
     """
-    fresh = Progress(0, config.seed, config.training.global_batch_size, fingerprint)
+    fresh = Progress(
+        0, config.seed, config.training.global_batch_size, data.train.fingerprint, measured_by=measured_by(config, data)
+    )
     if checkpoint is None:
         return fresh
     saved = checkpoint.progress
@@ -163,6 +167,35 @@ def first_progress(config: RunConfig, fingerprint: str, checkpoint: Checkpoint |
                 "output_dir"
             )
     return saved
+
+
+def measured_by(config: RunConfig, data: RunData) -> str:
+    """What evaluations during the run measure, and on what."""
+    return f"{config.evaluation.metric_for_best_model} on {data.sample.fingerprint}" if data.sample else ""
+
+
+def with_best_that_compares(
+    saved: Progress, config: RunConfig, data: RunData, folder: RunFolder, world: World
+) -> Progress:
+    """The progress of a checkpoint, without its best evaluation where that is no measure for the evaluations to come.
+
+    Raises:
+        UserError: The best checkpoint will be needed at the end and is damaged.
+    """
+    now = measured_by(config, data)
+    if saved.best_step is None:
+        return replace(saved, measured_by=now)
+    best = folder.checkpoints / folder_name(saved.best_step)
+    is_there = on_main_rank(world, best.is_dir)
+    if is_there and saved.measured_by == now:
+        if config.training.load_best_model_at_end:
+            on_main_rank(world, lambda: open_checkpoint(best))
+        return saved
+    if world.is_main:
+        why = "was measured otherwise or on other pages" if is_there else "is gone"
+        print(f"the best checkpoint so far, {best.name}, {why}: the best is chosen among the evaluations to come")
+        (folder.path / "best").unlink(missing_ok=True)
+    return replace(saved, best_metric=None, best_step=None, measured_by=now)
 
 
 def build(
