@@ -131,6 +131,18 @@ def test_launch_runs_strategy_single_without_a_launcher(
         launch(run_file, [], num_processes=2)
 
 
+def test_launch_says_that_a_model_is_no_folder_here(
+    write_run_file: WriteRunFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(local, "supervise", lambda command, _: 0)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    launch(write_run_file(model={"name_or_path": "runs/tiny"}), [])
+    assert "there is no folder runs/tiny; looking" in capsys.readouterr().out
+    launch(write_run_file(model={"name_or_path": "someone/tiny"}), [])
+    assert "there is no folder" not in capsys.readouterr().out
+
+
 def test_launch_refuses_what_cannot_start(
     write_run_file: WriteRunFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -66,6 +66,9 @@ def launch(
         overrides = [*overrides, f"num_processes={num_processes}"]
     config = load_config(run_file, overrides)
     check_start(Path(config.output_dir), resume)
+    model = Path(config.model.name_or_path)
+    if not model.exists() and not model.is_absolute() and model.parent != Path() and model.parent.is_dir():
+        print(f"there is no folder {model}; looking for a model of that name on the hub", flush=True)
     arguments = [str(run_file), *overrides, *RESUME_WORDS[resume]]
     environment: dict[str, str] = {}
     if config.strategy == "single":

@@ -74,8 +74,9 @@ def load_model(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> Se
             processor_kwargs=processor_kwargs,
         )
     except Exception as error:  # on a damaged folder the libraries raise almost anything
+        no_folder = "" if Path(config.name_or_path).exists() else "no folder of that name is here, and the hub says: "
         raise UserError(
-            f"model {config.name_or_path} cannot be loaded ({type(error).__name__}: "
+            f"model {config.name_or_path} cannot be loaded ({no_folder}{type(error).__name__}: "
             f"{' '.join(str(error).split())[:300]}); "
             "check the folder or hub name, model.revision and model.model_kwargs"
         ) from error
@@ -100,14 +101,10 @@ def load_model(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> Se
 
 def _refuse_missing_folder(name: str) -> None:
     """A name that can only be a folder is not looked for on the hub, which takes minutes without a network."""
+    is_hub_name = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name)
     path = Path(name).expanduser()
-    is_hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.startswith(".")
-    lies_in_a_folder = path.parent != Path() and path.parent.is_dir()
-    if not path.exists() and (lies_in_a_folder or not is_hub_name):
-        raise UserError(
-            f"there is no model folder {os.path.abspath(path)}, and {name} is no name on the hub; "
-            "set model.name_or_path"
-        )
+    if not is_hub_name and not path.exists():
+        raise UserError(f"there is no model folder {os.path.abspath(path)}; set model.name_or_path")
 
 
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
