@@ -271,7 +271,10 @@ def test_a_signal_ends_launcher_and_ranks(number: signal.Signals, program: RunPr
         [
             sys.executable,
             "-c",
-            f"import sys; from farnear.launching.local import supervise; sys.exit(supervise({command}))",
+            # Whatever runs the tests may ignore signals, and what is ignored is inherited.
+            f"import signal, sys; from farnear.launching.local import SIGNALS_TO_END_ON, supervise\n"
+            f"for number in SIGNALS_TO_END_ON: signal.signal(number, signal.SIG_DFL)\n"
+            f"sys.exit(supervise({command}))",
         ],
         env={**os.environ, "TMPDIR": str(tmp_path)},
         stderr=subprocess.PIPE,
