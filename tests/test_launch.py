@@ -15,6 +15,7 @@ import pytest
 from conftest import WriteRunFile
 
 from farnear import resources
+from farnear.cli import train_command
 from farnear.errors import RunStoppedError, UserError
 from farnear.launching import local, outcome
 from farnear.launching.local import accelerate_command, launch, python_command, supervise
@@ -310,6 +311,27 @@ def test_a_killed_launcher_takes_its_child_along(program: RunProgram, tmp_path: 
         supervisor.kill()
         supervisor.wait()
     assert _ends(child, seconds=2.0)
+
+
+def test_a_rank_of_torchrun_ends_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parents: list[int] = []
+    monkeypatch.setattr("farnear.processes.end_with_parent", parents.append)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    # A shell that started a training by hand may be left.
+    assert train_command([str(tmp_path / "none.yaml")]) == 2
+    assert parents == []
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert train_command([str(tmp_path / "none.yaml")]) == 2
+    assert parents == [os.getppid()]
+
+
+def test_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    threads = [local.threads_of_a_rank(ranks)["OMP_NUM_THREADS"] for ranks in (None, 1, 3, 32)]
+    assert threads == ["1", "16", "5", "1"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert local.threads_of_a_rank(2) == {"OMP_NUM_THREADS": "7"}
 
 
 def test_a_killed_torchrun_takes_its_ranks_along(tmp_path: Path) -> None:

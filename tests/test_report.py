@@ -332,7 +332,7 @@ def test_the_page_is_replaced_whole_or_left_alone(run_folder: Path, monkeypatch:
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("farnear.report.page.os.replace", fail)
+        patch.setattr("farnear.files.os.replace", fail)
         with pytest.raises(OSError, match="no space"):
             write_report(run_folder)
     assert report.read_text(encoding="utf-8") == before

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import farnear
 from farnear.command_line import Parser, parse, positive, resume, size
-from farnear.errors import UserError, refused_by_system
+from farnear.errors import UserError, as_user_error
 
 if TYPE_CHECKING:
     from farnear.ingest.shards import ImportReport
@@ -29,12 +29,8 @@ def main(words: Sequence[str] | None = None) -> int:
         arguments = parse(_farnear_parser(), sys.argv[1:] if words is None else words)
         command: Command = arguments.command
         return command(arguments)
-    except UserError as error:
-        mistake = error
-    except OSError as error:
-        if error.filename is None:  # no file of the user's: a defect
-            raise
-        mistake = refused_by_system(error)
+    except (UserError, OSError) as error:
+        mistake = as_user_error(error)
     print(error_line(mistake), file=sys.stderr)
     return mistake.exit_code
 
@@ -55,12 +51,8 @@ def train_command(words: Sequence[str]) -> int:
         _prepare_environment()
         farnear.train(config, arguments.resume)
         return 0
-    except UserError as error:
-        mistake = error
-    except OSError as error:
-        if error.filename is None:  # no file of the user's: a defect
-            raise
-        mistake = refused_by_system(error)
+    except (UserError, OSError) as error:
+        mistake = as_user_error(error)
     tell(mistake)
     return mistake.exit_code
 

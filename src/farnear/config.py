@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 from farnear.errors import UserError
 from farnear.yaml_text import read_yaml
@@ -241,6 +242,11 @@ class RunConfig(Section):
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
+    @field_validator("model", "data", "loss", "training", "evaluation", mode="before")
+    @classmethod
+    def _all_lines_commented_out(cls, value: Any) -> Any:
+        return {} if value is None else value
+
     @model_validator(mode="after")
     def _combinations(self) -> "RunConfig":
         if self.strategy == "single" and self.num_processes not in (None, 1):
@@ -277,10 +283,6 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise UserError(f"run file {path} holds no keys; it needs at least output_dir, model and data")
     for override in overrides:
         _apply_override(tree, override)
-    for name, value in tree.items():
-        # A section all of whose lines are commented out.
-        if value is None and _is_section(name):
-            tree[name] = {}
     return parse_config(tree, source=str(path))
 
 
@@ -308,8 +310,8 @@ def known_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterat
     """Every dotted key of the run file, sections included."""
     for name, field in section.model_fields.items():
         yield prefix + name
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            yield from known_keys(field.annotation, f"{prefix}{name}.")
+        if part := _section_of(field):
+            yield from known_keys(part, f"{prefix}{name}.")
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -335,13 +337,13 @@ def _unknown_keys(tree: dict[str, Any], section: type[BaseModel], prefix: str = 
         field = section.model_fields.get(str(key))
         if field is None:
             yield f"{prefix}{key}"
-        elif isinstance(value, dict) and isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            yield from _unknown_keys(value, field.annotation, f"{prefix}{key}.")
+        elif isinstance(value, dict) and (part := _section_of(field)):
+            yield from _unknown_keys(value, part, f"{prefix}{key}.")
 
 
-def _is_section(name: str) -> bool:
-    field = RunConfig.model_fields.get(name)
-    return field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+def _section_of(field: FieldInfo) -> type[Section] | None:
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
 
 
 def _advice(key: str) -> str:

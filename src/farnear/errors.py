@@ -17,6 +17,19 @@ class RunStoppedError(UserError):
     exit_code = 1
 
 
+def as_user_error(error: UserError | OSError) -> UserError:
+    """The error that a command ends with.
+
+    Raises:
+        OSError: The one given, when it names no file: a defect.
+    """
+    if isinstance(error, UserError):
+        return error
+    if error.filename is None:
+        raise error
+    return refused_by_system(error)
+
+
 def refused_by_system(error: OSError) -> UserError:
     """A full disk, a folder that is a file, a missing permission, as one line."""
     where = f": {error.filename}" if error.filename is not None else ""

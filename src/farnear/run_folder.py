@@ -64,13 +64,18 @@ class RunFolder:
         return self.path / "summary.json"
 
     @property
+    def report(self) -> Path:
+        """The run as one page."""
+        return self.path / "report.html"
+
+    @property
     def lock(self) -> Path:
         """Held by the run that writes here; its being there says that the folder is a run folder."""
         return self.path / "run.lock"
 
     def written(self) -> tuple[Path, ...]:
         """What a new run would replace."""
-        return (self.config, self.metrics, self.evaluations, self.index, self.export, self.summary)
+        return (self.config, self.metrics, self.evaluations, self.index, self.export, self.summary, self.report)
 
 
 def published_checkpoints(checkpoints: Path) -> list[Path]:

@@ -5,14 +5,15 @@ drawn with ``figures`` and ``bars``) and fills ``template.html`` with the result
 look and in which order they come. jinja2 escapes every value, and the page forbids itself to load anything.
 """
 
-import os
 from importlib.resources import files
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
+from farnear.files import replace_text
 from farnear.report import sections
 from farnear.report.records import Run, read_run
+from farnear.run_folder import RunFolder
 
 
 def write_report(run_folder: Path) -> Path:
@@ -21,14 +22,8 @@ def write_report(run_folder: Path) -> Path:
     Reads ``run.yaml``, ``metrics.jsonl``, ``eval.jsonl`` and ``summary.json``; all but the first may be missing.
     Raises UserError for a folder that is no run and for a damaged file, by name and line.
     """
-    page = render(read_run(run_folder))
-    report = run_folder / "report.html"
-    unfinished = run_folder / f".report.html.{os.getpid()}"
-    try:
-        unfinished.write_text(page, encoding="utf-8")
-        os.replace(unfinished, report)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    report = RunFolder(run_folder).report
+    replace_text(report, render(read_run(run_folder)))
     return report
 
 

@@ -86,7 +86,7 @@ def train_in(world: World, config: RunConfig, resume: Resume | None = None) -> d
     folder = RunFolder(Path(config.output_dir))
     with ExitStack() as claim:
         on_main_rank(world, lambda: _claim(folder, resume, claim))
-        return _train(world, config, folder, resume)
+        return _train(world, config, resume)
 
 
 def _claim(folder: RunFolder, resume: Resume | None, claim: ExitStack) -> None:
@@ -94,7 +94,7 @@ def _claim(folder: RunFolder, resume: Resume | None, claim: ExitStack) -> None:
     claim.enter_context(claimed(folder))
 
 
-def _train(world: World, config: RunConfig, folder: RunFolder, resume: Resume | None) -> dict[str, Any]:
+def _train(world: World, config: RunConfig, resume: Resume | None) -> dict[str, Any]:
     started = perf_counter()
     run, progress = open_run(config, resume, world)
     parts = loop_parts(run)
@@ -107,13 +107,14 @@ def _train(world: World, config: RunConfig, folder: RunFolder, resume: Resume | 
         measure(run, "before", 0)
     progress = train(parts, progress)
     if config.training.load_best_model_at_end and progress.best_step is not None:
-        load_state(open_checkpoint(folder.checkpoints / folder_name(progress.best_step)), run.strategy, run.shapes)
+        best = run.folder.checkpoints / folder_name(progress.best_step)
+        load_state(open_checkpoint(best), run.strategy, run.shapes)
     measure(run, "after", progress.step)
     export(run)
     run.trackers.close()
     if world.is_main:
-        print(f"exported {folder.export}", flush=True)
-    return on_main_rank(world, lambda: write_summary(config, folder, world.world_size, perf_counter() - started))
+        print(f"exported {run.folder.export}", flush=True)
+    return on_main_rank(world, lambda: write_summary(config, run.folder, world.world_size, perf_counter() - started))
 
 
 def open_run(config: RunConfig, resume: Resume | None, world: World) -> tuple[Run, Progress]:
