@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ranks import run_ranks
 
 from farnear.config import RunConfig, parse_config
-from farnear.errors import UserError
-from farnear.parallel.world import check_launch
+from farnear.errors import RunStoppedError, UserError
+from farnear.parallel.world import check_launch, on_main_rank, start_world, stop_world
 from farnear.parallel.zero import deepspeed_config
 from farnear.resources import resource_root
 
@@ -108,3 +109,29 @@ def test_a_deepspeed_config_that_contradicts_is_named(tmp_path: Path, change: di
 def test_a_deepspeed_config_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"DeepSpeed config .*nowhere\.json cannot be read"):
         deepspeed_config(config("zero2"), 2, {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "nowhere.json")})
+
+
+def what_rank_0_meets(rank: int, world_size: int) -> None:
+    """Every rank goes on, or stops with the same kind of error, whatever the work on rank 0 came to."""
+    world = start_world(config("ddp"))
+
+    def raises(error: Exception) -> None:
+        assert rank == 0, "the work is rank 0's alone"
+        raise error
+
+    assert on_main_rank(world, lambda: f"from rank {rank}") == "from rank 0"
+    with pytest.raises(UserError, match="mend it") as caught:
+        on_main_rank(world, lambda: raises(UserError("mend it")))
+    assert caught.value.exit_code == 2
+    with pytest.raises(RunStoppedError, match="diverged") as caught:
+        on_main_rank(world, lambda: raises(RunStoppedError("diverged")))
+    assert caught.value.exit_code == 1
+    with pytest.raises(UserError, match="No space left on device: run/x; check the path"):
+        on_main_rank(world, lambda: raises(OSError(28, "No space left on device", "run/x")))
+    with pytest.raises(ZeroDivisionError if rank == 0 else RuntimeError, match="a defect"):
+        on_main_rank(world, lambda: raises(ZeroDivisionError("a defect")))
+    stop_world()
+
+
+def test_what_rank_0_meets_every_rank_is_told() -> None:
+    run_ranks(what_rank_0_meets, 2)
