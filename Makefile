@@ -26,12 +26,14 @@ lint: $(INSTALLED) ## ruff, mypy and the layering
 	$(RUN)/mypy
 	$(RUN)/lint-imports
 
-bench: $(INSTALLED) ## the gradient against a plain single process, under every strategy
+bench: $(INSTALLED) ## the gradient against a plain single process, and pairs a second against webdataset and datasets
 	$(RUN)/python benchmarks/exactness.py
+	$(RUN)/python benchmarks/data.py
 
 soak: $(INSTALLED) ## what takes longer: the tests left out of `make test`, and the benchmarks
 	$(RUN)/pytest -m soak
 	$(RUN)/python benchmarks/exactness.py
+	$(RUN)/python benchmarks/data.py
 
 # The exact versions need Python 3.11; on 3.10 pip picks the newest ones that still support it.
 $(INSTALLED):
@@ -41,6 +43,6 @@ $(INSTALLED):
 	fi
 	[ -x .venv/bin/pip ] || $(PYTHON) -m venv .venv
 	pins=$$(.venv/bin/python -c 'import sys; print("-c constraints.txt" if sys.version_info >= (3, 11) else "")') && \
-		.venv/bin/pip install --disable-pip-version-check --editable '.[dev,pdf]' $$pins
+		.venv/bin/pip install --disable-pip-version-check --editable '.[dev,http,media,pdf,s3]' $$pins
 	rm -f .venv/.installed-*
 	touch $@

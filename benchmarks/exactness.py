@@ -39,8 +39,7 @@ from transformers.utils import logging as transformers_logging
 
 from farnear.config import LossConfig, ModelConfig, RunConfig, parse_config
 from farnear.data.loader import MiniBatch, RankBatch
-from farnear.data.plan import slice_of_rank
-from farnear.model.embedder import Embedder, Preprocessing
+from farnear.model.embedder import Embedder, Preprocessing, to_device
 from farnear.model.load import load_model
 from farnear.model.tiny import save_tiny_model
 from farnear.parallel.strategy import Strategy, build_strategy
@@ -133,7 +132,7 @@ def make_batch(case: Case, world_size: int) -> GlobalBatch:
     if case.duplicate_page:
         pages[-1], page_hash_G[-1] = pages[0], page_hash_G[0]
     for rank in range(world_size):
-        mine = slice_of_rank(np.arange(case.pairs), rank, world_size)
+        mine = pairs_of_rank(case.pairs, rank, world_size)
         if case.text_pages:
             for i in mine[-((len(mine) + 1) % 2 + 1) :]:
                 pages[i] = f"a page of text number {i}"
@@ -151,7 +150,8 @@ def reference_gradient(model: SentenceTransformer, case: Case, batch: GlobalBatc
         parts = []
         for turn, start in enumerate(range(0, len(inputs), at_once)):
             torch.manual_seed(turn_seed(SEED, 0, 0, first_turn + turn))
-            parts.append(model(preprocess(inputs[start : start + at_once], side))["sentence_embedding"])
+            features = to_device(preprocess(inputs[start : start + at_once], side), model.device)
+            parts.append(model(features)["sentence_embedding"])
         return torch.cat(parts)
 
     # Only dropout makes the way the batch is cut matter: its masks are drawn per forward.
@@ -191,9 +191,14 @@ def reference_gradient(model: SentenceTransformer, case: Case, batch: GlobalBatc
     return gradient
 
 
+def pairs_of_rank(pairs: int, rank: int, world_size: int) -> np.ndarray:
+    """A contiguous share; those of all ranks differ by one pair at most."""
+    return np.arange(pairs * rank // world_size, pairs * (rank + 1) // world_size)
+
+
 def rank_batch(case: Case, batch: GlobalBatch, model: SentenceTransformer, world: World) -> RankBatch:
     """This rank's slice of the batch, cut as the loader cuts it."""
-    mine = slice_of_rank(np.arange(case.pairs), world.rank, world.world_size)
+    mine = pairs_of_rank(case.pairs, world.rank, world.world_size)
     borrowed = len(mine) == 0
     if borrowed:
         mine = np.array([0])
@@ -204,7 +209,9 @@ def rank_batch(case: Case, batch: GlobalBatch, model: SentenceTransformer, world
     for side in ("document", "query"):
         for start in range(0, len(inputs[side]), case.mini_batch_size):
             chosen = inputs[side][start : start + case.mini_batch_size]
-            mini_batches.append(MiniBatch(side, slice(start, start + len(chosen)), preprocess(chosen, side)))
+            rows = np.arange(start, start + len(chosen))
+            modality = "text" if side == "query" else "image"
+            mini_batches.append(MiniBatch(side, modality, rows, preprocess(chosen, side)))
     valid_b = np.zeros(1, dtype=bool) if borrowed else batch.valid_G[mine]
     negative_hash = np.array([1000 + 100 * world.rank + j for j in range(len(negatives))], dtype=np.int64)
     page_hash_p = np.concatenate([batch.page_hash_G[mine], negative_hash])
@@ -215,7 +222,10 @@ def rank_batch(case: Case, batch: GlobalBatch, model: SentenceTransformer, world
         valid_b=valid_b,
         query_hash_b=batch.query_hash_G[mine],
         page_hash_p=page_hash_p,
+        page_valid_p=np.concatenate([valid_b, np.ones(len(negatives), dtype=bool)]),
+        answers_bm=batch.page_hash_G[mine, None],
         mini_batches=tuple(mini_batches),
+        quarantined=(),
         seconds_waited=0.0,
     )
 

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,10 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# Indexes of the tests' shards are kept apart from the user's, and go when the tests end.
+CACHE = tempfile.TemporaryDirectory(prefix="farnear-test-cache-")
+os.environ["FARNEAR_CACHE"] = CACHE.name
 
 # Ranks and data workers are forked from one process that has imported these once.
 multiprocessing.set_forkserver_preload(["torch", "sentence_transformers", "deepspeed", "farnear.training.run"])

@@ -5,15 +5,23 @@ import json
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
+
+from farnear.data.index import Index
+from farnear.data.join import Source, join_scans
+from farnear.data.scan import scan_shard
+from farnear.data.scan_rows import ShardScan
+from farnear.data.shard_cache import ShardCache
+from farnear.data.shard_store import ShardStore
 
 Members = list[tuple[str, bytes]]
 
 
-def image_bytes(number: int, format: str = "PNG") -> bytes:
+def image_bytes(number: int, format: str = "PNG", size: tuple[int, int] = (6, 4)) -> bytes:
     """A picture of one colour, another for each number; ``number_of_image`` reads a lossless one back."""
-    image = Image.new("RGB", (6, 4), (number % 256, number // 256 % 256, 77))
+    image = Image.new("RGB", size, (number % 256, number // 256 % 256, 77))
     buffer = io.BytesIO()
     image.save(buffer, format, **({"lossless": True} if format == "WEBP" else {}))
     return buffer.getvalue()
@@ -53,3 +61,18 @@ def write_pairs(
             f"k{pair:05d}", f"query {pair}", pair // copies_of_page, negatives
         )
     return [write_tar(folder / f"part-{shard:03d}.tar", members[shard]) for shard in range(shards)]
+
+
+STORE = ShardStore(ShardCache(Path("unused")))
+"""Reads local shards, which need no cache."""
+
+
+def index_of(*sources: Iterable[Path], corpus: Iterable[Path] = (), **keys: Any) -> Index:
+    """The index of some sources' shards, in memory."""
+    joined = [Source(f"s{number}", tuple(map(scanned, shards))) for number, shards in enumerate(sources)]
+    return join_scans(joined, [scanned(shard, corpus=True) for shard in corpus], **keys)
+
+
+def scanned(shard: Path, corpus: bool = False) -> ShardScan:
+    with open(shard, "rb") as file:
+        return scan_shard(file, str(shard), corpus)

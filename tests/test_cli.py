@@ -18,9 +18,14 @@ COMMANDS = [
     ["launch"],
     ["report"],
     ["shards"],
+    ["shards", "from-hf"],
     ["shards", "from-pdf"],
     ["shards", "from-csv"],
     ["shards", "synth"],
+    ["shards", "queries"],
+    ["shards", "queries", "export"],
+    ["shards", "queries", "run"],
+    ["shards", "queries", "import"],
 ]
 
 
@@ -66,9 +71,13 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["launch", "RUN", "--num_proc", "2"], "--num_proc is not known here"),
         (["report", "a", "b"], "b is not known here"),
         (["report", "missing"], "missing"),
-        (["shards"], "the following arguments are required: SOURCE; see farnear shards --help"),
+        (["shards"], "the following arguments are required: COMMAND; see farnear shards --help"),
         (["shards", "synth", "out", "--size", "100"], "'100' is not a size; write WIDTHxHEIGHT"),
         (["shards", "from-pdf", "missing", "out"], "missing"),
+        (["shards", "from-hf", "./missing", "out"], "missing does not exist"),
+        (["shards", "queries"], "the following arguments are required: STEP; see farnear shards queries --help"),
+        (["shards", "queries", "export", "missing.tar", "--model", "m"], "missing.tar does not exist"),
+        (["shards", "queries", "import", "missing.tar", "missing.jsonl", "out"], "missing.tar does not exist"),
         (["shards", "from-csv", "missing.csv", "out"], "missing.csv"),
     ],
 )

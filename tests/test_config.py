@@ -78,7 +78,16 @@ def test_advice_for_foreign_keys_names_known_keys_only() -> None:
         ("training.max_steps=0", ["training", "max_steps", "-1"]),
         ("training.lr_scheduler_type=exponential", ["lr_scheduler_type", "'linear'", "'cosine'", "'exponential'"]),
         ("strategy=fsdp", ["strategy", "'zero2'", "'fsdp'"]),
-        ("data.train=[]", ["data.train: list", "at least 1"]),
+        ("data.train=[]", ["no training shards are named; set data.train, or data.sources"]),
+        ("data.sources={a: {train: x.tar}}", ["data.train and data.sources both name"]),
+        ("data={sources: {a: {train: x.tar, wieght: 2}}}", ["data.sources.a.wieght", "train, corpus, weight"]),
+        ("data={sources: {a: {train: []}}}", ["data.sources.a.train: list", "at least 1"]),
+        (
+            "data={sources: {a: {train: x, weight: 1}, b: {train: y}}}",
+            ["some sources have a weight and some have none"],
+        ),
+        ("data.tail=fill", ["data.tail", "'carry'", "'fill'"]),
+        ("data.max_bad_fraction=2", ["data.max_bad_fraction", "less than or equal to 1"]),
         ("loss.matryoshka_dims=64", ["loss.matryoshka_dims", "should be a list", "64"]),
         ("loss.temperature=0.05", ["loss.temperature is not a key", "loss.scale", "1 / temperature"]),
         ("trainin.max_steps=3", ["unknown key 'trainin'; did you mean 'training'?"]),
@@ -130,7 +139,7 @@ def test_combinations_that_cannot_train_are_refused(write_run_file: WriteRunFile
 def test_what_is_missing_is_named(write_run_file: WriteRunFile) -> None:
     message = _refusal(write_run_file(model={}, data={}))
     assert "'model.name_or_path' is missing" in message
-    assert "'data.train' is missing" in message
+    assert "no training shards are named" in message
 
 
 @pytest.mark.parametrize(

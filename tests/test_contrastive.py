@@ -83,8 +83,13 @@ def test_what_is_masked() -> None:
             [0, 1, 0, 0, 0, 0],
         ]
     ).bool()
-    assert torch.equal(false_negatives(facts, slice(0, 4)), expected)
-    assert torch.equal(false_negatives(facts, slice(2, 4)), expected[2:])
+    own_b1 = facts.page_hash_N[:4, None]
+    assert torch.equal(false_negatives(facts, slice(0, 4), own_b1), expected)
+    assert torch.equal(false_negatives(facts, slice(2, 4), own_b1[2:]), expected[2:])
+    # Another answer to query 0 stands there as a hard negative, and pair 2 has pair 1's page for a second answer.
+    answers_b2 = torch.tensor([[10, 99], [11, 11], [10, 11], [13, 13]])
+    expected[0, 5] = expected[2, 1] = expected[2, 4] = True
+    assert torch.equal(false_negatives(facts, slice(0, 4), answers_b2), expected)
 
 
 def test_bf16_embeddings_are_scored_in_fp32() -> None:

@@ -70,10 +70,34 @@ def test_an_image_asked_for_twice_stays_on_one_side(folder: Path) -> None:
     assert not documents_of(report.train_shards) & documents_of(report.eval_shards)
 
 
+def test_hard_negatives_are_columns_of_paths(folder: Path) -> None:
+    rows = [
+        ("query", "negative_10", "image", "negative_9"),
+        ("a", "pages/page 1.PNG", "pages/page 0.PNG", "photo.webp"),
+        ("b", "pages/page 2.PNG", "pages/page 1.PNG", ""),
+        ("c", "", "pages/page 2.PNG", ""),
+    ]
+    report = import_csv(write_csv(folder, rows), folder / "out")
+    members = members_of(report.train_shards)
+    assert list(members) == [
+        *("000002-page-0.json", "000002-page-0.neg0.webp", "000002-page-0.neg1.png", "000002-page-0.png"),
+        *("000003-page-1.json", "000003-page-1.neg0.png", "000003-page-1.png"),
+        *("000004-page-2.json", "000004-page-2.png"),
+    ]
+    assert members["000002-page-0.neg0.webp"] == (folder / "photo.webp").read_bytes()
+    assert members["000002-page-0.neg1.png"] == image_bytes(1)
+    assert members["000003-page-1.neg0.png"] == image_bytes(2)
+    assert report.skipped == ()
+    for cell, words in (("no.png", "there is no file"), ("fake.png", "which is no image")):
+        (folder / "fake.png").write_bytes(b"no picture")
+        with pytest.raises(UserError, match=f"line 2 names .*{words}"):
+            import_csv(write_csv(folder, [rows[0], ("a", cell, "photo.webp", "")]), folder / "bad")
+
+
 def test_a_column_that_is_not_used_is_named(folder: Path) -> None:
     rows = [("query", "image", "docment"), ("a", "photo.webp", "x")]
     assert import_csv(write_csv(folder, rows), folder / "out").skipped == (
-        "column 'docment': not one of query, image, document",
+        "column 'docment': not one of query, image, document, negative_0, ...",
     )
 
 
@@ -85,6 +109,7 @@ GOOD = ("a", "photo.webp")
     [
         ([("text", "image"), GOOD], "0 columns named 'query' instead of one, only 'text', 'image'"),
         ([("query", "image", "query"), (*GOOD, "b")], "2 columns named 'query'"),
+        ([("query", "image", "neg0", "neg0"), (*GOOD, "", "")], "2 columns named 'neg0'"),
         ([("query;image",), ("a;photo.webp",)], "0 columns named 'query' instead of one, only 'query;image'"),
         ([], "0 columns named 'query' instead of one, only none"),
         ([("query", "image")], "no rows below its header"),

@@ -8,12 +8,24 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tar_makers import image_bytes
+import webdataset
+from tar_makers import image_bytes, index_of
 
-from farnear.data.index import build_index
+from farnear.data.sample import hash_bytes
 from farnear.errors import UserError
+from farnear.ingest.images import PageFile
 from farnear.ingest.pool import map_in_order
-from farnear.ingest.shards import Pair, Record, import_pairs, key_for, split, write_prefixes, write_shards
+from farnear.ingest.shards import (
+    CorpusPage,
+    Pair,
+    Reference,
+    Sample,
+    import_pairs,
+    key_for,
+    write_prefixes,
+    write_shards,
+)
+from farnear.ingest.split import Record, split
 
 
 def a_pair(number: int) -> Pair:
@@ -49,10 +61,61 @@ def test_shards_hold_every_pair_in_order_as_it_was(tmp_path: Path) -> None:
     assert last["k004.png"] == image_bytes(4)
 
 
+def test_a_sample_has_the_members_of_its_kind(tmp_path: Path) -> None:
+    wrong = (PageFile(image_bytes(1, "WEBP"), "webp"), PageFile("größer".encode(), "txt"))
+    samples = [
+        Pair("a", ("first", "second"), b"a text", "txt", "doc", wrong),
+        Reference("b", "query", "p1", "doc", ("p2", "p3")),
+        CorpusPage("p1", image_bytes(0), "png", {"document": "doc", "page": 1}),
+        CorpusPage("p2", image_bytes(2), "png"),
+    ]
+    [shard] = write_shards(samples, tmp_path, prefix="all")
+    members = members_of(shard)
+    texts = {name: json.loads(members.pop(name)) for name in list(members) if name.endswith("json")}
+    assert texts == {
+        "a.json": {"query": ["first", "second"], "document": "doc"},
+        "b.json": {"query": "query", "pos_id": "p1", "neg_ids": ["p2", "p3"], "document": "doc"},
+        "p1.about.json": {"document": "doc", "page": 1},
+    }
+    assert members == {
+        "a.txt": b"a text",
+        "a.neg0.webp": image_bytes(1, "WEBP"),
+        "a.neg1.txt": "größer".encode(),
+        "p1.png": image_bytes(0),
+        "p2.png": image_bytes(2),
+    }
+    read = {
+        f"{sample['__key__']}.{extension}": data
+        for sample in webdataset.WebDataset([str(shard)], shardshuffle=False)
+        for extension, data in sample.items()
+        if not extension.startswith("__")
+    }
+    assert read == members_of(shard)
+
+
 def test_the_index_reads_what_was_written(tmp_path: Path) -> None:
-    index = build_index(write_shards(map(a_pair, range(7)), tmp_path, prefix="train", pairs_per_shard=3))
+    index = index_of(write_shards(map(a_pair, range(7)), tmp_path, prefix="train", pairs_per_shard=3))
     assert len(index) == 7
-    assert index.ignored_members == 0
+    assert index.ignored_members == 0 and index.faults == ()
+
+
+def test_the_index_finds_the_same_inline_and_by_reference(tmp_path: Path) -> None:
+    pages = [image_bytes(number) for number in range(4)]
+    inline = [
+        Pair(f"k{n}", f"query {n}", pages[n], "png", "doc", (PageFile(pages[n + 1], "png"), PageFile(pages[0], "png")))
+        for n in (1, 2)
+    ]
+    by_reference = [Reference(f"k{n}", f"query {n}", f"p{n}", "doc", (f"p{n + 1}", "p0")) for n in (1, 2)]
+    corpus = [CorpusPage(f"p{n}", page, "png") for n, page in enumerate(pages)]
+    first = index_of(write_shards(inline, tmp_path / "a", prefix="train"))
+    stored = write_shards(corpus, tmp_path / "b", prefix="corpus")
+    second = index_of(write_shards(by_reference, tmp_path / "b", prefix="train"), corpus=stored)
+    for index in (first, second):
+        assert index.faults == () and index.ignored_members == 0
+        assert index.input_hash_I[index.positives].tolist() == [hash_bytes(pages[n]) for n in (1, 2)]
+        expected = [hash_bytes(pages[n]) for n in (2, 0, 3, 0)]
+        assert index.input_hash_I[index.negatives].tolist() == expected
+    assert first.query_hash_N.tolist() == second.query_hash_N.tolist()
 
 
 def test_equal_pairs_give_equal_bytes(tmp_path: Path) -> None:
@@ -100,9 +163,14 @@ def test_old_shards_are_never_mixed_with_new_ones(tmp_path: Path) -> None:
         ([Pair("a.b", "q", b"x", "png", "d")], "holds a dot"),
         ([Pair("a", " ", b"x", "png", "d")], "empty query"),
         ([Pair("a", "q", b"x", "gif", "d")], "'gif'.*use one of png, jpg"),
+        ([Pair("a", "q", b"x", "png", "d", (PageFile(b"x", "tiff"),))], "'tiff'.*use one of png, jpg"),
+        ([Pair("a", "q", b"", "png", "d")], "empty member png"),
+        ([Pair("a", ("q", ""), b"x", "png", "d")], "empty query"),
+        ([Pair("a", (), b"x", "png", "d")], "empty query"),
+        ([Reference("a", " ", "p", "d")], "empty query"),
     ],
 )
-def test_a_pair_that_cannot_be_read_back_is_refused(pairs: list[Pair], words: str, tmp_path: Path) -> None:
+def test_a_pair_that_cannot_be_read_back_is_refused(pairs: list[Sample], words: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=words):
         write_shards(pairs, tmp_path, prefix="train")
 
@@ -127,6 +195,13 @@ def test_split_keeps_documents_and_queries_on_one_side() -> None:
     for of in (lambda record: record.document, lambda record: " ".join(record.query.split()).casefold()):
         assert not {of(records[row]) for row in train} & {of(records[row]) for row in evaluation}
     assert abs(len(evaluation) - 0.2 * len(records)) <= 5
+
+
+def test_each_of_several_queries_ties_pages_together() -> None:
+    records = [Record(str(row), (f"own {row}", f"Shared {row // 2}"), f"d{row}") for row in range(40)]
+    _, evaluation = split(records, 0.25, seed=0)
+    assert len(evaluation) == 10
+    assert all(row ^ 1 in evaluation for row in evaluation)
 
 
 def test_split_depends_on_the_seed_alone() -> None:

@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from farnear.config import ModelConfig
 from farnear.errors import UserError
-from farnear.model.embedder import Embedder, Preprocessing
+from farnear.model.embedder import Embedder, Preprocessing, to_device
 from farnear.model.export import export_model
 from farnear.model.load import cast_weights, describe_base, load_model
 from farnear.model.tiny import save_tiny_model
@@ -87,13 +88,14 @@ def test_training_sees_what_encode_sees(base: Path) -> None:
     model = load_model(ModelConfig(name_or_path=str(base), prompts={"query": "Find: ", "document": "Page: "}))
     preprocess = Preprocessing(model)
     embedder = Embedder(model, bf16=False).eval()
+
+    def embed(inputs: list[Any], side: str) -> torch.Tensor:
+        embedding: torch.Tensor = embedder(to_device(preprocess(inputs, side), model.device))
+        return embedding
+
     with torch.no_grad():
-        assert torch.allclose(
-            embedder(preprocess(QUERIES, "query")), model.encode_query(QUERIES, convert_to_tensor=True), atol=1e-6
-        )
-        assert torch.allclose(
-            embedder(preprocess(PAGES, "document")), model.encode_document(PAGES, convert_to_tensor=True), atol=1e-6
-        )
+        assert torch.allclose(embed(QUERIES, "query"), model.encode_query(QUERIES, convert_to_tensor=True), atol=1e-6)
+        assert torch.allclose(embed(PAGES, "document"), model.encode_document(PAGES, convert_to_tensor=True), atol=1e-6)
 
 
 def test_a_bf16_checkpoint_trains_in_fp32_and_is_exported_in_bf16(tmp_path: Path) -> None:
@@ -189,7 +191,7 @@ def test_preprocessing_is_sent_to_workers_without_the_weights(base: Path) -> Non
     assert len(sent) < sum(parameter.numel() for parameter in model.parameters())
     there = pickle.loads(sent)
     for inputs, side in ((QUERIES, "query"), (PAGES, "document")):
-        expected, actual = here(inputs, side), there(inputs, side)
+        expected, actual = (to_device(way(inputs, side), torch.device("cpu")) for way in (here, there))
         assert expected.keys() == actual.keys()
         for name, value in expected.items():
             assert torch.equal(value, actual[name]) if isinstance(value, torch.Tensor) else value == actual[name]

@@ -8,10 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import webdataset
 from PIL import Image
 
+from farnear import cli
 from farnear.errors import UserError
-from farnear.ingest.pdf import choose_queries, import_pdf
+from farnear.ingest.pages import list_pages
+from farnear.ingest.pdf import import_pdf
+from farnear.ingest.pdf_queries import Heading, line_queries, outline_queries
 
 pytest.importorskip("pypdfium2")
 
@@ -34,8 +38,16 @@ WORDS = [
 ]
 
 
-def write_pdf(path: Path, pages: Sequence[Sequence[str]], trailer: str = "") -> Path:
-    """A PDF of the plainest kind: each page its lines of Helvetica, one below the other."""
+def write_pdf(
+    path: Path,
+    pages: Sequence[Sequence[str]],
+    trailer: str = "",
+    outline: Sequence[tuple[int, str, int | None]] = (),
+) -> Path:
+    """A PDF of the plainest kind: each page its lines of Helvetica, one below the other.
+
+    The outline's entries are (level, title, page from 0), levels from 0 in the order of reading.
+    """
     bodies = ["<< /Type /Catalog /Pages 2 0 R >>"]
     kids = " ".join(f"{4 + 2 * number} 0 R" for number in range(len(pages)))
     bodies.append(f"<< /Type /Pages /Kids [{kids}] /Count {len(pages)} >>")
@@ -49,6 +61,9 @@ def write_pdf(path: Path, pages: Sequence[Sequence[str]], trailer: str = "") -> 
         text = " ".join(f"({line}) Tj 0 -14 Td" for line in lines)
         stream = f"BT /F1 10 Tf 20 370 Td {text} ET"
         bodies.append(f"<< /Length {len(stream)} >>\nstream\n{stream}\nendstream")
+    if outline:
+        bodies[0] = f"<< /Type /Catalog /Pages 2 0 R /Outlines {len(bodies) + 1} 0 R >>"
+        bodies += outline_bodies(outline, first=len(bodies) + 1)
     data = b"%PDF-1.4\n"
     offsets = []
     for number, body in enumerate(bodies, start=1):
@@ -61,6 +76,39 @@ def write_pdf(path: Path, pages: Sequence[Sequence[str]], trailer: str = "") -> 
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data + f"startxref\n{start}\n%%EOF\n".encode())
     return path
+
+
+def outline_bodies(outline: Sequence[tuple[int, str, int | None]], first: int) -> list[str]:
+    """The objects of an outline, its root first, numbered from `first`; pages are objects 4, 6, 8, ..."""
+
+    def children(parent: int) -> list[int]:
+        level = -1 if parent < 0 else outline[parent][0]
+        found = []
+        for row in range(parent + 1, len(outline)):
+            if outline[row][0] <= level:
+                break
+            if outline[row][0] == level + 1:
+                found.append(row)
+        return found
+
+    parent_of = {child: row for row in range(-1, len(outline)) for child in children(row)}
+    bodies = []
+    for row in range(-1, len(outline)):
+        body = "" if row >= 0 else "/Type /Outlines "
+        if below := children(row):
+            ends = (first + 1 + below[0], first + 1 + below[-1])
+            body += f"/First {ends[0]} 0 R /Last {ends[1]} 0 R /Count {len(below)} "
+        if row >= 0:
+            _, title, page = outline[row]
+            siblings = children(parent_of[row])
+            place = siblings.index(row)
+            body += f"/Title ({title}) /Parent {first + 1 + parent_of[row]} 0 R "
+            if page is not None:
+                body += f"/Dest [{4 + 2 * page} 0 R /Fit] "
+            if place + 1 < len(siblings):
+                body += f"/Next {first + 1 + siblings[place + 1]} 0 R "
+        bodies.append(f"<< {body}>>")
+    return bodies
 
 
 def report_page(number: int, words: int = 5) -> list[str]:
@@ -130,14 +178,14 @@ def test_a_folder_is_split_by_pdf_and_a_single_pdf_by_page(tmp_path: Path) -> No
 
 def test_a_line_on_pages_of_two_documents_is_no_query() -> None:
     shared, own = "the same long line stands here", "a line of its own"
-    queries = choose_queries({"a": [[shared, own]], "b": [[shared.upper() + " 7"]]}, min_words=4)
-    assert queries == {("a", 0): own}
+    queries = line_queries({"a": [[shared, own]], "b": [[shared.upper() + " 7"]]}, min_words=4)
+    assert queries == {("a", 0): (own,)}
 
 
 def test_the_line_with_the_rarest_words_wins() -> None:
     common, rare = "the cat sat on the mat again", "glaciers retreat from alpine valleys"
     pages = [[common + " one", "the cat"], [common + " two", rare], [common + " three", "on the mat"]]
-    assert choose_queries({"a": pages}, min_words=4)[("a", 1)] == rare
+    assert line_queries({"a": pages}, min_words=4)[("a", 1)] == (rare,)
 
 
 def test_code_and_leaders_are_no_queries() -> None:
@@ -146,12 +194,12 @@ def test_code_and_leaders_are_no_queries() -> None:
         "See also plotting . . . . . . . . . . . . . 41",
         "a plain line of words",
     ]
-    assert choose_queries({"a": [lines]}, min_words=4) == {("a", 0): lines[2]}
+    assert line_queries({"a": [lines]}, min_words=4) == {("a", 0): (lines[2],)}
 
 
 @pytest.mark.parametrize("line", ["年次報告書の売上高", "यह एक छोटा वाक्य है"])
 def test_words_of_other_scripts_are_counted(line: str) -> None:
-    assert choose_queries({"a": [[line]]}, min_words=5) == {("a", 0): line}
+    assert line_queries({"a": [[line]]}, min_words=5) == {("a", 0): (line,)}
 
 
 def test_a_word_broken_at_the_end_of_a_line_is_left_out(tmp_path: Path) -> None:
@@ -167,6 +215,104 @@ def test_many_pages_are_rendered_in_processes(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("farnear.ingest.pdf.processes_for", lambda items, items_worth_a_process: 2)
     monkeypatch.setattr("farnear.ingest.pdf.PAGES_PER_TASK", 2)
     assert pairs_in(import_pdf(source, tmp_path / "together", max_side=64).train_shards) == alone
+
+
+OUTLINE = [
+    (0, "Exports", 0),
+    (1, "1.1 By region and month", 1),
+    (1, "Totals", 2),
+    (1, "By region", 2),
+    (0, "Imports of the whole country", None),
+    (1, "By country of origin and month", 3),
+    (1, "The usual notes on sources", 3),
+    (1, "the usual notes on sources", 4),
+]
+
+
+def test_pages_are_asked_for_by_the_outline(tmp_path: Path) -> None:
+    source = write_pdf(tmp_path / "a.pdf", [report_page(number) for number in range(5)], outline=OUTLINE)
+    report = import_pdf(source, tmp_path / "out", queries="outline", min_words=3)
+    queries = {key[-1]: query for key, (query, _, _) in pairs_in(report.train_shards).items()}
+    # Page 1 and "Totals" have too few words even with the heading above; the notes occur twice.
+    assert queries == {
+        "2": "By region and month",
+        "3": "Exports: By region",
+        "4": "By country of origin and month",
+    }
+    assert report.skipped == (
+        "2 of 5 pages of a.pdf: no outline entry of 3 words or more, that occurs once, points at them",
+    )
+    with pytest.raises(UserError, match="no outline entry points at any of the 5 pages"):
+        import_pdf(source, tmp_path / "none", queries="outline", min_words=12)
+
+
+def test_several_headings_of_a_page_are_several_queries() -> None:
+    headings = [Heading(("Exports by region", title), 0) for title in ("In euro", "In tonnes", "In euro")]
+    queries = outline_queries({"a": headings[:2], "b": [Heading(("Exports by region",), 1)]}, min_words=3)
+    assert queries == {
+        ("a", 0): ("Exports by region: In euro", "Exports by region: In tonnes"),
+        ("b", 1): ("Exports by region",),
+    }
+    assert outline_queries({"a": headings}, min_words=3) == {("a", 0): ("Exports by region: In tonnes",)}
+
+
+def test_pages_are_asked_for_by_a_csv(tmp_path: Path) -> None:
+    for name in ("a.pdf", "sub/b.pdf"):
+        write_pdf(tmp_path / "in" / name, [[], [], []])
+    listed = tmp_path / "queries.csv"
+    listed.write_text("file,page,query\nsub/b.pdf,3,last one\na.pdf,1,first\na.pdf,1,also first\n")
+    report = import_pdf(tmp_path / "in", tmp_path / "out", queries=listed)
+    found = pairs_in(report.train_shards)
+    assert {key: (query, document) for key, (query, document, _) in found.items()} == {
+        "000000-a-p00001": (["first", "also first"], "a.pdf"),
+        "000001-b-p00003": ("last one", "sub/b.pdf"),
+    }
+    assert report.skipped[1] == f"2 of 3 pages of sub/b.pdf: no row of {listed} names them"
+    for row, words in (
+        ("c.pdf,1,x", r"line 2 names the file 'c\.pdf', which is none of the 2 PDFs \('a\.pdf', 'sub/b\.pdf'"),
+        ("a.pdf,4,x", r"line 2 names page '4' of a\.pdf, which has the pages 1 to 3"),
+        ("a.pdf,0,x", "line 2 names page '0'"),
+        ("a.pdf,two,x", "line 2 names page 'two'"),
+        ("a.pdf,2,", "line 2 has an empty query"),
+    ):
+        listed.write_text(f"file,page,query\n{row}\n")
+        with pytest.raises(UserError, match=words):
+            import_pdf(tmp_path / "in", tmp_path / "bad", queries=listed)
+    listed.write_text("file,page,query\n")
+    with pytest.raises(UserError, match=r"queries\.csv has no rows below its header"):
+        import_pdf(tmp_path / "in", tmp_path / "bad", queries=listed)
+
+
+def test_pages_alone_are_a_corpus_with_their_text(tmp_path: Path) -> None:
+    write_pdf(tmp_path / "in" / "a.pdf", [report_page(0), []])
+    write_pdf(tmp_path / "in" / "b.pdf", [report_page(2)])
+    out = tmp_path / "out"
+    words = ["shards", "from-pdf", str(tmp_path / "in"), str(out), "--no-queries", "--pairs-per-shard", "2"]
+    assert cli.main([*words, "--max-side", "80"]) == 0
+    shards = sorted(out.iterdir())
+    assert [path.name for path in shards] == ["corpus-000000.tar", "corpus-000001.tar"]
+    pages = list_pages(shards)
+    assert [page.key for page in pages] == ["000000-a-p00001", "000000-a-p00002", "000001-b-p00001"]
+    assert [page.document for page in pages] == ["a.pdf", "a.pdf", "b.pdf"]
+    assert [page.text for page in pages] == ["\n".join(report_page(0)), "", "\n".join(report_page(2))]
+    sizes = [Image.open(io.BytesIO(page.read())).size for page in pages]
+    assert sizes == [(60, 80)] * 3
+    read = [
+        (sample["__key__"], sample["jpg"], json.loads(sample["about.json"])["page"])
+        for sample in webdataset.WebDataset([str(shard) for shard in shards], shardshuffle=False)
+    ]
+    assert read == [(page.key, page.read(), number) for page, number in zip(pages, (1, 2, 1), strict=True)]
+    assert cli.main(words) == 2
+
+
+def test_where_queries_come_from_is_said_in_words_that_are_known(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["shards", "from-pdf", str(tmp_path), str(tmp_path / "out"), "--queries"]
+    assert cli.main([*words, "outlines"]) == 2
+    assert "--queries outlines names no source of queries" in capsys.readouterr().err
+    assert cli.main([*words, "outline", "--no-queries"]) == 2
+    assert "not allowed with argument" in capsys.readouterr().err
 
 
 def test_user_errors_name_the_file(tmp_path: Path) -> None:

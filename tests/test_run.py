@@ -18,15 +18,16 @@ import webdataset
 from PIL import Image
 from ranks import run_ranks
 from sentence_transformers import SentenceTransformer
+from tar_makers import STORE, index_of
 from tiny_runs import make_inputs, run_config, run_tree
 
 import farnear
 from farnear.config import load_config
-from farnear.data.index import build_index
 from farnear.data.loader import load_features
-from farnear.data.read import PairReader
+from farnear.data.read import InputReader
 from farnear.errors import RunStoppedError, UserError
 from farnear.model.embedder import to_device
+from farnear.model.pixels import page_tokens
 from farnear.parallel.world import World, start_world, stop_world
 from farnear.retrieve.encode import encode
 from farnear.retrieve.evaluate import build_task, sample_task
@@ -132,11 +133,10 @@ def test_an_export_embeds_as_the_run_measured(folder: Path, finished: tuple[Path
     """The exported folder, through sentence-transformers alone, ranks the corpus as the run's last evaluation did."""
     run, summary = finished
     model = SentenceTransformer(str(run / "export"), device="cpu")
-    index = build_index(sorted((folder / "data").glob("eval-*.tar")))
-    corpus = build_index([folder / "corpus.tar"], pairs=False)
-    reader, further = PairReader(index), PairReader(corpus)
-    q_QD = model.encode_query([reader.query(pair) for pair in range(len(index))], convert_to_tensor=True)
-    pages = [reader.page(int(page)) for page in index.positive_N] + [further.page(page) for page in range(5)]
+    index = index_of(sorted((folder / "data").glob("eval-*.tar")), corpus=[folder / "corpus.tar"])
+    reader = InputReader(index, STORE)
+    q_QD = model.encode_query([reader[row] for row in index.query_N], convert_to_tensor=True)
+    pages = [reader[row] for row in (*index.positives, *index.corpus_C)]
     score_QP = model.similarity(q_QD, model.encode_document(pages, convert_to_tensor=True))
     rank_Q = (score_QP > score_QP.diagonal()[:, None]).sum(1)
     ndcg = torch.where(rank_Q < 10, 1 / torch.log2(rank_Q + 2.0), 0.0).mean()
@@ -144,10 +144,10 @@ def test_an_export_embeds_as_the_run_measured(folder: Path, finished: tuple[Path
 
 
 def test_the_corpus_is_every_distinct_page_once(folder: Path) -> None:
-    task = build_task(build_index([folder / "negatives.tar"]), build_index([folder / "corpus.tar"], pairs=False))
+    task = build_task(index_of([folder / "negatives.tar"], corpus=[folder / "corpus.tar"]), STORE)
     # Six positives, six first negatives; five second negatives are positives of other pairs.
-    assert len(task.page_row_P) == 6 + 6 + 1
-    assert len(task.distractor_row_R) == 5
+    assert np.isin(task.page_row_P, task.index.corpus_C).sum() == 5
+    assert len(task.page_row_P) == 6 + 6 + 1 + 5
     assert all(len(pages) == 1 for pages in task.relevant)
     sample = sample_task(task, 3, 15)
     assert len(sample.relevant) == 3
@@ -184,16 +184,17 @@ def encode_on_ranks(rank: int, world_size: int, folder: Path) -> None:
     config = run_config(folder, "encode", strategy="zero3")
     world = start_world(config)
     run, _ = open_run(config, None, world)
-    reader, preprocess = PairReader(run.data.train), run.preprocess
+    index, preprocess, tokens = run.data.train, run.preprocess, page_tokens(run.model)
     run.strategy.train(False)
-    for rows in (np.array([4, 0, 7, 2, 9, 1, 3]), np.array([5])):
-        e_ND = encode(run.strategy, world, reader, preprocess, "query", rows, batch_size=2, num_workers=0)
+    for pairs in ([4, 0, 7, 2, 9, 1, 3], [5]):
+        rows = index.query_N[pairs]
+        e_ND = encode(run.strategy, world, index, STORE, preprocess, tokens, "query", rows, batch_size=2, num_workers=0)
+        parts: dict[int, torch.Tensor] = {}
+        how = {"batch_size": 1, "page_tokens": tokens, "num_workers": 0}
         with torch.no_grad():
-            parts = [
-                run.strategy.embed(to_device(features, world.device))
-                for _, features in load_features(reader, preprocess, "query", rows.tolist(), 1, 0)
-            ]
-        assert torch.allclose(e_ND, torch.cat(parts), atol=1e-5)
+            for places, features in load_features(index, STORE, preprocess, "query", rows, **how):
+                parts[int(places[0])] = run.strategy.embed(to_device(features, world.device))
+        assert torch.allclose(e_ND, torch.cat([parts[place] for place in range(len(rows))]), atol=1e-5)
     stop_world()
 
 
@@ -260,7 +261,8 @@ def test_weights_that_overflowed_are_neither_measured_nor_saved(folder: Path) ->
     assert not list((folder / "diverged").glob("checkpoints/*"))
     with pytest.raises(RunStoppedError, match=r"of 22 embeddings \(document\) are not finite"):
         how = {"batch_size": 8, "num_workers": 0}
-        encode(run.strategy, world, PairReader(run.data.train), run.preprocess, "document", np.arange(22), **how)
+        index, tokens = run.data.train, page_tokens(run.model)
+        encode(run.strategy, world, index, STORE, run.preprocess, tokens, "document", index.positives, **how)
 
 
 def test_fewer_steps_than_were_taken_are_refused(folder: Path) -> None:

@@ -22,7 +22,7 @@ def run_tree(folder: Path, output_dir: str, **keys: Any) -> dict[str, Any]:
         "output_dir": str(folder / output_dir),
         "strategy": "single",
         "model": {"name_or_path": str(folder / "base")},
-        "data": {"train": str(folder / "data" / "train-*.tar"), "dataloader_num_workers": 0},
+        "data": {"train": str(folder / "data" / "train-*.tar"), "tail": "pad", "dataloader_num_workers": 0},
         "loss": {"matryoshka_dims": [64, 16]},
         "training": {
             "global_batch_size": 8,

@@ -9,14 +9,11 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import farnear
-from farnear.command_line import Parser, parse, positive, resume, size
+from farnear.command_line import Parser, parse, positive, resume
+from farnear.commands.shards import add_shards
 from farnear.errors import UserError, as_user_error
-
-if TYPE_CHECKING:
-    from farnear.ingest.shards import ImportReport
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -81,7 +78,7 @@ def _farnear_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"farnear {farnear.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_demo(commands)
-    _add_shards(commands)
+    add_shards(commands)
     _add_launch(commands)
     _add_report(commands)
     return parser
@@ -149,124 +146,6 @@ def _launch(arguments: argparse.Namespace) -> int:
         config_file=arguments.config_file,
         num_processes=arguments.num_processes,
     )
-
-
-def _add_shards(commands: "argparse._SubParsersAction[Parser]") -> None:
-    parser = commands.add_parser(
-        "shards",
-        help="make shards of (query, page) pairs",
-        description="Write pairs of a query and a page image as WebDataset tars, split into training and evaluation.",
-        epilog="example:\n  farnear shards from-csv pairs.csv shards --eval-fraction 0.1",
-    )
-    sources = parser.add_subparsers(metavar="SOURCE", required=True)
-
-    pdf = sources.add_parser(
-        "from-pdf",
-        help="the pages of PDFs, each with a line of its text as its query",
-        description="Render the pages of every PDF in a folder and take a telling line of each page's text as its "
-        "query. No document and no query is on both sides of the split; a document is a PDF, or a page where there is "
-        "one PDF only.",
-        epilog="example:\n  farnear shards from-pdf manuals shards --eval-fraction 0.1",
-    )
-    pdf.add_argument("source", metavar="FOLDER", type=Path, help="searched for PDFs with all below it; or one PDF")
-    pdf.add_argument("--max-side", type=positive, default=1024, help="pixels of the longer side (default: %(default)s)")
-    pdf.add_argument("--min-words", type=positive, default=4, help="words of a query (default: %(default)s)")
-    pdf.add_argument("--png", action="store_true", help="store PNG instead of JPEG: larger, without loss")
-    pdf.set_defaults(command=_shards_from_pdf)
-
-    csv = sources.add_parser(
-        "from-csv",
-        help="the rows of a CSV file: a query and the path of its page image",
-        description="Pack the pairs that a CSV file names, images untouched. Its columns are query, image (relative "
-        "to the file) and perhaps document. No document and no query is on both sides of the split.",
-        epilog="example:\n  farnear shards from-csv pairs.csv shards --eval-fraction 0.1",
-    )
-    csv.add_argument("source", metavar="FILE", type=Path, help="a CSV file whose first line names its columns")
-    csv.set_defaults(command=_shards_from_csv)
-
-    for source in (pdf, csv):
-        source.add_argument("out", metavar="OUT", type=Path, help="the folder for the shards")
-        source.add_argument(
-            "--eval-fraction", type=float, default=0.1, help="share of the pairs for evaluation (default: %(default)s)"
-        )
-
-    synth = sources.add_parser(
-        "synth",
-        help="drawn pages with charts, for a first try",
-        description="Draw pages with one chart each. Training and evaluation pages share no combination of attributes.",
-        epilog="example:\n  farnear shards synth shards --pairs 2000 --eval-pairs 200",
-    )
-    synth.add_argument("out", metavar="OUT", type=Path, help="the folder for the shards")
-    synth.add_argument("--pairs", type=positive, default=2000, help="training pairs (default: %(default)s)")
-    synth.add_argument("--eval-pairs", type=int, default=200, help="evaluation pairs (default: %(default)s)")
-    synth.add_argument("--size", type=size, default=(128, 160), help="of a page, in pixels (default: 128x160)")
-    synth.set_defaults(command=_shards_synth)
-
-    for source in (pdf, csv, synth):
-        source.add_argument("--seed", type=int, default=0, help="another one splits otherwise (default: %(default)s)")
-        source.add_argument("--pairs-per-shard", type=positive, default=1000, help="(default: %(default)s)")
-
-
-def _shards_from_pdf(arguments: argparse.Namespace) -> int:
-    from farnear.ingest.pdf import import_pdf
-
-    report = import_pdf(
-        arguments.source,
-        arguments.out,
-        eval_fraction=arguments.eval_fraction,
-        seed=arguments.seed,
-        pairs_per_shard=arguments.pairs_per_shard,
-        max_side=arguments.max_side,
-        png=arguments.png,
-        min_words=arguments.min_words,
-    )
-    return _tell_import(report, arguments.out)
-
-
-def _shards_from_csv(arguments: argparse.Namespace) -> int:
-    from farnear.ingest.csv_file import import_csv
-
-    report = import_csv(
-        arguments.source,
-        arguments.out,
-        eval_fraction=arguments.eval_fraction,
-        seed=arguments.seed,
-        pairs_per_shard=arguments.pairs_per_shard,
-    )
-    return _tell_import(report, arguments.out)
-
-
-def _shards_synth(arguments: argparse.Namespace) -> int:
-    from farnear.ingest.shards import ImportReport
-    from farnear.ingest.synthetic import synthesise
-
-    train, evaluation = synthesise(
-        arguments.out,
-        train_pairs=arguments.pairs,
-        eval_pairs=arguments.eval_pairs,
-        seed=arguments.seed,
-        size=arguments.size,
-        pairs_per_shard=arguments.pairs_per_shard,
-    )
-    report = ImportReport(tuple(train), tuple(evaluation), arguments.pairs, arguments.eval_pairs, ())
-    return _tell_import(report, arguments.out)
-
-
-def _tell_import(report: "ImportReport", out: Path) -> int:
-    """Print what was written, what was left out, and the lines that a run file needs."""
-    import yaml
-
-    shards = {"train": report.train_shards, "eval": report.eval_shards}
-    pairs = {"train": report.train_pairs, "eval": report.eval_pairs}
-    for side in shards:
-        plural = "" if len(shards[side]) == 1 else "s"
-        print(f"{side}: {pairs[side]} pairs in {len(shards[side])} shard{plural}")
-    for reason in report.skipped:
-        print(f"left out: {reason}")
-    print("\nfor the run file:\n")
-    data = {side: [str(out / f"{side}-*.tar")] for side, paths in shards.items() if paths}
-    print(yaml.safe_dump({"data": data}, sort_keys=False), end="")
-    return 0
 
 
 def _add_report(commands: "argparse._SubParsersAction[Parser]") -> None:

@@ -92,26 +92,85 @@ class ModelConfig(Section):
         return self
 
 
+class SourceConfig(Section):
+    """One of several sources of pairs, drawn from by its weight."""
+
+    train: tuple[str, ...] = Field(min_length=1)
+    """Shards of the source: paths, URLs, globs or braces."""
+    corpus: tuple[str, ...] = ()
+    """Shards of pages that the source's pairs name by pos_id and neg_ids, beside data.train_corpus."""
+    weight: float | None = Field(default=None, gt=0)
+    """Share of the pairs that are drawn from it, relative to the other sources'; unset on all: by number of pairs."""
+
+    @field_validator("train", "corpus", mode="before")
+    @classmethod
+    def _one_pattern(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+
 class DataConfig(Section):
     """Where the pairs are. Training and evaluation shards are named apart; no file may be in both."""
 
-    train: tuple[str, ...] = Field(min_length=1)
-    """Training shards: paths, globs or braces such as pages-{000..031}.tar."""
+    train: tuple[str, ...] = ()
+    """Training shards: paths, URLs (https, s3, hf), globs or braces such as pages-{000..031}.tar."""
+    train_corpus: tuple[str, ...] = ()
+    """Shards of pages that training pairs name by pos_id and neg_ids."""
+    sources: dict[str, SourceConfig] = Field(default_factory=dict)
+    """Several sources of training pairs by name, in place of train: {slides: {train: a-*.tar, weight: 2}, ...}."""
+    mixing: Literal["within_batch", "per_batch"] = "within_batch"
+    """Whether a batch holds pairs of all sources by their weights, or of one source each."""
+    tail: Literal["carry", "pad", "drop"] = "carry"
+    """Pairs of an epoch that fill no batch: carried into the next epoch, a short batch, or left out."""
+    shards_per_window: int | None = Field(default=None, ge=1)
+    """Shards that are shuffled together, so that a batch touches few of them; unset shuffles over all."""
     eval: tuple[str, ...] = ()
     """Evaluation shards: their queries are searched in their pages."""
     eval_corpus: tuple[str, ...] = ()
-    """Shards of further pages, without queries, that join the evaluation corpus as distractors."""
+    """Shards of further pages that join the evaluation corpus; evaluation pairs may name them by pos_id and neg_ids."""
     num_negatives: int | None = Field(default=None, ge=0)
-    """Hard negative pages used of each pair in training; unset uses all that the shards hold."""
+    """Hard negatives used of each pair in training; unset uses all that the shards hold."""
+    exclude: tuple[str, ...] = ()
+    """Files of JSON lines with "shard" and "key", such as a former run's quarantine.jsonl: pairs to leave out."""
+    max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
+    """Share of the training pairs that may be lost to damaged shards and undecodable pages before the run stops."""
+    max_image_pixels: int = Field(default=89_478_485, ge=1, le=178_956_970)
+    """Images with more pixels (width x height, by their header) are not decoded and their pairs not used."""
+    cache_dir: str | None = None
+    """Folder for indexes, plans and remote shards; unset: $FARNEAR_CACHE, else ~/.cache/farnear."""
+    remote: Literal["cache", "ranges"] = "cache"
+    """Shards behind URLs: downloaded whole into the cache, or read pair by pair."""
+    remote_cache_gb: float | None = Field(default=None, gt=0)
+    """Most disk, in 10^9 bytes, that downloaded shards take on a node; the least recently used go. Unset: no limit."""
+    remote_prefetch_shards: int = Field(default=4, ge=0)
+    """Shards behind URLs that a rank downloads ahead of the step that needs them."""
     dataloader_num_workers: int = Field(default=2, ge=0)
     """Worker processes a rank that read, decode and preprocess; 0 does it in the training process."""
     dataloader_prefetch_factor: int = Field(default=4, ge=1)
     """Mini-batches each worker prepares ahead."""
 
-    @field_validator("train", "eval", "eval_corpus", mode="before")
+    @field_validator("train", "train_corpus", "eval", "eval_corpus", "exclude", mode="before")
     @classmethod
     def _one_pattern(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_way_to_name_the_pairs(self) -> "DataConfig":
+        if not self.train and not self.sources:
+            raise ValueError("no training shards are named; set data.train, or data.sources with a train each")
+        if self.train and self.sources:
+            raise ValueError(
+                "data.train and data.sources both name training shards; make data.train one of the sources"
+            )
+        weighted = [source.weight is not None for source in self.sources.values()]
+        if any(weighted) and not all(weighted):
+            raise ValueError("some sources have a weight and some have none; give one to each, or to none")
+        return self
+
+    @property
+    def weights(self) -> tuple[float, ...] | None:
+        """Of the sources in their order; None where pairs count alike."""
+        weights = tuple(source.weight for source in self.sources.values() if source.weight is not None)
+        return weights or None
 
 
 class LossConfig(Section):
@@ -151,6 +210,8 @@ class TrainingConfig(Section):
     """Pairs in one optimizer step, over all ranks. Every pair is a negative for every other."""
     mini_batch_size: int = Field(default=8, ge=1)
     """Queries or pages that go through the model at once on one rank. It sets memory and speed, never the result."""
+    mini_batch_tokens: int | None = Field(default=None, ge=1)
+    """Tokens that go through the model at once, about: mini-batches of large pages hold fewer. Unset: no bound."""
     learning_rate: float = Field(default=2e-5, gt=0, le=100)
     """Peak learning rate of AdamW."""
     weight_decay: float = Field(default=0.0, ge=0, le=100)
@@ -374,6 +435,9 @@ def _complaint(detail: Any) -> str:
     what = detail["msg"].removeprefix("Value error, ").replace("valid tuple", "list").replace("Tuple", "List")
     if detail["type"] == "model_type":
         what = "input should be a section with keys of its own"
+    if detail["type"] == "extra_forbidden":
+        # Inside of data.sources, whose keys are the user's own.
+        return f"{where} is not a key of a source; the keys there are {', '.join(SourceConfig.model_fields)}"
     if detail["type"] == "missing":
         return f"'{where}' is missing and has no default; set it"
     if detail["type"] == "value_error":

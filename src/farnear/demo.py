@@ -7,16 +7,21 @@ is a run folder like any other. The evaluation pages show combinations that no t
 
 import argparse
 import json
+import os
 import shutil
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from farnear.errors import UserError
 from farnear.launching.local import launch
+
+if TYPE_CHECKING:
+    from farnear.data.read import InputReader
 
 TRAIN_PAIRS = 12_800
 EVAL_PAIRS = 200
@@ -82,8 +87,6 @@ def demo_run(arguments: argparse.Namespace, out: Path) -> dict[str, Any]:
 def prepare(out: Path, seed: int) -> None:
     """Draw the shards and make the base model, whose tokenizer knows the training queries."""
     # Imported here: torch and transformers take seconds, which `farnear --help` should not.
-    from farnear.data.index import build_index
-    from farnear.data.read import PairReader
     from farnear.ingest.synthetic import synthesise
     from farnear.model.tiny import save_tiny_model
 
@@ -91,9 +94,21 @@ def prepare(out: Path, seed: int) -> None:
         # The training combinations come again, drawn anew; the plan keeps equal queries apart.
         warnings.filterwarnings("ignore", message=".*queries repeat")
         train, _ = synthesise(out / "data", train_pairs=TRAIN_PAIRS, eval_pairs=EVAL_PAIRS, seed=seed)
-    index = build_index(train[:1])
-    reader = PairReader(index)
-    save_tiny_model(out / "base", texts=[reader.query(pair) for pair in range(len(index))], seed=seed)
+    reader = read_shards(train[:1])
+    save_tiny_model(out / "base", texts=[reader[row] for row in reader.index.query_N.tolist()], seed=seed)
+
+
+def read_shards(shards: Sequence[Path]) -> "InputReader":
+    """Reads what some shards hold."""
+    from farnear.data.index_cache import ShardSet, SourceShards, cache_folder, cached_index
+    from farnear.data.read import InputReader
+    from farnear.data.shard_cache import ShardCache
+    from farnear.data.shard_store import ShardStore
+
+    cache = cache_folder(None)
+    store = ShardStore(ShardCache(cache / "shards"))
+    names = tuple(os.path.abspath(shard) for shard in shards)
+    return InputReader(cached_index(ShardSet((SourceShards("shards", names),)), cache, store), store)
 
 
 def closing_words(out: Path, seconds: float) -> str:
@@ -122,13 +137,10 @@ def closing_words(out: Path, seconds: float) -> str:
 
 def save_examples(out: Path) -> tuple[str, list[str]]:
     """Write three evaluation pages as images; their paths, and the query that the first one answers."""
-    from farnear.data.index import build_index
-    from farnear.data.read import PairReader
-
-    reader = PairReader(build_index(sorted((out / "data").glob("eval-*.tar"))))
+    reader = read_shards(sorted((out / "data").glob("eval-*.tar")))
     paths = []
     for pair in range(3):
         path = out / f"page-{pair}.png"
-        reader.page(int(reader.index.positive_N[pair])).save(path)
+        reader[int(reader.index.positives_of(pair)[0])].save(path)
         paths.append(str(path))
-    return reader.query(0), paths
+    return reader[int(reader.index.query_N[0])], paths

@@ -49,9 +49,9 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
-    def index(self) -> Path:
-        """What the scans of the shards found."""
-        return self.path / "index"
+    def quarantine(self) -> Path:
+        """One JSON object a pair that could not be used: step, shard, key, input, reason."""
+        return self.path / "quarantine.jsonl"
 
     @property
     def export(self) -> Path:
@@ -75,7 +75,7 @@ class RunFolder:
 
     def written(self) -> tuple[Path, ...]:
         """What a new run would replace."""
-        return (self.config, self.metrics, self.evaluations, self.index, self.export, self.summary, self.report)
+        return (self.config, self.metrics, self.evaluations, self.quarantine, self.export, self.summary, self.report)
 
 
 def published_checkpoints(checkpoints: Path) -> list[Path]:

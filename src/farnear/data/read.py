@@ -1,118 +1,120 @@
-"""Read one query or one page at its offset, and decode the page to RGB.
+"""Read one input of the model, a query or a document, at its offsets, and decode it.
 
-A read is a ``pread``, which needs no position in the file, so any pair of any shard costs the same. Shards are opened
-when they are first needed and at most 256 stay open. A worker process opens its own: with a descriptor shared between
-processes the kernel would see their reads as one stream and misjudge its read-ahead.
+A read is a ``pread``, which needs no position in the file, so any input of any shard costs the same. The bytes are
+compared with the hash that the scan took: a shard that was changed in place is noticed at the pair that it breaks.
 
-Offsets are worth nothing in a shard that was written again, so the size of a shard is compared with the index when it
-is opened. What cannot be read or decoded is a ``UserError`` that names shard and member; nothing is made up in its
-place, above all no blank page.
+What cannot be read or decoded is a ``BadInputError`` that names shard and member; nothing is made up in its place,
+above all no blank page. The loader quarantines such a pair, an evaluation stops.
 """
 
-import io
-import os
-from collections import OrderedDict
-
-import numpy as np
-from PIL import Image, UnidentifiedImageError
+import json
+from typing import Any
 
 from farnear.data.index import Index
-from farnear.data.scan import parse_query
+from farnear.data.media import decode_audio, decode_image, decode_video, reason_of
+from farnear.data.sample import (
+    AUDIO,
+    IMAGE,
+    JSON_MESSAGES,
+    JSON_TEXT,
+    MESSAGES,
+    MODALITIES,
+    TEXT,
+    VIDEO,
+    check_messages,
+    check_text,
+    hash_bytes,
+    parse_json,
+    queries_of,
+)
+from farnear.data.shard_store import OpenShards, ShardFacts, ShardStore
 from farnear.errors import UserError
 
-_OPEN_SHARDS = 256
-_FORMATS = ("PNG", "JPEG", "WEBP")
-_CHANGED = "so it was changed after it was indexed; build the index again"
+
+class BadInputError(UserError):
+    """One query or document cannot be used; ``reason`` says why without naming it."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type["BadInputError"], tuple[str, str]]:
+        return BadInputError, (str(self), self.reason)
 
 
-class PairReader:
-    """Queries and pages of an index by row. It can be sent to another process; threads must not share one."""
+class InputReader:
+    """Queries and documents of an index by input row. It can be sent to another process; threads must not share one."""
 
-    def __init__(self, index: Index) -> None:
+    def __init__(self, index: Index, store: ShardStore) -> None:
         self.index = index
-        self._file_of_shard: OrderedDict[int, io.FileIO] = OrderedDict()
+        self._shards = OpenShards(store)
 
-    def __reduce__(self) -> tuple[type["PairReader"], tuple[Index]]:
-        # Open files stay where they are.
-        return PairReader, (self.index,)
+    def __getitem__(self, row: int) -> Any:
+        """An input in one of sentence-transformers' forms.
 
-    def query(self, pair: int) -> str:
-        """The text of a pair's query, without the white space around it."""
+        A text is a ``str`` without the white space around it, an image in mode RGB (alpha over white, 16 bits cut to 8,
+        no rotation, no profile), audio ``{"array": float32 [samples], "sampling_rate": Hz}``, a video ``{"array": uint8
+        [frames, height, width, 3], "video_metadata": {...}}``, several of these a dict by modality, chat messages a
+        list with their media in place. Raises ``BadInputError``, and ``UserError`` where a whole shard cannot be read.
+        """
         index = self.index
-        shard = int(index.query_shard_N[pair])
-        data = self._read(shard, int(index.query_offset_N[pair]), int(index.query_size_N[pair]))
-        try:
-            query = parse_query(data, bool(index.query_is_json_N[pair]))
-        except ValueError:
-            query = None
-        if query is None:
-            raise UserError(
-                f"shard {index.shards[shard]} has no query for {index.pair_key[pair]!r} any more, {_CHANGED}"
-            )
-        return query
-
-    def page(self, page: int) -> Image.Image:
-        """The page in a page row, decoded to mode RGB: alpha over white, 16 bits cut to 8, no rotation, no profile."""
-        index = self.index
-        shard = int(index.page_shard_P[page])
-        data = self._read(shard, int(index.page_offset_P[page]), int(index.page_size_P[page]))
-        try:
-            return _to_rgb(Image.open(io.BytesIO(data), formats=_FORMATS))
-        except MemoryError:
-            raise
-        except Exception as error:  # on broken bytes Pillow's decoders raise almost anything
-            unknown = isinstance(error, UnidentifiedImageError)
-            reason = "no PNG, JPEG or WebP" if unknown else " ".join(str(error).split())
-            raise UserError(
-                f"the page {index.page_name[page]!r} in shard {index.shards[shard]} cannot be decoded ({reason}), so "
-                f"its pair cannot be used; write the page again or drop its sample"
-            ) from error
+        values: dict[str, Any] = {}
+        messages = None
+        for part in index.parts(row):
+            kind = int(index.part_kind_M[part])
+            try:
+                value = _decoded(self._read(part), kind, int(index.part_entry_M[part]))
+            except (MemoryError, UserError):
+                raise
+            except Exception as error:  # on broken bytes decoders raise almost anything
+                raise self._bad(part, f"cannot be decoded ({reason_of(error)})") from error
+            if kind in (MESSAGES, JSON_MESSAGES):
+                messages = value
+            else:
+                values[MODALITIES[kind]] = value
+        if messages is not None:
+            return _with_media(messages, values)
+        if len(values) > 1:
+            return values
+        ((modality, value),) = values.items()
+        return {modality: value} if modality in ("audio", "video") else value
 
     def close(self) -> None:
         """Close the open shards. They are opened again when they are needed."""
-        while self._file_of_shard:
-            self._file_of_shard.popitem()[1].close()
+        self._shards.close()
 
-    def _read(self, shard: int, offset: int, size: int) -> bytes:
-        name = self.index.shards[shard]
-        end = offset + size
-        pieces = []
-        try:
-            file = self._open(shard)
-            while offset < end:  # one pread may return less than asked
-                piece = os.pread(file.fileno(), end - offset, offset)
-                if not piece:
-                    raise UserError(f"shard {name} ends at byte {offset} and its index says {end}, {_CHANGED}")
-                pieces.append(piece)
-                offset += len(piece)
-        except OSError as error:
-            raise UserError(f"shard {name} cannot be read ({error.strerror}); check its path and its disk") from error
-        return b"".join(pieces)
+    def _read(self, part: int) -> bytes:
+        index = self.index
+        shard = int(index.part_shard_M[part])
+        facts = ShardFacts(index.shards[shard], int(index.shard_size_S[shard]), index.etags[shard])
+        data = self._shards.read(facts, int(index.part_offset_M[part]), int(index.part_size_M[part]))
+        if hash_bytes(data) != index.part_hash_M[part]:
+            raise self._bad(part, "has other bytes than when it was indexed")
+        return data
 
-    def _open(self, shard: int) -> io.FileIO:
-        file = self._file_of_shard.get(shard)
-        if file is not None:
-            self._file_of_shard.move_to_end(shard)
-            return file
-        name, indexed_size = self.index.shards[shard], int(self.index.shard_size_S[shard])
-        file = io.FileIO(name)
-        size = os.fstat(file.fileno()).st_size
-        if size != indexed_size:
-            file.close()
-            raise UserError(f"shard {name} has {size} bytes and its index says {indexed_size}, {_CHANGED}")
-        if len(self._file_of_shard) >= _OPEN_SHARDS:
-            self._file_of_shard.popitem(last=False)[1].close()
-        self._file_of_shard[shard] = file
-        return file
+    def _bad(self, part: int, reason: str) -> BadInputError:
+        index = self.index
+        where = f"{index.part_name[part]!r} in shard {index.shards[int(index.part_shard_M[part])]}"
+        return BadInputError(
+            f"the member {where} {reason}, so its pair cannot be used; write it again or drop its sample", reason
+        )
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        # Pillow clips 16-bit grey at 255 when it converts, which turns a page white.
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-    elif image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
-    image.info = {}  # the EXIF block in it would make some image processors rotate the page
-    return image
+def _with_media(messages: list[dict[str, Any]], values: dict[str, Any]) -> list[dict[str, Any]]:
+    """The messages with the media in the places of their stand-ins; that each has one the scan has seen to."""
+    for message in messages:
+        if isinstance(message["content"], list):
+            for part in message["content"]:
+                if part["type"] != "text":
+                    part[part["type"]] = values[part["type"]]
+    return messages
+
+
+def _decoded(data: bytes, kind: int, entry: int) -> Any:
+    if kind in (JSON_TEXT, JSON_MESSAGES):
+        return queries_of(parse_json(data))[0][max(entry, 0)]
+    if kind == TEXT:
+        return check_text(data.decode("utf-8-sig"))
+    if kind == MESSAGES:
+        return check_messages(json.loads(data))
+    return {IMAGE: decode_image, AUDIO: decode_audio, VIDEO: decode_video}[kind](data)

@@ -1,240 +1,292 @@
 """Scan one shard: which samples it holds, where their bytes lie, and what they hash to.
 
-A shard follows the WebDataset convention: the members of one sample stand together and share a key, the path up to the
-first dot of the file's name. A sample of a pair shard is
+The shard is read once from front to back (``tarwalk`` finds the members, ``sample`` says what they mean). Queries are
+parsed because a missing one must be known now and not in the middle of a night; every part is hashed, so that the plan
+can keep copies of one page out of a batch and the reader can tell that bytes have changed; of images the header is
+read, for their size decides what they cost. Nothing is decoded.
 
-    KEY.json with a string under "query", or KEY.query.txt        the query
-    KEY.png, .jpg, .jpeg or .webp                                 the positive page
-    KEY.neg0.png, KEY.neg1.jpg, ...                               hard negative pages, in the order of their numbers
-
-A page shard (distractors of an evaluation) holds images only, and each image is a page. Members that are none of these
-are counted, so that a wrong file name is seen and not just missed.
-
-The shard is read once from front to back: queries are parsed because a missing one must be known now and not in the
-middle of a night, pages are hashed so that the plan can keep copies of one page out of a batch. Images are not decoded.
+A sample that is not whole is left out and stands among the faults. So is one beside a damaged place: a member of it may
+be what was lost, and a pair that silently misses a hard negative is worse than one pair less. Members that are no parts
+of a sample are counted, so that a wrong file name is seen and not just missed.
 """
 
-import hashlib
 import json
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import BinaryIO
 
-from farnear.data.tarwalk import Member, walk_members
-from farnear.errors import UserError
+from farnear.data.faults import Fault
+from farnear.data.media import TooManyPixelsError, image_size
+from farnear.data.sample import (
+    IMAGE,
+    JSON_MESSAGES,
+    JSON_TEXT,
+    MESSAGES,
+    TEXT,
+    Query,
+    check_messages,
+    check_text,
+    hash_bytes,
+    hash_parts,
+    hash_query,
+    ids_of,
+    media_of,
+    parse_json,
+    part_of,
+    queries_of,
+    split_name,
+)
+from farnear.data.scan_rows import Part, Rows, ShardScan, digest_of
+from farnear.data.tarwalk import Break, Member, NotATarError, Refused, walk_members
 
-_READ_BUFFER_BYTES = 1 << 20
 EXAMPLES_OF_IGNORED = 5
-_IMAGE = re.compile(r"(?:neg(?P<number>\d+)\.)?(?:png|jpg|jpeg|webp)", re.IGNORECASE)
-
-
-@dataclass
-class ShardScan:
-    """What one shard holds, as columns: page_ has a row a page, negatives a row a hard negative, the rest a row a pair.
-
-    ``positive`` and ``negatives`` are page rows that count from 0 within the shard. Hashes are signed 64-bit.
-    """
-
-    shard: str
-    size: int
-    page_offset: list[int] = field(default_factory=list)
-    page_size: list[int] = field(default_factory=list)
-    page_hash: list[int] = field(default_factory=list)
-    page_name: list[str] = field(default_factory=list)
-    pair_key: list[str] = field(default_factory=list)
-    query_offset: list[int] = field(default_factory=list)
-    query_size: list[int] = field(default_factory=list)
-    query_is_json: list[bool] = field(default_factory=list)
-    query_hash: list[int] = field(default_factory=list)
-    positive: list[int] = field(default_factory=list)
-    negatives_of_pair: list[int] = field(default_factory=list)
-    negatives: list[int] = field(default_factory=list)
-    ignored_members: int = 0
-    ignored_examples: list[str] = field(default_factory=list)
-
-
-def scan_shard(shard: str, pairs: bool) -> ShardScan:
-    """Scan a pair shard (``pairs``) or a page shard. Raises ``UserError`` naming the shard and the offset or key."""
-    try:
-        with open(shard, "rb", buffering=_READ_BUFFER_BYTES) as file:
-            scan = ShardScan(shard, os.fstat(file.fileno()).st_size)
-            members = walk_members(file, shard)
-            if pairs:
-                _scan_pairs(file, members, scan)
-            else:
-                _scan_pages(file, members, scan)
-    except OSError as error:
-        raise UserError(
-            f"shard {shard} cannot be read ({error.strerror or error}); check its path and permissions"
-        ) from None
-    if not scan.page_offset:
-        wanted = "KEY.json or KEY.query.txt with KEY.png, .jpg, .jpeg or .webp" if pairs else ".png, .jpg or .webp"
-        raise UserError(f"shard {shard} holds no {'pair' if pairs else 'page'}; its members must be named {wanted}")
-    return scan
-
-
-def parse_query(data: bytes, is_json: bool) -> str | None:
-    """The query in a ``KEY.json`` or ``KEY.query.txt``, stripped; None if the JSON object has no ``query``.
-
-    Raises ``ValueError`` with the reason when there is no usable query in it.
-    """
-    query: object
-    if is_json:
-        record = json.loads(data)
-        if not isinstance(record, dict):
-            raise ValueError("the JSON is not an object")
-        if "query" not in record:
-            return None
-        query = record["query"]
-    else:
-        query = data.decode("utf-8-sig")
-    if not isinstance(query, str):
-        raise ValueError(f"'query' is {json.dumps(query)[:40]} and not a string")
-    if not query.strip():
-        raise ValueError("the query is empty")
-    query.encode("utf-8")  # JSON can spell half of a surrogate pair, which no tokenizer accepts
-    return query.strip()
-
-
-def hash_bytes(data: bytes) -> int:
-    """BLAKE2b of 8 bytes as a signed integer, so that it fits an int64 column."""
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
-
-
-def hash_query(query: str) -> int:
-    """The hash by which two queries count as the same: white space and case do not matter."""
-    return hash_bytes(" ".join(query.split()).casefold().encode("utf-8"))
-
-
-def _scan_pages(file: BinaryIO, members: Iterable[Member], scan: ShardScan) -> None:
-    for member in members:
-        key, suffix = _split_name(member.name)
-        if key and _IMAGE.fullmatch(suffix.rpartition(".")[2]):
-            _add_page(file, member, scan)
-        else:
-            _ignore(member, scan)
-
-
-def _scan_pairs(file: BinaryIO, members: Iterable[Member], scan: ShardScan) -> None:
-    offset_of_key: dict[str, int] = {}
-    for key, group in groupby(members, key=lambda member: _split_name(member.name)[0]):
-        sample = _Sample(key)
-        for member in group:
-            _add_member(file, member, sample, scan)
-        if sample.first_offset is None:
-            continue
-        if key in offset_of_key:
-            raise UserError(
-                f"shard {scan.shard}: the key {key!r} is used at byte {offset_of_key[key]} and again at byte "
-                f"{sample.first_offset}, so its pairs cannot be told apart; give each sample one key and keep its "
-                f"members together"
-            )
-        offset_of_key[key] = sample.first_offset
-        _close_sample(sample, scan)
 
 
 @dataclass
 class _Sample:
-    """A sample while its members pass by. ``first_offset`` is set by the first member that belongs to a pair."""
+    """A sample while its members pass by; ``fault`` (kind, detail) is the first thing that was wrong with it."""
 
-    key: str
-    first_offset: int | None = None
-    query: str | None = None
-    query_member: Member | None = None
-    query_is_json: bool = False
-    json_without_query: bool = False
-    positive: int | None = None
-    negatives: dict[int, int] = field(default_factory=dict)
+    name: str  # of the sample in the tar
+    key: str  # the same, but for hard negatives of a shard of pairs that is used as a corpus
+    offset: int
+    members: int = 1
+    parts: dict[str, list[Part]] = field(default_factory=dict)
+    places: dict[str, list[str]] = field(default_factory=dict)  # of media, in a slot's messages
+    json_part: Part | None = None
+    json_queries: list[Query] = field(default_factory=list)
+    several: bool = False
+    part_queries: list[Query] = field(default_factory=list)
+    positive_ids: list[str] = field(default_factory=list)
+    negative_ids: list[str] = field(default_factory=list)
+    fault: tuple[str, str] | None = None
 
+    @property
+    def queries(self) -> list[Query]:
+        return self.json_queries + self.part_queries
 
-def _add_member(file: BinaryIO, member: Member, sample: _Sample, scan: ShardScan) -> None:
-    _, suffix = _split_name(member.name)
-    image = _IMAGE.fullmatch(suffix)
-    if not sample.key:
-        _ignore(member, scan)
-        return
-    if suffix.lower() in ("json", "query.txt"):
-        _add_query(file, member, sample, scan)
-    elif image and image["number"] is None:
-        if sample.positive is not None:
-            raise _fault(scan, sample.key, "has two positive pages, so it is not clear which to train on; keep one")
-        sample.positive = _add_page(file, member, scan)
-    elif image:
-        number = int(image["number"])
-        if number in sample.negatives:
-            raise _fault(scan, sample.key, f"has two hard negatives numbered {number}; number them apart")
-        sample.negatives[number] = _add_page(file, member, scan)
-    else:
-        _ignore(member, scan)
-        return
-    if sample.first_offset is None:
-        sample.first_offset = member.offset
+    @property
+    def has_query(self) -> bool:
+        return bool(self.queries or self.parts.get("query"))
+
+    @property
+    def has_positive(self) -> bool:
+        return bool(self.parts.get("positive") or self.positive_ids)
+
+    def fail(self, kind: str, detail: str) -> None:
+        self.fault = self.fault or (kind, detail)
 
 
-def _add_query(file: BinaryIO, member: Member, sample: _Sample, scan: ShardScan) -> None:
-    is_json = member.name.lower().endswith(".json")
+def scan_shard(file: BinaryIO, shard: str, corpus: bool) -> ShardScan:
+    """Scan a shard of pairs, or a ``corpus`` shard of documents only. ``file`` must have a descriptor (``fileno``)."""
+    scanner = _Scanner(file, shard, corpus)
     try:
-        query = parse_query(file.read(member.size), is_json)
-    except (ValueError, RecursionError) as error:
-        reason = f"has no usable query in {member.name!r} ({' '.join(str(error).split())})"
-        raise _fault(scan, sample.key, f"{reason}, so it cannot be trained on; give it a text or drop it") from None
-    if query is None:
-        sample.json_without_query = True
-        return
-    if sample.query is not None:
-        raise _fault(scan, sample.key, "has its query twice (KEY.json, KEY.query.txt); keep one of them")
-    sample.query, sample.query_member, sample.query_is_json = query, member, is_json
+        scanner.read_members()
+    except NotATarError as error:
+        scanner.faults.append(Fault(shard, 0, error.kind, f"{shard} {error}", 0))
+    return scanner.finish()
 
 
-def _add_page(file: BinaryIO, member: Member, scan: ShardScan) -> int:
-    """Append a page and return its row within the shard."""
-    if member.size == 0:
-        raise UserError(
-            f"shard {scan.shard}: the page {member.name!r} at byte {member.offset} is empty, so there is nothing to "
-            f"train on; write its sample again or drop it"
+class _Scanner:
+    def __init__(self, file: BinaryIO, shard: str, corpus: bool) -> None:
+        self.file = file
+        self.shard = shard
+        self.corpus = corpus
+        self.samples: dict[str, _Sample] = {}
+        self.current: list[_Sample] = []  # those whose members are passing by; several in a corpus shard only
+        self.is_suspect = False  # whether those may have lost members to a damaged place before them
+        self.suspects = 0  # how many samples to come may have
+        self.faults: list[Fault] = []
+        self.ignored: list[str] = []
+        self.ignored_count = 0
+
+    def read_members(self) -> None:
+        members = walk_members(self.file)
+        for found in members:
+            if isinstance(found, Break) or (isinstance(found, Refused) and found.kind == "bad_name"):
+                for sample in self.current:
+                    sample.fail("next_to_damage", f"{sample.key!r} stands beside a damaged place")
+                # What comes next may be a member of the sample behind it, under half its name: a long name may be what
+                # was lost. But of one member only.
+                self.current, self.suspects = [], 2
+                behind_end = found.kind == "bytes_after_end"
+                lost = _count_pairs(members) if behind_end else 0  # which takes all members that are left
+                lost = 0 if self.corpus else lost
+                self.faults.append(Fault(self.shard, found.offset, found.kind, found.detail, lost))
+            else:
+                self._add(found)
+
+    def _add(self, found: Member | Refused) -> None:
+        name, suffix = split_name(found.name)
+        try:
+            part = part_of(suffix) if name else None
+        except ValueError as error:
+            if not self.corpus:
+                return self._sample(name, name, found.offset).fail("incomplete", f"{name!r} has {error}")
+            part = None
+        is_json = bool(name) and suffix.lower() == "json" and not self.corpus
+        if (part is None or (self.corpus and part[0] == "query")) and not is_json:
+            self.ignored_count += 1
+            if len(self.ignored) < EXAMPLES_OF_IGNORED:
+                self.ignored.append(found.name)
+            return None
+        key = name
+        if self.corpus and part is not None and part[0] != "positive":
+            key, part = f"{name}.{part[0]}", ("positive", part[1])
+        sample = self._sample(name, key, found.offset)
+        if isinstance(found, Refused):
+            sample.fail(found.kind, found.detail)
+        elif part is not None:
+            self._add_part(sample, found, *part)
+        else:
+            self._add_json(sample, found)
+        return None
+
+    def _sample(self, name: str, key: str, offset: int) -> _Sample:
+        """The sample ``key`` that a member of the sample ``name`` belongs to."""
+        for sample in self.current:
+            if sample.key == key:
+                sample.members += 1
+                return sample
+        known = self.samples.get(key)
+        sample = known or _Sample(name, key, offset)
+        if known is not None:
+            detail = f"the key {key!r} is used at byte {known.offset} and again at byte {offset}"
+            sample.fail("split_sample", f"{detail}; keep the members of a sample together, under a key of their own")
+        if not self.current or self.current[0].name != name:
+            if self.suspects == 1 and sum(one.members for one in self.current) > 1:
+                self.suspects = 0
+            self.current, self.is_suspect = [], self.suspects > 0
+            self.suspects = max(0, self.suspects - 1)
+        if self.is_suspect:
+            sample.fail("next_to_damage", f"{key!r} stands beside a damaged place")
+        self.samples[key] = sample
+        self.current.append(sample)
+        return sample
+
+    def _add_json(self, sample: _Sample, member: Member) -> None:
+        data = self.file.read(member.size)
+        if sample.json_part is not None:
+            return sample.fail("incomplete", f"{sample.key!r} has two members {member.name!r}")
+        try:
+            record = parse_json(data)
+            sample.positive_ids = ids_of(record, "pos_id", "pos_ids")
+            sample.negative_ids = ids_of(record, "neg_ids")
+        except ValueError as error:
+            return sample.fail("bad_json", f"{member.name!r}: {_one_line(error)}")
+        try:
+            sample.json_queries, sample.several = queries_of(record)
+        except ValueError as error:
+            return sample.fail("bad_query", f"{member.name!r}: {_one_line(error)}")
+        is_messages = any(not isinstance(query, str) for query in sample.json_queries)
+        for query in sample.json_queries:
+            if not isinstance(query, str):
+                sample.places["query"] = media_of(query)
+        sample.json_part = Part(JSON_MESSAGES if is_messages else JSON_TEXT, member, hash_bytes(data))
+        return None
+
+    def _add_part(self, sample: _Sample, member: Member, slot: str, kind: int) -> None:
+        data = self.file.read(member.size)
+        parts = sample.parts.setdefault(slot, [])
+        if any(part.kind == kind for part in parts):
+            return sample.fail("incomplete", f"{sample.key!r} has two parts like {member.name!r}, and one must do")
+        width = height = 0
+        fault = "bad_image" if kind == IMAGE else "bad_query" if slot == "query" else "incomplete"
+        try:
+            if kind == IMAGE:
+                width, height = image_size(data)
+            elif kind == TEXT:
+                text = check_text(data.decode("utf-8-sig"))
+                if slot == "query":
+                    sample.part_queries.append(text)
+            elif kind == MESSAGES:
+                messages = check_messages(json.loads(data))
+                sample.places[slot] = media_of(messages)
+                if slot == "query":
+                    sample.part_queries.append(messages)
+            elif not data:
+                raise ValueError("it is empty")
+        except (ValueError, RecursionError) as error:
+            fault = "too_many_pixels" if isinstance(error, TooManyPixelsError) else fault
+            return sample.fail(fault, f"{member.name!r}: {_one_line(error)}")
+        parts.append(Part(kind, member, hash_bytes(data), width, height))
+        return None
+
+    def finish(self) -> ShardScan:
+        rows = Rows()
+        for sample in self.samples.values():
+            if sample.fault is None:
+                _require_whole(sample, self.corpus)
+            if sample.fault is not None:
+                lost = 0 if self.corpus else max(1, len(sample.json_queries))
+                self.faults.append(Fault(self.shard, sample.offset, *sample.fault, lost))
+            elif self.corpus:
+                rows.add_document(sample.key, sample.parts["positive"])
+            else:
+                _add_pairs(sample, rows)
+        columns = rows.columns()
+        return ShardScan(
+            shard=self.shard,
+            corpus=self.corpus,
+            size=os.fstat(self.file.fileno()).st_size,
+            columns=columns,
+            faults=tuple(sorted(self.faults, key=lambda fault: fault.offset)),
+            ignored_members=self.ignored_count,
+            ignored_examples=tuple(self.ignored),
+            digest=digest_of(columns),
         )
-    scan.page_offset.append(member.offset)
-    scan.page_size.append(member.size)
-    scan.page_hash.append(hash_bytes(file.read(member.size)))
-    scan.page_name.append(member.name)
-    return len(scan.page_name) - 1
 
 
-def _close_sample(sample: _Sample, scan: ShardScan) -> None:
+def _count_pairs(members: Iterable[Member | Refused | Break]) -> int:
+    """How many samples with a query there are among ``members``, by their names alone."""
+    keys = set()
+    for member in members:
+        if not isinstance(member, Break):
+            key, suffix = split_name(member.name)
+            if key and (suffix.lower() == "json" or suffix.lower().startswith("query.")):
+                keys.add(key)
+    return len(keys)
+
+
+def _require_whole(sample: _Sample, corpus: bool) -> None:
     together = "and keep the members of a sample together in the tar"
-    if sample.query is None or sample.query_member is None:
-        where = "no 'query' in its KEY.json" if sample.json_without_query else "no KEY.json and no KEY.query.txt"
-        raise _fault(scan, sample.key, f"has no query ({where}), so it is not a pair; add one or drop it, {together}")
-    if sample.positive is None:
-        wanted = "KEY.png, .jpg, .jpeg or .webp"
-        raise _fault(
-            scan, sample.key, f"has no positive page ({wanted}), so it is not a pair; add one or drop it, {together}"
+    for slot, places in sample.places.items():
+        media = [part.modality for part in sample.parts.get(slot, []) if part.kind not in (TEXT, MESSAGES)]
+        texts = [part for part in sample.parts.get(slot, []) if part.kind == TEXT]
+        if sorted(places) != sorted(media) or texts:
+            wanted = ", ".join(places) or "nothing"
+            detail = f"the messages of {sample.key!r} have places for {wanted}, and beside them there is"
+            there = ", ".join(media + ["text"] * len(texts)) or "nothing"
+            return sample.fail("incomplete", f"{detail} {there}; give each medium one place")
+    if corpus:
+        return None
+    if bool(sample.json_queries) + len(sample.part_queries) > 1:
+        sample.fail("incomplete", f"{sample.key!r} has its query twice (KEY.json, KEY.query.txt); keep one of them")
+    elif not sample.has_query:
+        where = "no 'query' in its KEY.json" if sample.json_part else "no KEY.json and no KEY.query.txt"
+        sample.fail("incomplete", f"{sample.key!r} has no query ({where}); add one or drop it, {together}")
+    elif not sample.has_positive:
+        wanted = "KEY.png, .jpg, .jpeg, .webp or another part, or pos_id in its KEY.json"
+        sample.fail("incomplete", f"{sample.key!r} has no positive page ({wanted}); add one or drop it, {together}")
+    return None
+
+
+def _add_pairs(sample: _Sample, rows: Rows) -> None:
+    positives = [rows.add_input(sample.parts["positive"])] if "positive" in sample.parts else []
+    slots = sorted((slot for slot in sample.parts if slot.startswith("neg")), key=lambda slot: int(slot[3:]))
+    negatives = [rows.add_input(sample.parts[slot]) for slot in slots]
+    own_parts = sample.parts.get("query", [])
+    media = [part.hash for part in own_parts if part.kind not in (TEXT, MESSAGES)]
+    for entry, query in enumerate(sample.queries or [None]):
+        parts = [*own_parts, sample.json_part] if sample.json_part and sample.json_queries else own_parts
+        rows.add_pair(
+            f"{sample.key}#{entry}" if sample.several else sample.key,
+            rows.add_input(parts, entry if sample.several else -1),
+            hash_parts(media if query is None else [hash_query(query), *media]),
+            (positives, sample.positive_ids),
+            (negatives, sample.negative_ids),
         )
-    scan.pair_key.append(sample.key)
-    scan.query_offset.append(sample.query_member.offset)
-    scan.query_size.append(sample.query_member.size)
-    scan.query_is_json.append(sample.query_is_json)
-    scan.query_hash.append(hash_query(sample.query))
-    scan.positive.append(sample.positive)
-    scan.negatives_of_pair.append(len(sample.negatives))
-    scan.negatives.extend(sample.negatives[number] for number in sorted(sample.negatives))
 
 
-def _split_name(name: str) -> tuple[str, str]:
-    """``"a/b.neg0.png"`` -> ``("a/b", "neg0.png")``; the key is empty where a file's name has nothing before a dot."""
-    folder, slash, basename = name.rpartition("/")
-    stem, dot, suffix = basename.partition(".")
-    return (folder + slash + stem, suffix) if stem and dot else ("", suffix)
-
-
-def _ignore(member: Member, scan: ShardScan) -> None:
-    scan.ignored_members += 1
-    if len(scan.ignored_examples) < EXAMPLES_OF_IGNORED:
-        scan.ignored_examples.append(member.name)
-
-
-def _fault(scan: ShardScan, key: str, what: str) -> UserError:
-    return UserError(f"shard {scan.shard}: the sample {key!r} {what}")
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,25 +1,36 @@
 """Imports one's own pairs: a CSV that names an image file for each query.
 
-The first line names the columns: `query`, `image`, and, when pages belong together, `document`. Image paths are
-relative to the CSV's folder. An image's bytes go into a shard as they are: what was compressed once is not compressed
-again. Without a `document` column each image file is a document of its own.
+The first line names the columns: `query`, `image`, when pages belong together `document`, and, for hard negatives,
+`negative_0`, `negative_1` and so on, whose cells may be empty. Image paths are relative to the CSV's folder. An image's
+bytes go into a shard as they are: what was compressed once is not compressed again. Without a `document` column each
+image file is a document of its own.
 
 Whatever is wrong with a row is an error that names its line: an import that leaves rows out would be found out late.
 """
 
 import csv
-import io
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
-
 from farnear.errors import UserError
-from farnear.ingest.shards import IMAGE_EXTENSIONS, ImportReport, Pair, Record, import_pairs, key_for
+from farnear.ingest.dataset_columns import NEGATIVE_NAME, in_natural_order
+from farnear.ingest.images import IMAGE_EXTENSIONS, PageFile, fault_of
+from farnear.ingest.pool import map_in_threads
+from farnear.ingest.shards import ImportReport, Pair, import_pairs, key_for
+from farnear.ingest.split import Record
 
 COLUMNS = ("query", "image", "document")
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The image files of a row, and the line that names them."""
+
+    line: int
+    page: Path
+    negatives: tuple[Path, ...]
 
 
 def import_csv(
@@ -28,7 +39,7 @@ def import_csv(
     """Write the pairs of a CSV as shards.
 
     Args:
-        source: UTF-8, comma-separated, with the columns `query`, `image` and perhaps `document`.
+        source: UTF-8, comma-separated, with the columns `query`, `image` and perhaps `document` and `negative_0` ...
         out: the folder for `train-*.tar` and `eval-*.tar`.
         eval_fraction: share of the pairs to keep for evaluation; 0 for none.
         seed: settles the split.
@@ -41,34 +52,51 @@ def import_csv(
         UserError: a column is missing, a row has no query or no readable image, or see `farnear.ingest.shards`.
     """
     records: list[Record] = []
-    place_of_key: dict[str, tuple[int, Path]] = {}
-    columns, rows = _read(source)
+    files_of_key: dict[str, _Files] = {}
+    columns, rows = read_rows(source, required=("query", "image"))
+    negatives = sorted(filter(NEGATIVE_NAME.fullmatch, columns), key=in_natural_order)
     for line, row in rows:
-        image = _image_path(source, line, row)
+        image = _image_path(source, line, row["image"])
         if not row["query"]:
             raise UserError(
                 f"{source} line {line} has an empty query, which finds nothing; write one or delete the line"
             )
         key = key_for(line, image.stem)
         records.append(Record(key, row["query"], row.get("document") or image.as_posix()))
-        place_of_key[key] = (line, image)
+        wrong = tuple(_image_path(source, line, row[name]) for name in negatives if row[name])
+        files_of_key[key] = _Files(line, image, wrong)
     if not records:
         raise UserError(f"{source} holds no rows below its header, so there is nothing to import; add some")
     return import_pairs(
         records,
-        partial(_loaded, source=source, place_of_key=place_of_key),
+        partial(_loaded, source=source, files_of_key=files_of_key),
         out,
         eval_fraction=eval_fraction,
         seed=seed,
         pairs_per_shard=pairs_per_shard,
-        skipped=[f"column {name!r}: not one of {', '.join(COLUMNS)}" for name in columns if name not in COLUMNS],
+        skipped=[
+            f"column {name!r}: not one of {', '.join(COLUMNS)}, negative_0, ..."
+            for name in columns
+            if name not in (*COLUMNS, *negatives)
+        ],
     )
 
 
-def _read(source: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """The names of the columns, and each row with the number of the line that it ends on."""
+def read_rows(source: Path, required: Sequence[str]) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+    """Read a CSV in UTF-8.
+
+    Args:
+        required: names that must each head one column; others may be there too.
+
+    Returns:
+        The names of all columns, and each row with the number of the line that it ends on, texts without the white
+        space around them.
+
+    Raises:
+        UserError: the file cannot be read, lacks a column, or has a row with more fields than columns.
+    """
     if not source.is_file():
-        raise UserError(f"{source} is not a file, so there are no pairs to import; check the path")
+        raise UserError(f"{source} is not a file, so there is nothing to import; check the path")
     try:
         with source.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.DictReader(stream, skipinitialspace=True)
@@ -77,11 +105,11 @@ def _read(source: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
             rows = [(reader.line_num, row) for row in reader]
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{source} is not a CSV in UTF-8 ({error}); save it as one") from error
-    for name in ("query", "image"):
+    for name in (*required, *filter(None, columns)):
         if columns.count(name) != 1:
             raise UserError(
                 f"{source} has {columns.count(name)} columns named {name!r} instead of one, only "
-                f"{', '.join(map(repr, columns)) or 'none'}; its first line must name query, image and perhaps document"
+                f"{', '.join(map(repr, columns)) or 'none'}; its first line must name {', '.join(required)}"
             )
     for line, row in rows:
         if None in row:
@@ -92,38 +120,33 @@ def _read(source: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
     return columns, [(line, {name: (text or "").strip() for name, text in row.items()}) for line, row in rows]
 
 
-def _image_path(source: Path, line: int, row: Mapping[str, str]) -> Path:
-    image = source.parent / row["image"]
+def _image_path(source: Path, line: int, place: str) -> Path:
+    image = source.parent / place
     if image.suffix.lower().lstrip(".") not in IMAGE_EXTENSIONS:
         raise UserError(
-            f"{source} line {line} names the image {row['image']!r}, whose type is not supported; convert it to one of "
+            f"{source} line {line} names the image {place!r}, whose type is not supported; convert it to one of "
             f"{', '.join(IMAGE_EXTENSIONS)}"
         )
     if not image.is_file():
         raise UserError(
-            f"{source} line {line} names the image {row['image']!r}, but there is no file {image}; paths are relative "
-            "to the CSV's folder"
+            f"{source} line {line} names the image {place!r}, but there is no file {image}; paths are relative to the "
+            "CSV's folder"
         )
     return image
 
 
-def _fault_of(image: bytes) -> str | None:
-    """Why training could not read an image, which would stop it days later."""
-    try:
-        with Image.open(io.BytesIO(image), formats=IMAGE_FORMATS) as picture:
-            picture.draft("RGB", (64, 64))  # a JPEG need not be decoded at its full size to be seen whole
-            picture.load()
-    except UnidentifiedImageError:
-        return f"which is no image of the kinds {', '.join(IMAGE_FORMATS)}"
-    except Exception as error:  # on broken bytes Pillow's decoders raise almost anything
-        return f"which cannot be decoded ({' '.join(str(error).split())})"
-    return None
+def _loaded(records: Sequence[Record], source: Path, files_of_key: Mapping[str, _Files]) -> Iterator[Pair]:
+    return map_in_threads(partial(_load, source=source, files_of_key=files_of_key), records)
 
 
-def _loaded(records: Sequence[Record], source: Path, place_of_key: Mapping[str, tuple[int, Path]]) -> Iterator[Pair]:
-    for record in records:
-        line, path = place_of_key[record.key]
-        image = path.read_bytes()
-        if complaint := _fault_of(image):
-            raise UserError(f"{source} line {line} names {path}, {complaint}; replace or remove it")
-        yield Pair(record.key, record.query, image, path.suffix.lower().lstrip("."), record.document)
+def _load(record: Record, source: Path, files_of_key: Mapping[str, _Files]) -> Pair:
+    files = files_of_key[record.key]
+    page, *negatives = (_page(source, files.line, path) for path in (files.page, *files.negatives))
+    return Pair(record.key, record.query, page.data, page.extension, record.document, tuple(negatives))
+
+
+def _page(source: Path, line: int, path: Path) -> PageFile:
+    image = path.read_bytes()
+    if fault := fault_of(image):
+        raise UserError(f"{source} line {line} names {path}, {fault}; replace or remove it")
+    return PageFile(image, path.suffix.lower().lstrip("."))

@@ -1,48 +1,46 @@
-"""Turns PDFs into pairs: each page as an image, and a line of its own text as the query.
+"""Turns PDFs into pairs: each page as an image, and what `farnear.ingest.pdf_queries` finds to ask for it by.
 
-Nobody has to write queries for a first run on one's own documents: a line that stands on one page and on no other is a
-question with exactly one right answer. It is an easy kind of query (the page holds its very words), so figures on it
-say whether training works on these pages, not how a search for meaning would do.
+Or into pages alone, for which a model or a person is to write queries (`farnear shards queries`), or which an
+evaluation takes for distractors. Beside each such page stands what is known about it: its document, its number, and its
+text, by which queries that only copy from the page can be told.
 
-Which line: one of enough words, made of letters for the most part (no tables of numbers, code or dotted leaders), that
-occurs on no other page of any of the documents. Lines are compared without digits, case and punctuation, which also
-rules out running headers with a page number and headings that the table of contents repeats. Of these the one whose
-words are rarest in its document, added up, so that long and specific lines win. It is the same line every time.
-
-Text is read from all PDFs first; pages are rendered while shards are written, and only those that have a query. pdfium
-must not run in two threads of a process, so several processes render when there are enough pages.
+All PDFs are read first; pages are rendered while shards are written, and only those that have a query. pdfium must not
+run in two threads of a process, so several processes render when there are enough pages.
 """
 
 import io
-import math
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from dataclasses import dataclass
+from functools import partial
 from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from farnear.errors import UserError
+from farnear.ingest.pdf_queries import Heading, Queries, line_queries, listed_queries, outline_queries
 from farnear.ingest.pool import chunks, map_in_order, processes_for
 from farnear.ingest.shards import (
     EVAL,
     TRAIN,
+    CorpusPage,
     ImportReport,
     Pair,
-    Record,
     import_pairs,
     key_for,
     refuse_existing_shards,
+    write_shards,
 )
+from farnear.ingest.split import Record
 
 if TYPE_CHECKING:
     import pypdfium2
 
-LETTERS_IN_A_LINE = 0.85  # of its visible characters; prose has 0.9 and more, code and tables less
+TEXT, OUTLINE = "text", "outline"  # where queries come from
+CORPUS = "corpus"
 JPEG_QUALITY = 90
 PDFS_WORTH_A_PROCESS = 20
 PAGES_WORTH_A_PROCESS = 100
@@ -50,16 +48,23 @@ PAGES_PER_TASK = 8
 
 # pdfium joins a word that is hyphenated at a line's end and marks the seam with one of these.
 SEAM = re.compile("\\S*[\x02\ufffe]\\S*")
-# Chinese and Japanese put no spaces between words: there each character counts as a word.
-WORD = re.compile("[\u3040-\u30ff\u3400-\u9fff]|[^\u3040-\u30ff\u3400-\u9fff]+")
-
 PageOfPdf = tuple[Path, int]  # the file, and the page's number from 0
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What is in a PDF: its number of pages, the lines of text on each (if they were asked for), and its outline."""
+
+    pages: int
+    lines_of_pages: list[list[str]]
+    outline: list[Heading]
 
 
 def import_pdf(
     source: Path,
     out: Path,
     *,
+    queries: str | Path = TEXT,
     eval_fraction: float = 0.0,
     seed: int = 0,
     pairs_per_shard: int = 1000,
@@ -67,7 +72,7 @@ def import_pdf(
     png: bool = False,
     min_words: int = 4,
 ) -> ImportReport:
-    """Write the pages of PDFs as shards, a line of each page's text as its query.
+    """Write the pages of PDFs that have queries as shards.
 
     With several PDFs, each is one document of the split, so that no PDF is on both sides. Where only one has usable
     pages, it could not be split like that; there each page is a document of its own.
@@ -75,49 +80,42 @@ def import_pdf(
     Args:
         source: a PDF, or a folder that is searched for PDFs with all folders below it.
         out: the folder for `train-*.tar` and `eval-*.tar`.
+        queries: "text" (a line of each page), "outline" (the headings that point at it), or a CSV with the columns
+            `file`, `page` and `query`.
         eval_fraction: share of the pairs to keep for evaluation; 0 for none.
         seed: settles the split.
         pairs_per_shard: the last shard of a side may hold fewer.
         max_side: length in pixels of a rendered page's longer side.
         png: store pages as PNG instead of JPEG of quality 90, which is smaller and decodes twice as fast.
-        min_words: a query has at least so many words.
+        min_words: a query from text or outline has at least so many words.
 
     Returns:
-        What was written; `skipped` names every page without a usable line.
+        What was written; `skipped` names what has no query.
 
     Raises:
-        UserError: no PDF, one that cannot be read, no usable line anywhere, or see `farnear.ingest.shards`.
+        UserError: no PDF, one that cannot be read, no query anywhere, or see `farnear.ingest.shards`.
     """
     refuse_existing_shards(out, (TRAIN, EVAL))
-    if max_side < 1:
-        raise UserError(f"max_side is {max_side}, but a page needs pixels; give the longer side's length, such as 1024")
-    path_of_name = _find_pdfs(source)
-    processes = processes_for(len(path_of_name), items_worth_a_process=PDFS_WORTH_A_PROCESS)
-    texts = map_in_order(_lines_of_pages, path_of_name.values(), processes)
-    lines_of_pages = dict(zip(path_of_name, texts, strict=True))
-    queries = choose_queries(lines_of_pages, min_words)
-
-    alone = len({name for name, _ in queries}) == 1
+    path_of_name = _find_pdfs(source, max_side)
+    contents = _read(path_of_name, with_text=queries == TEXT)
+    queries_of_page = _queries(queries, contents, min_words)
+    alone = len({name for name, _ in queries_of_page}) == 1
     records: list[Record] = []
-    skipped: list[str] = []
     page_of_key: dict[str, PageOfPdf] = {}
     for number, (name, path) in enumerate(path_of_name.items()):
-        for page in range(len(lines_of_pages[name])):
-            query = queries.get((name, page))
-            if query is None:
-                skipped.append(
-                    f"{name} page {page + 1}: no line of prose, {min_words} words or more, that only this page has"
-                )
-                continue
-            key = key_for(number, f"{path.stem[:60]}-p{page + 1:05d}")
-            records.append(Record(key, query, f"{name} page {page + 1}" if alone else name))
-            page_of_key[key] = (path, page)
+        for page in range(contents[name].pages):
+            if found := queries_of_page.get((name, page)):
+                key = _key(number, path, page)
+                records.append(Record(key, found, f"{name} page {page + 1}" if alone else name))
+                page_of_key[key] = (path, page)
     if not records:
-        raise UserError(
-            f"none of the {len(skipped)} pages under {source} has a line of text to ask for it by; scanned pages need "
-            "a text layer (OCR) first, and shorter lines are taken with a smaller --min-words"
-        )
-    load = partial(_rendered, page_of_key=page_of_key, max_side=max_side, png=png)
+        raise UserError(_why_none(queries, source, sum(pdf.pages for pdf in contents.values())))
+
+    def load(some: Sequence[Record]) -> Iterator[Pair]:
+        images = _rendered([page_of_key[record.key] for record in some], max_side, png)
+        for record, image in zip(some, images, strict=True):
+            yield Pair(record.key, record.query, image, "png" if png else "jpg", record.document)
+
     return import_pairs(
         records,
         load,
@@ -125,40 +123,77 @@ def import_pdf(
         eval_fraction=eval_fraction,
         seed=seed,
         pairs_per_shard=pairs_per_shard,
-        skipped=skipped,
+        skipped=_skipped(queries, contents, queries_of_page, min_words),
     )
 
 
-def choose_queries(lines_of_pages: Mapping[str, Sequence[Sequence[str]]], min_words: int) -> dict[tuple[str, int], str]:
-    """The line to ask for each page by.
+def import_pages(
+    source: Path, out: Path, *, pages_per_shard: int = 1000, max_side: int = 1024, png: bool = False
+) -> ImportReport:
+    """Write all pages of PDFs as `corpus-*.tar`, without queries, with their text beside them; see `import_pdf`."""
+    refuse_existing_shards(out, (CORPUS,))
+    path_of_name = _find_pdfs(source, max_side)
+    contents = _read(path_of_name, with_text=True)
+    places = [(number, name, page) for number, (name, pdf) in enumerate(contents.items()) for page in range(pdf.pages)]
 
-    Args:
-        lines_of_pages: for each document its pages, for each page its lines.
-        min_words: shorter lines are not used.
+    def pages() -> Iterator[CorpusPage]:
+        images = _rendered([(path_of_name[name], page) for _, name, page in places], max_side, png)
+        for (number, name, page), image in zip(places, images, strict=True):
+            text = "\n".join(contents[name].lines_of_pages[page])
+            about = {"document": name, "page": page + 1, "text": text}
+            yield CorpusPage(_key(number, path_of_name[name], page), image, "png" if png else "jpg", about)
 
-    Returns:
-        The line for (document, page number from 0); pages without a usable line are missing.
-    """
-    pages_with_line = Counter(
-        words for pages in lines_of_pages.values() for lines in pages for words in {_words(line) for line in lines}
-    )
-    query_of_page: dict[tuple[str, int], str] = {}
-    for name, pages in lines_of_pages.items():
-        pages_with_word = Counter(word for lines in pages for word in {w for line in lines for w in _words(line)})
-        rarity = {word: math.log((1 + len(pages)) / count) for word, count in pages_with_word.items()}
-        for page, lines in enumerate(pages):
-            usable = [
-                (sum(rarity[word] for word in sorted(set(words))), line)
-                for line in lines
-                if len(words := _words(line)) >= min_words and pages_with_line[words] == 1 and _is_prose(line)
-            ]
-            if usable:
-                query_of_page[name, page] = max(usable)[1]
-    return query_of_page
+    shards = write_shards(pages(), out, prefix=CORPUS, pairs_per_shard=pages_per_shard)
+    return ImportReport((), (), 0, 0, (), eval_corpus=tuple(shards), corpus_pages=len(places))
 
 
-def _find_pdfs(source: Path) -> dict[str, Path]:
+def _queries(queries: str | Path, contents: Mapping[str, Contents], min_words: int) -> Queries:
+    if queries == TEXT:
+        return line_queries({name: pdf.lines_of_pages for name, pdf in contents.items()}, min_words)
+    if queries == OUTLINE:
+        return outline_queries({name: pdf.outline for name, pdf in contents.items()}, min_words)
+    return listed_queries(Path(queries), {name: pdf.pages for name, pdf in contents.items()})
+
+
+def _skipped(queries: str | Path, contents: Mapping[str, Contents], found: Queries, min_words: int) -> list[str]:
+    """Each page without a line; with other queries, where few pages have one, how many of each PDF have none."""
+    missing = {name: [p for p in range(pdf.pages) if (name, p) not in found] for name, pdf in contents.items()}
+    if queries == TEXT:
+        return [
+            f"{name} page {page + 1}: no line of prose, {min_words} words or more, that only this page has"
+            for name, pages in missing.items()
+            for page in pages
+        ]
+    reason = f"no row of {queries} names them"
+    if queries == OUTLINE:
+        reason = f"no outline entry of {min_words} words or more, that occurs once, points at them"
+    return [
+        f"{len(pages)} of {contents[name].pages} pages of {name}: {reason}" for name, pages in missing.items() if pages
+    ]
+
+
+def _why_none(queries: str | Path, source: Path, pages: int) -> str:
+    if queries == TEXT:
+        return (
+            f"none of the {pages} pages under {source} has a line of text to ask for it by; scanned pages need a text "
+            "layer (OCR) first, and shorter lines are taken with a smaller --min-words"
+        )
+    if queries == OUTLINE:
+        return (
+            f"no outline entry points at any of the {pages} pages under {source} in words of its own; take lines of "
+            "text (--queries text), or shorter entries with a smaller --min-words"
+        )
+    return f"{queries} has no rows below its header, so there is nothing to import; add some"
+
+
+def _key(number: int, path: Path, page: int) -> str:
+    return key_for(number, f"{path.stem[:60]}-p{page + 1:05d}")
+
+
+def _find_pdfs(source: Path, max_side: int) -> dict[str, Path]:
     """PDFs by their path relative to `source`, in alphabetical order."""
+    if max_side < 1:
+        raise UserError(f"max_side is {max_side}, but a page needs pixels; give the longer side's length, such as 1024")
     if not source.exists():
         raise UserError(f"{source} does not exist, so there are no PDFs to import; check the path")
     if source.is_file():
@@ -186,11 +221,31 @@ def _opened(path: Path) -> "Iterator[pypdfium2.PdfDocument]":
         raise UserError(f"{path} cannot be read ({error}), so its pages would be missing; {remedy}") from error
 
 
-def _lines_of_pages(path: Path) -> list[list[str]]:
-    """The lines of text of every page, in clean characters and with single spaces."""
+def _read(path_of_name: Mapping[str, Path], *, with_text: bool) -> dict[str, Contents]:
+    processes = processes_for(len(path_of_name), items_worth_a_process=PDFS_WORTH_A_PROCESS)
+    contents = map_in_order(partial(_contents, with_text=with_text), path_of_name.values(), processes)
+    return dict(zip(path_of_name, contents, strict=True))
+
+
+def _contents(path: Path, with_text: bool) -> Contents:
     with _opened(path) as document:
-        texts = [page.get_textpage().get_text_bounded() for page in document]
-    return [[line for line in map(_cleaned, SEAM.sub("\n", text).splitlines()) if line] for text in texts]
+        texts = [page.get_textpage().get_text_bounded() for page in document] if with_text else []
+        return Contents(len(document), [_lines(text) for text in texts], _outline(document))
+
+
+def _lines(text: str) -> list[str]:
+    """Lines in clean characters and with single spaces."""
+    return [line for line in map(_cleaned, SEAM.sub("\n", text).splitlines()) if line]
+
+
+def _outline(document: "pypdfium2.PdfDocument") -> list[Heading]:
+    headings: list[Heading] = []
+    titles: list[str] = []
+    for bookmark in document.get_toc():
+        titles = [*titles[: bookmark.level], _cleaned(bookmark.get_title())]
+        destination = bookmark.get_dest()
+        headings.append(Heading(tuple(titles), None if destination is None else destination.get_index()))
+    return headings
 
 
 def _cleaned(line: str) -> str:
@@ -199,31 +254,10 @@ def _cleaned(line: str) -> str:
     return " ".join("".join(" " if unicodedata.category(c) in ("Cc", "Co", "Cn") else c for c in plain).split())
 
 
-@lru_cache(maxsize=4096)
-def _is_letter(character: str) -> bool:
-    return unicodedata.category(character)[0] in "LM"  # a mark, such as a vowel sign in Devanagari, belongs to a word
-
-
-@lru_cache(maxsize=1 << 16)
-def _words(line: str) -> tuple[str, ...]:
-    """The words without digits, case and punctuation: what makes two lines the same one."""
-    letters_of_tokens = ("".join(filter(_is_letter, token)) for token in line.casefold().split())
-    return tuple(word for letters in letters_of_tokens for word in WORD.findall(letters))
-
-
-def _is_prose(line: str) -> bool:
-    visible = line.replace(" ", "")
-    return sum(map(_is_letter, visible)) >= LETTERS_IN_A_LINE * len(visible)
-
-
-def _rendered(
-    records: Sequence[Record], page_of_key: Mapping[str, PageOfPdf], max_side: int, png: bool
-) -> Iterator[Pair]:
-    tasks = chunks((page_of_key[record.key] for record in records), PAGES_PER_TASK)
-    processes = processes_for(len(records), items_worth_a_process=PAGES_WORTH_A_PROCESS)
-    images = chain.from_iterable(map_in_order(partial(_render, max_side=max_side, png=png), tasks, processes))
-    for record, image in zip(records, images, strict=True):
-        yield Pair(record.key, record.query, image, "png" if png else "jpg", record.document)
+def _rendered(pages: Sequence[PageOfPdf], max_side: int, png: bool) -> Iterator[bytes]:
+    processes = processes_for(len(pages), items_worth_a_process=PAGES_WORTH_A_PROCESS)
+    render = partial(_render, max_side=max_side, png=png)
+    return chain.from_iterable(map_in_order(render, chunks(pages, PAGES_PER_TASK), processes))
 
 
 def _render(pages: Sequence[PageOfPdf], max_side: int, png: bool) -> list[bytes]:

@@ -4,12 +4,14 @@
 items are ever under way, so that pages stream from the renderer into a shard, however many there are.
 
 Processes are spawned, not forked: a parent with PyTorch in it has threads, and a fork then copies locked locks.
+
+Threads do where the work is waiting for a server, or decoding, during which Pillow lets other threads run.
 """
 
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from itertools import islice
 from multiprocessing import get_context
 from typing import TypeVar
@@ -19,7 +21,8 @@ from farnear.processes import main_module_hidden
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-ITEMS_UNDER_WAY_PER_PROCESS = 3
+ITEMS_UNDER_WAY_PER_WORKER = 3
+THREADS = 8
 
 
 def processes_for(items: int, *, items_worth_a_process: int) -> int:
@@ -41,14 +44,30 @@ def map_in_order(function: Callable[[Item], Result], items: Iterable[Item], proc
         yield from map(function, items)
         return
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as executor:
-        under_way: deque[Future[Result]] = deque()
+        yield from _in_order(function, items, executor, ITEMS_UNDER_WAY_PER_WORKER * processes)
+
+
+def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """Yield `function(item)` for each item, in order, worked out in a few threads; items are read a few ahead."""
+    with ThreadPoolExecutor(THREADS) as executor:
+        yield from _in_order(function, items, executor, ITEMS_UNDER_WAY_PER_WORKER * THREADS)
+
+
+def _in_order(
+    function: Callable[[Item], Result], items: Iterable[Item], executor: Executor, at_once: int
+) -> Iterator[Result]:
+    under_way: deque[Future[Result]] = deque()
+    try:
         for item in items:
-            with main_module_hidden():  # the first one starts the processes
+            with main_module_hidden():  # the first item starts the processes
                 under_way.append(executor.submit(function, item))
-            if len(under_way) == ITEMS_UNDER_WAY_PER_PROCESS * processes:
+            if len(under_way) == at_once:
                 yield under_way.popleft().result()
         while under_way:
             yield under_way.popleft().result()
+    finally:
+        for future in under_way:  # after an error nobody wants the rest
+            future.cancel()
 
 
 def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

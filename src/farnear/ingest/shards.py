@@ -1,22 +1,23 @@
-"""Writes pairs as WebDataset shards, and splits them into a training and an evaluation side first.
+"""Writes pairs as WebDataset shards.
 
-A pair is one query with its page. In a shard it is two members that share a key: `KEY.json` with the query and the
-document that the page comes from, and the page's image, its bytes untouched. Equal pairs give equal shards, byte for
-byte: nothing in a tar depends on the clock or on who runs it.
+A pair is one query with its page, and perhaps with hard negatives: pages that look right and are not. In a shard it is
+members that share a key: `KEY.json` with the query (a list where several queries ask for one page) and the document
+that the page comes from, the page `KEY.png`, its bytes untouched, and `KEY.neg0.jpg`, `KEY.neg1.png` and so on. A page
+may be a text too, `KEY.txt`.
+
+Where many pairs share pages, most of all as hard negatives, each page can be stored once: in a corpus shard as
+`DOC.png`, beside it `DOC.about.json` if something is known about the page; a pair is then `KEY.json` alone, which names
+its pages with "pos_id" and "neg_ids".
+
+Equal samples give equal shards, byte for byte: nothing in a tar depends on the clock or on who runs it.
 
 An importer knows its pairs long before it has their images (a CSV names them, a PDF's text gives the queries), and
 images do not fit in memory. So an importer makes a list of `Record`s, `split` deals them out, and the images stream
 into the shards, first those for training, then those for evaluation: `import_pairs` is that flow.
 
-A figure on evaluation pages is worth little when the model has trained on the same document or the same question.
-Pairs that share a document or a query are therefore tied together, and so are those tied to the same third one:
-`split` deals out whole groups of tied pairs. Which group goes where depends on a hash of the group's name and the seed
-alone, so that adding documents moves few others to the other side.
-
 Shards appear in the output folder all at once, when the last one is written: a folder never holds half an import.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -27,57 +28,93 @@ from itertools import chain, islice
 from pathlib import Path
 
 from farnear.errors import UserError
+from farnear.ingest.images import IMAGE_EXTENSIONS, TEXT_EXTENSION, PageFile
+from farnear.ingest.split import Queries, Record, queries_of, split
 
-IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 TRAIN, EVAL = "train", "eval"
-
-
-@dataclass(frozen=True)
-class Record:
-    """A pair without its image.
-
-    Attributes:
-        key: names the pair within its shard; no dot and no slash, at which a tar's reader would cut it.
-        query: the text to search for.
-        document: what the page is part of; pairs of one document stay on one side of a split.
-    """
-
-    key: str
-    query: str
-    document: str
+PAGE_EXTENSIONS = (*IMAGE_EXTENSIONS, TEXT_EXTENSION)
+ABOUT = "about.json"  # of a page in a corpus; the reader of shards passes it by
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A pair with its image: the bytes of an image file, and that file's extension without the dot."""
+    """A pair with its page: the bytes of a file, that file's extension without the dot, and hard negatives."""
 
     key: str
-    query: str
-    image: bytes
+    query: Queries
+    page: bytes
     extension: str
     document: str
+    negatives: tuple[PageFile, ...] = ()
+
+    def members(self) -> dict[str, bytes]:
+        pages = {self.extension: self.page}
+        pages |= {f"neg{number}.{page.extension}": page.data for number, page in enumerate(self.negatives)}
+        return {"json": _json({"query": _checked_queries(self), "document": self.document}), **pages}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A pair that names its page and its hard negatives, which lie in a corpus shard."""
+
+    key: str
+    query: Queries
+    page: str
+    document: str
+    negatives: tuple[str, ...] = ()
+
+    def members(self) -> dict[str, bytes]:
+        text = {"query": _checked_queries(self), "pos_id": self.page, "neg_ids": list(self.negatives)}
+        return {"json": _json({**text, "document": self.document})}
+
+
+@dataclass(frozen=True)
+class CorpusPage:
+    """A page that no query asks for by itself, and what is known about it."""
+
+    key: str
+    page: bytes
+    extension: str
+    about: Mapping[str, object] | None = None
+
+    def members(self) -> dict[str, bytes]:
+        return {self.extension: self.page, **({} if self.about is None else {ABOUT: _json(self.about)})}
+
+
+Sample = Pair | Reference | CorpusPage
 
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What an import has written, and what it has left out: a name and a reason for each."""
+    """What an import has written, what it has left out (a name and a reason for each), and what else is worth saying.
+
+    Attributes:
+        train_pairs, eval_pairs: queries with their page, so a sample with several queries counts for several.
+        train_corpus, eval_corpus: shards of the pages that pairs name, or that nobody names.
+        corpus_pages: how many there are in both.
+    """
 
     train_shards: tuple[Path, ...]
     eval_shards: tuple[Path, ...]
     train_pairs: int
     eval_pairs: int
     skipped: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    train_corpus: tuple[Path, ...] = ()
+    eval_corpus: tuple[Path, ...] = ()
+    corpus_pages: int = 0
 
 
 def import_pairs(
     records: Sequence[Record],
-    load: Callable[[Sequence[Record]], Iterator[Pair]],
+    load: Callable[[Sequence[Record]], Iterator[Sample]],
     out: Path,
     *,
     eval_fraction: float,
     seed: int,
     pairs_per_shard: int,
     skipped: Sequence[str] = (),
+    notes: Sequence[str] = (),
 ) -> ImportReport:
     """Split records, then write `train-*.tar` and, when there is an evaluation side, `eval-*.tar`.
 
@@ -86,7 +123,7 @@ def import_pairs(
         load: turns some records, in the order given, into pairs; called once for each side.
         out: the folder for the shards; made when it does not exist.
         eval_fraction: share of the pairs to keep for evaluation; 0 for none.
-        skipped: what the importer has left out, handed on to the report.
+        skipped, notes: what the importer has left out and found, handed on to the report.
 
     Raises:
         UserError: from `split` and `write_prefixes`.
@@ -97,22 +134,28 @@ def import_pairs(
     pairs_of_prefix = {prefix: load([records[row] for row in rows]) for prefix, rows in rows_of_prefix.items()}
     shards = write_prefixes(pairs_of_prefix, out, pairs_per_shard=pairs_per_shard)
     return ImportReport(
-        tuple(shards[TRAIN]), tuple(shards.get(EVAL, ())), len(train_rows), len(eval_rows), tuple(skipped)
+        tuple(shards[TRAIN]),
+        tuple(shards.get(EVAL, ())),
+        sum(len(queries_of(records[row].query)) for row in train_rows),
+        sum(len(queries_of(records[row].query)) for row in eval_rows),
+        tuple(skipped),
+        tuple(notes),
     )
 
 
-def write_shards(pairs: Iterable[Pair], out: Path, *, prefix: str, pairs_per_shard: int = 1000) -> list[Path]:
-    """Write pairs to `out/PREFIX-000000.tar` and so on, and return these paths; see `write_prefixes`."""
+def write_shards(pairs: Iterable[Sample], out: Path, *, prefix: str, pairs_per_shard: int = 1000) -> list[Path]:
+    """Write samples to `out/PREFIX-000000.tar` and so on, and return these paths; see `write_prefixes`."""
     return write_prefixes({prefix: pairs}, out, pairs_per_shard=pairs_per_shard)[prefix]
 
 
 def write_prefixes(
-    pairs_of_prefix: Mapping[str, Iterable[Pair]], out: Path, *, pairs_per_shard: int
+    pairs_of_prefix: Mapping[str, Iterable[Sample]], out: Path, *, pairs_per_shard: int
 ) -> dict[str, list[Path]]:
     """Write several sets of shards into one folder, all or nothing.
 
     Args:
-        pairs_of_prefix: the pairs for `PREFIX-*.tar`, read lazily: no more than one pair is held in memory.
+        pairs_of_prefix: the samples for `PREFIX-*.tar`, read lazily, one prefix after the other: no more than one
+            sample is held in memory.
         out: the folder; made when it does not exist.
         pairs_per_shard: the last shard of a prefix may hold fewer.
 
@@ -152,108 +195,51 @@ def refuse_existing_shards(out: Path, prefixes: Iterable[str]) -> None:
             )
 
 
-def split(records: Sequence[Record], eval_fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Deal records out to training and evaluation so that no document and no query is on both sides.
-
-    Queries are the same when they differ in case and white space only.
-
-    Args:
-        records: N of them.
-        eval_fraction: the share of records wanted for evaluation, 0 <= eval_fraction < 1.
-        seed: another seed, another split.
-
-    Returns:
-        Row numbers of the training side and of the evaluation side, both rising, N in all. The evaluation side is
-        empty for a fraction of 0 and else has between half and twice as many rows as wanted, most often as many.
-
-    Raises:
-        UserError: the fraction is out of range, or the groups of tied records are too large to split near it.
-    """
-    if not 0 <= eval_fraction < 1:
-        raise UserError(f"an evaluation fraction of {eval_fraction} leaves nothing to train on; give 0 <= fraction < 1")
-    if eval_fraction == 0:
-        return list(range(len(records))), []
-    groups = _tied_groups(records)
-    if len(groups) < 2:
-        raise UserError(
-            f"cannot split {len(records)} pairs: all of them hang together through shared documents or queries, so any "
-            "split would put one on both sides; add other documents or import the evaluation pairs by themselves"
-        )
-    wanted = max(1, round(eval_fraction * len(records)))
-    ordered_names = sorted(groups, key=lambda name: hashlib.blake2b(f"{seed}\0{name}".encode()).digest())
-    eval_rows: list[int] = []
-    for name in ordered_names:
-        with_group = len(eval_rows) + len(groups[name])
-        if with_group < len(records) and abs(with_group - wanted) < abs(len(eval_rows) - wanted):
-            eval_rows += groups[name]
-    if 2 * len(eval_rows) < wanted:
-        sizes = sorted(len(rows) for rows in groups.values())
-        fitting = [size / len(records) for size in sizes if wanted < size <= len(records) / 2]
-        raise UserError(
-            f"cannot keep about {wanted} of {len(records)} pairs for evaluation: the largest groups of pairs tied by "
-            f"shared documents or queries hold {', '.join(map(str, sizes[:-6:-1]))} pairs and must stay whole; "
-            + (f"ask for a fraction of {fitting[0]:.2g}" if fitting else "import the evaluation pairs by themselves")
-            + ", or add documents"
-        )
-    in_eval = set(eval_rows)
-    return [row for row in range(len(records)) if row not in in_eval], sorted(eval_rows)
-
-
 def key_for(number: int, name: str) -> str:
     """A key that `number` makes unique and `name` recognisable: `000012-Annual-report` for 12 and "Annual report"."""
     return f"{number:06d}-{re.sub('[^A-Za-z0-9_-]+', '-', name)[:70]}"
 
 
-def normalised(query: str) -> str:
-    """What makes two queries the same one: the text without regard to case and white space."""
-    return " ".join(query.split()).casefold()
-
-
-def _tied_groups(records: Sequence[Record]) -> dict[str, list[int]]:
-    """Rows of each connected component of documents and queries, by the component's smallest document id."""
-    parent: dict[tuple[str, str], tuple[str, str]] = {}
-
-    def root(node: tuple[str, str]) -> tuple[str, str]:
-        parent.setdefault(node, node)
-        while parent[node] != node:
-            parent[node] = parent[parent[node]]
-            node = parent[node]
-        return node
-
-    for record in records:
-        parent[root(("query", normalised(record.query)))] = root(("document", record.document))
-    rows_of_root: dict[tuple[str, str], list[int]] = {}
-    for row, record in enumerate(records):
-        rows_of_root.setdefault(root(("document", record.document)), []).append(row)
-    return {min(records[row].document for row in rows): rows for rows in rows_of_root.values()}
-
-
-def _groups(pairs: Iterable[Pair], size: int) -> Iterator[Iterator[Pair]]:
+def _groups(pairs: Iterable[Sample], size: int) -> Iterator[Iterator[Sample]]:
     """Cut a stream into streams of `size`; each must be read to its end before the next."""
     iterator = iter(pairs)
     for first in iterator:
         yield chain((first,), islice(iterator, size - 1))
 
 
-def _write_shard(pairs: Iterable[Pair], path: Path) -> Path:
+def _write_shard(samples: Iterable[Sample], path: Path) -> Path:
     from webdataset import TarWriter  # imports torch, which the processes that only draw or render pages never need
 
     keys: set[str] = set()
     with path.open("wb") as stream, TarWriter(stream, user="", group="", encoder=False, mtime=0) as tar:
-        for pair in pairs:
-            if not pair.key or "." in pair.key or "/" in pair.key or pair.key in keys:
+        for sample in samples:
+            if not sample.key or "." in sample.key or "/" in sample.key or sample.key in keys:
                 raise UserError(
-                    f"the key {pair.key!r} is empty, holds a dot or a slash, or comes twice in {path.name}, so its "
+                    f"the key {sample.key!r} is empty, holds a dot or a slash, or comes twice in {path.name}, so its "
                     "pair could not be told from others; give each pair a key of its own"
                 )
-            if not pair.query.strip():
-                raise UserError(f"pair {pair.key} has an empty query and cannot be trained on; leave it out")
-            if pair.extension not in IMAGE_EXTENSIONS:
-                raise UserError(
-                    f"pair {pair.key} has the image extension {pair.extension!r}, which no reader of shards knows; use "
-                    f"one of {', '.join(IMAGE_EXTENSIONS)}"
-                )
-            keys.add(pair.key)
-            text = json.dumps({"query": pair.query, "document": pair.document}, ensure_ascii=False)
-            tar.write({"__key__": pair.key, "json": text.encode(), pair.extension: pair.image})
+            keys.add(sample.key)
+            members = sample.members()
+            for name, data in members.items():
+                extension = name.rpartition(".")[2]
+                if extension not in (*PAGE_EXTENSIONS, "json"):
+                    raise UserError(
+                        f"pair {sample.key} has a page with the extension {extension!r}, which no reader of shards "
+                        f"knows; use one of {', '.join(PAGE_EXTENSIONS)}"
+                    )
+                if not data:
+                    raise UserError(f"pair {sample.key} has the empty member {name} and cannot be read; leave it out")
+            tar.write({"__key__": sample.key, **members})
     return path
+
+
+def _checked_queries(pair: Pair | Reference) -> str | list[str]:
+    """What goes under "query" of a pair's JSON."""
+    queries = queries_of(pair.query)
+    if not queries or not all(query.strip() for query in queries):
+        raise UserError(f"pair {pair.key} has an empty query and cannot be trained on; leave it out")
+    return queries[0] if len(queries) == 1 else list(queries)
+
+
+def _json(text: Mapping[str, object]) -> bytes:
+    return json.dumps(text, ensure_ascii=False).encode()

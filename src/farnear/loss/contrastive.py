@@ -7,7 +7,7 @@ For a query i with positive page p(i), over the pages k of the whole batch (posi
 This is sentence-transformers' MultipleNegativesRankingLoss inside its MatryoshkaLoss (van den Oord et al. 2018,
 arXiv:1807.03748; Kusupati et al. 2022, arXiv:2205.13147): the loss of every prefix of the embedding, weighted and
 summed. Beyond it, columns that would be false negatives are left out of the sum: a page with the content of the
-positive, another page of the same query, and places that hold no pair at all.
+positive, another page that answers the query, and places that hold no pair at all.
 
 The functions see one rank's rows against all ranks' columns. Where the rank's rows begin among the columns comes in as
 an ``offset``; summing and dividing over ranks is the caller's business.
@@ -40,17 +40,21 @@ class Columns:
     valid_N: Tensor
 
 
-def false_negatives(columns: Columns, rows: slice) -> Tensor:
+def false_negatives(columns: Columns, rows: slice, answers_bm: Tensor) -> Tensor:
     """Which columns must not count as negatives of which row.
 
     Args:
         columns: Of the whole batch.
         rows: Where the rank's b positives stand among the columns, in the order of its queries.
+        answers_bm: int64, content of up to m pages that answer each query, wherever they may stand: as another query's
+            positive or as a hard negative. Rows with fewer repeat one of them.
 
     Returns:
         bool [b, N]; never True at a row's own positive.
     """
     same_page_bN = columns.page_hash_N[rows, None] == columns.page_hash_N[None, :]
+    for answer_b in answers_bm.unbind(1):  # [b, m, N] at once would be large
+        same_page_bN |= answer_b[:, None] == columns.page_hash_N[None, :]
     same_query_bN = columns.query_hash_N[rows, None] == columns.query_hash_N[None, :]
     mask_bN = same_page_bN | (same_query_bN & columns.is_positive_N[None, :]) | ~columns.valid_N[None, :]
     own_b = torch.arange(rows.start, rows.stop, device=mask_bN.device)

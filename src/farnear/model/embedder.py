@@ -10,11 +10,14 @@ reduction stay fp32 under single, ddp and every ZeRO stage alike, and no strateg
 import io
 import pickle
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
+
+from farnear.model.pixels import PixelBytes, preprocess_to_bytes, uint8_normalisation
 
 
 class Embedder(nn.Module):
@@ -42,8 +45,15 @@ class Preprocessing:
     The prompt is chosen as `encode_query` and `encode_document` choose it, so that an exported model used through them
     sees what it was trained on.
 
+    Pages leave as uint8 where the model's processor allows it (`farnear.model.pixels`), and `to_device` makes floats of
+    them.
+
     Args:
         model: As loaded: a strategy may hang hooks and shards on it that no process can be sent.
+
+    Attributes:
+        pages_as_uint8: Whether they do.
+        why_floats: Why they do not; empty if they do.
     """
 
     def __init__(self, model: SentenceTransformer) -> None:
@@ -51,16 +61,24 @@ class Preprocessing:
         document = next((model.prompts[n] for n in ("document", "passage", "corpus") if n in model.prompts), None)
         self._prompts = {"query": model.prompts.get("query"), "document": document}
         self._snapshot = _pickled_without_weights(model)
+        rule = uint8_normalisation(model)
+        self._normalisation = None if isinstance(rule, str) else rule
+        self.why_floats = rule if isinstance(rule, str) else ""
+
+    @property
+    def pages_as_uint8(self) -> bool:
+        return self._normalisation is not None
 
     def __call__(self, inputs: list[Any], side: str) -> dict[str, Any]:
         """Features of one mini-batch; ``side`` is "query" or "document"."""
         if side == "query":
             # A bare string that looks like a path or a URL would be opened as an image.
-            inputs = [{"text": text} for text in inputs]
-        return dict(self._model.preprocess(inputs, prompt=self._prompts[side], task=side))
+            inputs = [{"text": one} if isinstance(one, str) else one for one in inputs]
+        call = partial(self._model.preprocess, inputs, prompt=self._prompts[side], task=side)
+        return dict(call()) if self._normalisation is None else preprocess_to_bytes(call, self._normalisation)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_snapshot": self._snapshot, "_prompts": self._prompts}
+        return {name: value for name, value in vars(self).items() if name != "_model"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -84,8 +102,11 @@ def _parameter_without_data(shape: torch.Size, dtype: torch.dtype, requires_grad
 
 
 def to_device(features: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """The features with their tensors on ``device``."""
-    return {
-        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-        for name, value in features.items()
-    }
+    """The features with their tensors on ``device``, as the model takes them: pages that came as uint8 are floats."""
+    return {name: _on_device(value, device) for name, value in features.items()}
+
+
+def _on_device(value: Any, device: torch.device) -> Any:
+    if isinstance(value, PixelBytes):
+        return value.floats_on(device)
+    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value

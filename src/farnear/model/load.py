@@ -24,6 +24,7 @@ from transformers.utils.hub import cached_file
 
 from farnear.config import ModelConfig
 from farnear.errors import UserError
+from farnear.model.pixels import call_settings, image_processor_of, is_qwen_family
 
 FLOAT_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -85,6 +86,7 @@ def load_model(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> Se
             f"model {config.name_or_path} has no image support (modalities: {', '.join(map(str, model.modalities))}), "
             "so it cannot read pages; set model.name_or_path to a vision-language model"
         )
+    _keep_limits_of_pages_in_size(model, processor_kwargs)
     if not has_modules:
         model = _with_pooling(model, config)
     elif config.pooling is not None and (own := _pooling_of(model)) != config.pooling:
@@ -97,6 +99,27 @@ def load_model(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> Se
     if wrong:
         raise RuntimeError(f"weights came up as {', '.join(sorted(wrong))}, not {dtype}")
     return model
+
+
+def _keep_limits_of_pages_in_size(model: SentenceTransformer, run_file: dict[str, Any]) -> None:
+    """Leave what a Qwen2-VL processor was told about pixels where it looks last: in its image processor's ``size``.
+
+    transformers hands what ``from_pretrained`` was given to every call again, and there it deprecates ``min_pixels``
+    and ``max_pixels``; a checkpoint may bring arguments of its own for every call, and they would beat the run file's.
+    Other processors may know no other way; they are left alone, and so are limits of videos.
+    """
+    image_processor = image_processor_of(model)
+    if not is_qwen_family(image_processor):
+        return
+    size = dict(image_processor.size)
+    weakest_first = [*list(call_settings(model))[::-1], dict(run_file)]
+    for settings in weakest_first:
+        size.update(settings.pop("size", None) or {})
+    for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+        for settings in weakest_first:
+            if (limit := settings.pop(name, None)) is not None:
+                size[edge] = limit
+    image_processor.size = type(image_processor.size)(**size)
 
 
 def _refuse_missing_folder(name: str) -> None:

@@ -56,6 +56,14 @@ def gather_ints(value: int, device: torch.device) -> list[int]:
     return [int(number) for number in all_reduce_sum(values_W)]
 
 
+def gather_values(values: Sequence[float], device: torch.device) -> list[list[float]]:
+    """A few numbers of each rank, in rank order."""
+    values_Wn = torch.zeros((world_size(), len(values)), dtype=torch.float64, device=device)
+    values_Wn[dist.get_rank() if world_size() > 1 else 0] = torch.tensor(values, dtype=torch.float64)
+    of_rank: list[list[float]] = all_reduce_sum(values_Wn).tolist()
+    return of_rank
+
+
 def gather_objects(value: Any) -> list[Any]:
     """One small picklable object of each rank, in rank order."""
     if world_size() == 1:

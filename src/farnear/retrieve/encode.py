@@ -1,7 +1,7 @@
-"""Embed many queries or pages with all ranks, through the strategy that trains the model.
+"""Embed many queries or documents with all ranks, through the strategy that trains the model.
 
-Each rank embeds a contiguous share. Where a forward is a collective (ZeRO-3), ranks agree on the number of batches and
-a rank that is done early repeats its last one. The embeddings meet on every rank's CPU.
+Each rank embeds a share of every modality. Where a forward is a collective (ZeRO-3), ranks agree on the number of
+batches of each modality and a rank that is done early repeats its last one. The embeddings meet on every rank's CPU.
 """
 
 from typing import Any
@@ -11,8 +11,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from farnear.data.loader import Preprocess, load_features
-from farnear.data.read import PairReader
+from farnear.data.budget import PageTokens
+from farnear.data.index import Index
+from farnear.data.loader import load_features
+from farnear.data.shard_store import ShardStore
+from farnear.data.workers import Preprocess
 from farnear.errors import RunStoppedError
 from farnear.model.embedder import to_device
 from farnear.parallel.collectives import agree_on_max, gather_rows
@@ -24,19 +27,22 @@ from farnear.parallel.world import World
 def encode(
     strategy: Strategy,
     world: World,
-    reader: PairReader,
+    index: Index,
+    store: ShardStore,
     preprocess: Preprocess,
+    page_tokens: PageTokens,
     side: str,
     rows: npt.NDArray[np.int64],
     *,
     batch_size: int,
     num_workers: int,
 ) -> Tensor:
-    """Embeddings of queries (by pair row) or pages (by page row). A collective.
+    """Embeddings of queries or documents, by input row. A collective.
 
     Args:
+        page_tokens: What a page costs, by its size.
         side: "query" or "document".
-        rows: n row numbers of the reader's index; the same on every rank.
+        rows: n input rows of the index; the same on every rank.
         batch_size: Inputs that go through the model at once on one rank.
         num_workers: Worker processes that read, decode and preprocess.
 
@@ -46,22 +52,36 @@ def encode(
     Raises:
         RunStoppedError: On every rank, when an embedding is not finite.
     """
-    share = np.array_split(rows, world.world_size)[world.rank]
-    # A rank without a share still takes part in collective forwards; what it embeds is cut off again.
-    own = len(share)
-    share = share if own else rows[:1]
-    batches = -(-len(share) // batch_size)
-    turns = agree_on_max([batches], world.device)[0] if strategy.forward_is_collective else batches
-    parts = []
-    features: dict[str, Any] = {}
-    for _, features in load_features(reader, preprocess, side, share.tolist(), batch_size, num_workers):
-        parts.append(strategy.embed(to_device(features, world.device)).float())
-    for _ in range(turns - batches):
-        strategy.embed(to_device(features, world.device))
-    e_ND, _ = gather_rows(torch.cat(parts)[:own])
+    modality_n = index.input_modality_I[rows]
+    parts, places = [], []
+    for modality in np.unique(modality_n):
+        of_modality = np.flatnonzero(modality_n == modality)
+        own = np.array_split(of_modality, world.world_size)[world.rank]
+        # A rank without a share still takes part in collective forwards; what it embeds is cut off again.
+        share = own if len(own) else of_modality[:1]
+        batches = -(-len(share) // batch_size)
+        turns = agree_on_max([batches], world.device)[0] if strategy.forward_is_collective else batches
+        features: dict[str, Any] = {}
+        for positions, features in load_features(
+            index,
+            store,
+            preprocess,
+            side,
+            rows[share],
+            batch_size=batch_size,
+            page_tokens=page_tokens,
+            num_workers=num_workers,
+        ):
+            e_nD = strategy.embed(to_device(features, world.device)).float()
+            parts.append(e_nD[: len(own)])
+            places.append(torch.from_numpy(share[positions][: len(own)]).to(world.device))
+        for _ in range(turns - batches):
+            strategy.embed(to_device(features, world.device))
+    e_ND, _ = gather_rows(torch.cat(parts))
+    place_N, _ = gather_rows(torch.cat(places))
     if bad := int((~e_ND.isfinite().all(dim=1)).sum()):
         raise RunStoppedError(
             f"{bad} of {len(e_ND)} embeddings ({side}) are not finite, so nothing can be ranked: the weights have gone "
             "wrong; lower training.learning_rate and continue from the checkpoint before"
         )
-    return e_ND.cpu()
+    return e_ND[place_N.argsort()].cpu()

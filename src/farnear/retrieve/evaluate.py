@@ -1,9 +1,9 @@
 """How well a model finds pages: every evaluation query against the corpus, at every Matryoshka dimension.
 
-The corpus is every distinct page of the evaluation shards, positives and hard negatives, and of the shards of
-distractors. A page's identity is its content and a query's its text, so a page stored twice is one page, and a query
-that stands with two pages has two relevant ones. Published figures come from corpora with hard negatives in them;
-without these they do not compare.
+The corpus is every distinct document of the evaluation shards, positives and hard negatives, and of the corpus shards.
+A document's identity is its content and a query's its text, so a page stored twice is one page, and a query that stands
+with two pages has two relevant ones. Published figures come from corpora with hard negatives in them; without these
+they do not compare.
 
 During a run a fixed sample is measured. It is taken by hash, so it is the same on every machine, whatever the order of
 the shards.
@@ -15,11 +15,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
+from farnear.data.budget import PageTokens
 from farnear.data.index import Index
-from farnear.data.loader import Preprocess
-from farnear.data.read import PairReader
+from farnear.data.shard_store import ShardStore
+from farnear.data.workers import Preprocess
 from farnear.parallel.strategy import Strategy
 from farnear.parallel.world import World, on_main_rank
 from farnear.retrieve.encode import encode
@@ -34,69 +34,65 @@ class RetrievalTask:
     """Queries, corpus and which page answers which query.
 
     Attributes:
-        index: Of the evaluation shards.
-        distractors: Of the shards of further pages, if any.
+        index: Of the evaluation shards and the corpus shards.
+        store: How they are read.
         query_pair_Q: Pair row of each distinct query.
-        page_row_P: Page row, in ``index``, of each distinct page.
-        distractor_row_R: Page row, in ``distractors``, of each page that ``index`` does not hold.
-        relevant: For each query the positions in the corpus, pages before distractors, of its pages.
+        page_row_P: Input row of each distinct document.
+        relevant: For each query the positions in ``page_row_P`` of its documents.
     """
 
     index: Index
-    distractors: Index | None
+    store: ShardStore
     query_pair_Q: npt.NDArray[np.int64]
     page_row_P: npt.NDArray[np.int64]
-    distractor_row_R: npt.NDArray[np.int64]
     relevant: tuple[frozenset[int], ...]
 
     @property
     def pages(self) -> int:
         """Size of the corpus."""
-        return len(self.page_row_P) + len(self.distractor_row_R)
+        return len(self.page_row_P)
 
     @property
     def fingerprint(self) -> str:
         """Of the queries' texts, the pages' contents and what answers what: measures compare where it is the same."""
         digest = hashlib.blake2b(digest_size=8)
         digest.update(self.index.query_hash_N[self.query_pair_Q].tobytes())
-        digest.update(self.index.page_hash_P[self.page_row_P].tobytes())
-        if self.distractors is not None:
-            digest.update(self.distractors.page_hash_P[self.distractor_row_R].tobytes())
+        digest.update(self.index.input_hash_I[self.page_row_P].tobytes())
         digest.update(repr([sorted(pages) for pages in self.relevant]).encode())
         return digest.hexdigest()
 
 
-def build_task(index: Index, distractors: Index | None = None) -> RetrievalTask:
+def build_task(index: Index, store: ShardStore) -> RetrievalTask:
     """The whole evaluation: all queries, all pages."""
     _, query_pair_Q, query_of_pair_N = np.unique(index.query_hash_N, return_index=True, return_inverse=True)
-    page_hash_P, page_row_P, position_of_page = np.unique(index.page_hash_P, return_index=True, return_inverse=True)
-    distractor_row_R = np.zeros(0, dtype=np.int64)
-    if distractors is not None:
-        hash_R, distractor_row_R = np.unique(distractors.page_hash_P, return_index=True)
-        distractor_row_R = distractor_row_R[~np.isin(hash_R, page_hash_P)]
+    documents = np.concatenate([index.positives, index.negatives, index.corpus_C])
+    hash_P, first_P = np.unique(index.input_hash_I[documents], return_index=True)
+    position_of_positive = np.searchsorted(hash_P, index.input_hash_I[index.positives])
+    query_of_positive = np.repeat(query_of_pair_N, np.diff(index.positive_start_N1))
     relevant: list[set[int]] = [set() for _ in query_pair_Q]
-    for query, position in zip(query_of_pair_N, position_of_page[index.positive_N], strict=True):
-        relevant[query].add(int(position))
-    return RetrievalTask(
-        index, distractors, query_pair_Q, page_row_P, distractor_row_R, tuple(frozenset(pages) for pages in relevant)
-    )
+    for query, position in zip(query_of_positive.tolist(), position_of_positive.tolist(), strict=True):
+        relevant[query].add(position)
+    return RetrievalTask(index, store, query_pair_Q, documents[first_P], tuple(frozenset(pages) for pages in relevant))
 
 
 def sample_task(task: RetrievalTask, queries: int, pages: int) -> RetrievalTask:
-    """A fixed part of a task: the queries and pages of the lowest hashes, and all pages relevant to those queries."""
+    """A fixed part of a task: the queries and pages of the lowest hashes, and all pages relevant to those queries.
+
+    Pages of the pairs come before those of the corpus shards, for hard negatives say more than any page.
+    """
     # np.unique has sorted queries and pages by hash already.
     relevant = task.relevant[:queries]
     needed = np.unique(np.fromiter((p for of_query in relevant for p in of_query), dtype=np.int64))
-    room = max(0, pages - len(needed))
     others = np.setdiff1d(np.arange(len(task.page_row_P)), needed)
-    kept = np.sort(np.concatenate([needed, others[:room]]))
+    is_distractor = np.isin(task.page_row_P[others], task.index.corpus_C)
+    others = others[np.argsort(is_distractor, kind="stable")]
+    kept = np.sort(np.concatenate([needed, others[: max(0, pages - len(needed))]]))
     new_position = {int(old): new for new, old in enumerate(kept)}
     return RetrievalTask(
         task.index,
-        task.distractors,
+        task.store,
         task.query_pair_Q[:queries],
         task.page_row_P[kept],
-        task.distractor_row_R[: max(0, room - len(others))],
         tuple(frozenset(new_position[p] for p in of_query) for of_query in relevant),
     )
 
@@ -106,6 +102,7 @@ def evaluate(
     strategy: Strategy,
     world: World,
     preprocess: Preprocess,
+    page_tokens: PageTokens,
     dims: Sequence[int],
     *,
     batch_size: int,
@@ -114,21 +111,32 @@ def evaluate(
     """Measures by dimension (as text), the same on every rank. A collective; leaves the strategy in training mode.
 
     Args:
+        page_tokens: What a page costs, by its size.
         dims: Prefixes of the embedding to search with; the full one among them.
         batch_size: Inputs that go through the model at once on one rank.
         num_workers: Worker processes a rank that prepare them.
     """
     strategy.train(False)
-    how = {"batch_size": batch_size, "num_workers": num_workers}
-    reader = PairReader(task.index)
-    q_QD = encode(strategy, world, reader, preprocess, "query", task.query_pair_Q, **how)
-    k_PD = encode(strategy, world, reader, preprocess, "document", task.page_row_P, **how)
-    if len(task.distractor_row_R) and task.distractors is not None:
-        further = PairReader(task.distractors)
-        k_PD = torch.cat([k_PD, encode(strategy, world, further, preprocess, "document", task.distractor_row_R, **how)])
+    rows = {"query": task.index.query_N[task.query_pair_Q], "document": task.page_row_P}
+    embedding = {
+        side: encode(
+            strategy,
+            world,
+            task.index,
+            task.store,
+            preprocess,
+            page_tokens,
+            side,
+            rows_of_side,
+            batch_size=batch_size,
+            num_workers=num_workers,
+        )
+        for side, rows_of_side in rows.items()
+    }
     strategy.train(True)
 
     def measure_dims() -> dict[str, dict[str, float]]:
-        return {str(dim): measure(top_k(q_QD, k_PD, DEPTH, dim=dim)[1], task.relevant) for dim in dims}
+        ranking = {dim: top_k(embedding["query"], embedding["document"], DEPTH, dim=dim)[1] for dim in dims}
+        return {str(dim): measure(ranking[dim], task.relevant) for dim in dims}
 
     return on_main_rank(world, measure_dims)

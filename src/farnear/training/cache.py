@@ -54,6 +54,7 @@ class StepFigures:
         masked: Places of the score matrix, over all ranks, that were left out as false negatives.
         tokens: Tokens in this rank's mini-batches, image placeholders included and padding left out.
         seconds: Of this rank, by phase.
+        own_seconds: This rank's forwards and backwards, without waiting for others in the reduction.
     """
 
     loss: float = float("nan")
@@ -61,11 +62,12 @@ class StepFigures:
     masked: int = 0
     tokens: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    own_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One mini-batch's place in both passes; ``counts`` is False where a short rank only keeps step."""
+    """One mini-batch's place in both passes; ``counts`` is False where the rank only keeps step with others."""
 
     mini_batch: MiniBatch
     seed: int
@@ -89,24 +91,36 @@ def cached_gradient(
     with _timed(figures, "loss"):
         gradient = _gradient_of_embeddings(embedding, batch, loss, world, figures)
     with _timed(figures, "pass_two"), strategy.accumulate():
+        started = perf_counter()
         for turn in turns:
             e_nD = _embed(strategy, turn, world)
-            g_nD = gradient[turn.mini_batch.side][turn.mini_batch.rows]
-            strategy.backward((e_nD.float() * g_nD).sum() * float(turn.counts))
+            if turn.counts:
+                rows = torch.from_numpy(turn.mini_batch.rows).to(world.device)
+                strategy.backward((e_nD.float() * gradient[turn.mini_batch.side][rows]).sum())
+            else:
+                strategy.backward(e_nD.float().sum() * 0.0)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        figures.own_seconds = figures.seconds["pass_one"] + perf_counter() - started
 
 
 def agree_on_turns(strategy: Strategy, batch: RankBatch, seed: int, world: World) -> list[Turn]:
     """The order of this rank's mini-batches, padded where every rank must take the same number of turns."""
-    turns: list[Turn] = []
-    of_side = {side: [mb for mb in batch.mini_batches if mb.side == side] for side in SIDES}
-    counts = [len(of_side[side]) for side in SIDES]
+    # In the loader's order, which is the same on every rank: pages before queries, one modality after the other.
+    groups = list(dict.fromkeys((mini_batch.side, mini_batch.modality) for mini_batch in batch.mini_batches))
+    of_group = {
+        group: [mini_batch for mini_batch in batch.mini_batches if (mini_batch.side, mini_batch.modality) == group]
+        for group in groups
+    }
+    counts = [len(of_group[group]) for group in groups]
     if strategy.forward_is_collective:
         counts = agree_on_max(counts, world.device)
-    for side, count in zip(SIDES, counts, strict=True):
-        own = of_side[side]
+    turns: list[Turn] = []
+    for group, count in zip(groups, counts, strict=True):
+        own = of_group[group]
         for position in range(count):
-            counts_here = position < len(own)
-            mini_batch = own[position] if counts_here else own[0]
+            mini_batch = own[position] if position < len(own) else own[0]
+            counts_here = position < len(own) and len(mini_batch.rows) > 0
             turns.append(Turn(mini_batch, turn_seed(seed, batch.step, world.rank, len(turns)), counts_here))
     return turns
 
@@ -124,11 +138,15 @@ def _embed(strategy: Strategy, turn: Turn, world: World) -> Tensor:
 
 def _embed_all(strategy: Strategy, batch: RankBatch, turns: Sequence[Turn], world: World) -> dict[str, Tensor]:
     parts: dict[str, list[Tensor]] = {side: [] for side in SIDES}
+    rows: dict[str, list[Tensor]] = {side: [] for side in SIDES}
     for turn in turns:
         e_nD = _embed(strategy, turn, world)
         if turn.counts:
             parts[turn.mini_batch.side].append(e_nD)
-    return {side: torch.cat(parts[side]) for side in SIDES}
+            rows[turn.mini_batch.side].append(torch.from_numpy(turn.mini_batch.rows))
+    # Mini-batches are cut by cost, so their rows interleave.
+    place = {side: torch.cat(rows[side]).argsort().to(world.device) for side in SIDES}
+    return {side: torch.cat(parts[side])[place[side]] for side in SIDES}
 
 
 def _gradient_of_embeddings(
@@ -139,7 +157,7 @@ def _gradient_of_embeddings(
     k_ND, offset = gather_rows(leaf["document"])
     columns = _gather_columns(batch, world.device)
     rows = slice(offset, offset + len(batch.valid_b))
-    mask_bN = false_negatives(columns, rows)
+    mask_bN = false_negatives(columns, rows, torch.from_numpy(batch.answers_bm).to(world.device))
     valid_b = columns.valid_N[rows]
     loss_b = contrastive_loss(
         leaf["query"],
@@ -171,9 +189,7 @@ def _gather_columns(batch: RankBatch, device: torch.device) -> Columns:
     facts_p4[:, 0] = torch.from_numpy(batch.page_hash_p)
     facts_p4[:pairs, 1] = torch.from_numpy(batch.query_hash_b)
     facts_p4[:pairs, 2] = 1
-    # A borrowed pair brings no hard negatives, so every page past the positives belongs to a valid pair.
-    facts_p4[:, 3] = 1
-    facts_p4[:pairs, 3] = torch.from_numpy(batch.valid_b)
+    facts_p4[:, 3] = torch.from_numpy(batch.page_valid_p)
     facts_N4, _ = gather_rows(facts_p4.to(device))
     page_hash_N, query_hash_N, is_positive_N, valid_N = facts_N4.unbind(1)
     return Columns(page_hash_N, query_hash_N, is_positive_N.bool(), valid_N.bool())

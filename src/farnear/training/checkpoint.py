@@ -50,6 +50,7 @@ class Progress:
     Attributes:
         step: Optimizer steps done: the cursor.
         seed, global_batch_size, fingerprint: With the step they decide which pairs come next.
+        epoch, plan_hash: Of the last step done: another order of pairs is noticed by its hash.
         best_metric, best_step: The best evaluation so far, if any.
         measured_by: What `best_metric` is a value of: another measure or another sample does not compare with it.
     """
@@ -58,6 +59,8 @@ class Progress:
     seed: int
     global_batch_size: int
     fingerprint: str
+    epoch: int = 0
+    plan_hash: str = ""
     best_metric: float | None = None
     best_step: int | None = None
     measured_by: str = ""

@@ -1,31 +1,36 @@
 """What follows from the run file, the data and the machine, said before step 0."""
 
+import numpy as np
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
-from farnear.data.plan import slice_of_rank
+from farnear.data.faults import pairs_lost
+from farnear.data.index import modality_name
+from farnear.data.scan_rows import MODALITY_BITS
+from farnear.model.embedder import Preprocessing
 from farnear.training.loop import Parts
 from farnear.training.optim import warmup_steps
 from farnear.training.shards import RunData
 
 
-def derived_numbers(parts: Parts, data: RunData, model: SentenceTransformer) -> str:
+def derived_numbers(parts: Parts, data: RunData, model: SentenceTransformer, preprocess: Preprocessing) -> str:
     """The numbers as lines of text."""
     config, training, world = parts.config, parts.config.training, parts.world
-    plan = parts.loader.plan(0)
-    # The first batch is as full as any; slices of other ranks differ from rank 0's by one pair at most.
-    batch = int((plan.rows_SG[0] >= 0).sum())
-    pairs_per_rank = len(slice_of_rank(plan.rows_SG[0], 0, world.world_size))
+    plan, index = parts.loader.order.plan(0), data.train
+    # The first batch is as full as any; ranks differ by one pair at most.
+    batch = len(parts.loader.order.global_batch(0))
+    pairs_per_rank = -(-batch // world.world_size)
     mini_batches = -(-pairs_per_rank // training.mini_batch_size)
     pooling = next((str(module.pooling_mode) for module in model if isinstance(module, Pooling)), "its own")
     parameters = sum(shape.numel() for shape in (getattr(p, "ds_shape", p.shape) for p in model.parameters()))
     precision = "bf16 weights" if training.pure_bf16 else f"fp32 weights, {'bf16' if training.bf16 else 'fp32'} compute"
     prompts = ", ".join(f"{name}: {text!r}" for name, text in model.prompts.items() if text) or "none"
-    hard = len(data.train.negatives) if config.data.num_negatives != 0 else 0
+    hard = len(index.negatives) if config.data.num_negatives != 0 else 0
     all_there_are = f" (all there are, training.global_batch_size is {training.global_batch_size})"
     lines = [
         ("model", f"{config.model.name_or_path}: {parameters:,} parameters, {precision}"),
         ("reads", f"{', '.join(map(str, model.modalities))}; pooling {pooling}; prompts {prompts}"),
+        ("pages", "travel as uint8" if preprocess.pages_as_uint8 else f"travel as floats: {preprocess.why_floats}"),
         (
             "trains",
             f"on {_count(world.world_size, 'rank')} ({world.device.type}), "
@@ -33,9 +38,11 @@ def derived_numbers(parts: Parts, data: RunData, model: SentenceTransformer) -> 
         ),
         (
             "pairs",
-            f"{len(data.train):,} in {_count(len(data.train.shards), 'shard')}, "
-            f"{_count(hard, 'hard negative')}, {_count(data.train.ignored_members, 'member')} ignored",
+            f"{len(index):,} in {_count(len(set(index.pair_shard_N.tolist())), 'shard')}, "
+            f"{_count(hard, 'hard negative')}, {_count(index.ignored_members, 'member')} ignored, "
+            f"{pairs_lost(index.faults)} lost to faults, {index.excluded} excluded",
         ),
+        ("inputs", _inputs(data)),
         (
             "batch",
             f"{batch} pairs{all_there_are if batch < training.global_batch_size else ''}, {pairs_per_rank} a rank in "
@@ -46,16 +53,40 @@ def derived_numbers(parts: Parts, data: RunData, model: SentenceTransformer) -> 
             "duplicates",
             f"first epoch: {plan.moved} pairs moved to another batch, {plan.masked} masked where they could not be",
         ),
+        ("order", _order(parts, data)),
         (
             "steps",
-            f"{parts.total_steps} in all, {parts.loader.steps_per_epoch} an epoch "
-            f"({parts.total_steps / parts.loader.steps_per_epoch:.2f} epochs), "
+            f"{parts.total_steps} in all, {len(plan.rows_SG)} in the first epoch, "
             f"{warmup_steps(training, parts.total_steps)} of warm-up, then {training.lr_scheduler_type}",
         ),
         ("saves", _saves(parts)),
         ("evaluates", _evaluation(parts, data)),
     ]
     return "\n".join(f"{name:>10}  {text}" for name, text in lines)
+
+
+def _inputs(data: RunData) -> str:
+    """How many documents of which kind, and how large their pages are."""
+    index = data.train
+    documents = np.unique(np.concatenate([index.positives, index.negatives]))
+    kinds, counts = np.unique(index.input_modality_I[documents], return_counts=True)
+    by_kind = ", ".join(f"{count:,} {modality_name(int(kind))}" for kind, count in zip(kinds, counts, strict=True))
+    pages = documents[index.input_modality_I[documents] == MODALITY_BITS["image"]]
+    if len(pages) == 0:
+        return f"documents: {by_kind}"
+    part = index.part_start_I1[pages]
+    pixels = index.part_width_M[part].astype(np.int64) * index.part_height_M[part]
+    low, middle, high = (int(value) for value in np.percentile(pixels, (5, 50, 95)))
+    return f"documents: {by_kind}; pixels of a page {middle:,} ({low:,} to {high:,} of most)"
+
+
+def _order(parts: Parts, data: RunData) -> str:
+    data_config, plan = parts.config.data, parts.loader.order.plan(0)
+    window = f"windows of {_count(data_config.shards_per_window, 'shard')}" if data_config.shards_per_window else "all"
+    seen = ", ".join(f"{name} {passes:.2f}" for name, passes in zip(data.train.sources, plan.passes, strict=True))
+    sources = f"; passes an epoch: {seen} (mixed {data_config.mixing})" if len(data.train.sources) > 1 else ""
+    left_out = f", {plan.left_out} left out of an epoch" if plan.left_out else ""
+    return f"shuffled over {window}, tail {data_config.tail}{left_out}{sources}"
 
 
 def _saves(parts: Parts) -> str:

@@ -12,11 +12,13 @@ from typing import Any
 from farnear.config import RunConfig
 from farnear.data.loader import RankBatch, TrainLoader
 from farnear.errors import RunStoppedError
+from farnear.parallel.collectives import gather_values
 from farnear.parallel.strategy import NonFiniteGradientError, Strategy
 from farnear.parallel.world import World
 from farnear.training.cache import NonFiniteLossError, StepFigures, cached_gradient
 from farnear.training.checkpoint import Progress
 from farnear.training.metrics import peak_memory_bytes
+from farnear.training.quarantine import Quarantine
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Parts:
 
     Attributes:
         learning_rate: Of a 0-based step.
+        quarantine: Takes the pairs that could not be used.
         record: Takes the figures of each step.
         evaluate: Measures the sample and returns the metric that decides which checkpoint is best.
         save: Publishes a checkpoint; True where it is saved only because it is the best.
@@ -36,6 +39,7 @@ class Parts:
     strategy: Strategy
     loader: TrainLoader
     learning_rate: Callable[[int], float]
+    quarantine: Quarantine
     record: Callable[[dict[str, Any]], None]
     evaluate: Callable[[int], float]
     save: Callable[[Progress, bool], None]
@@ -49,6 +53,7 @@ def train(parts: Parts, progress: Progress) -> Progress:
     parts.strategy.train(True)
     for batch in parts.loader.batches(progress.step, parts.total_steps):
         parts.record(train_step(parts, batch))
+        parts.quarantine.stop_if_too_many(batch.step + 1)
         progress = replace(progress, step=batch.step + 1)
         is_best = False
         if _is_due(progress.step, parts.eval_steps):
@@ -84,6 +89,10 @@ def train_step(parts: Parts, batch: RankBatch) -> dict[str, Any]:
         ) from error
     now = perf_counter()
     seconds = {"data": batch.seconds_waited, **figures.seconds, "optimizer": now - before_step}
+    of_rank = gather_values((figures.own_seconds, figures.tokens, len(batch.quarantined)), parts.world.device)
+    own_seconds_W, tokens_W, quarantined_W = zip(*of_rank, strict=True)
+    if sum(quarantined_W):
+        parts.quarantine.add(batch.step + 1, batch.quarantined)
     return {
         "step": batch.step + 1,
         "epoch": batch.epoch,
@@ -93,7 +102,9 @@ def train_step(parts: Parts, batch: RankBatch) -> dict[str, Any]:
         "pairs": figures.pairs,
         "pairs_per_s": figures.pairs / (batch.seconds_waited + now - started),
         "masked": figures.masked,
-        "tokens": figures.tokens,
+        "quarantined": int(sum(quarantined_W)),
+        "tokens": int(sum(tokens_W)),
+        "longest_rank": max(own_seconds_W) * len(own_seconds_W) / max(sum(own_seconds_W), 1e-9),
         "peak_memory_bytes": peak_memory_bytes(parts.world.device),
         "seconds": {phase: round(value, 4) for phase, value in seconds.items()},
     }

@@ -17,17 +17,25 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
 import farnear
 from farnear.config import RunConfig, dump_config, load_config
+from farnear.data.dealing import Dealing
+from farnear.data.index import modality_name
 from farnear.data.loader import TrainLoader
+from farnear.data.order import Order
+from farnear.data.plan import PlanSettings
+from farnear.data.quotas import Schedule
 from farnear.errors import UserError
 from farnear.files import replace_text
 from farnear.model.embedder import Embedder, Preprocessing
 from farnear.model.export import export_model
 from farnear.model.load import embedding_dimension, load_model
+from farnear.model.pixels import page_tokens
+from farnear.parallel.collectives import gather_objects
 from farnear.parallel.strategy import Strategy, build_strategy
 from farnear.parallel.trackers import Trackers
 from farnear.parallel.world import World, on_main_rank, start_world, stop_world
@@ -47,6 +55,7 @@ from farnear.training.describe import derived_numbers
 from farnear.training.loop import Parts, train
 from farnear.training.metrics import ProgressLines, append_line, cut_after
 from farnear.training.optim import build_optimizer, learning_rate_schedule, steps_of
+from farnear.training.quarantine import Quarantine
 from farnear.training.shards import RunData, open_data
 from farnear.training.summary import write_summary
 
@@ -99,8 +108,9 @@ def _train(world: World, config: RunConfig, resume: Resume | None) -> dict[str, 
     run, progress = open_run(config, resume, world)
     parts = loop_parts(run)
     refuse_shorter_run(parts, progress)
+    agree_on_order(parts, progress)
     if world.is_main:
-        print(derived_numbers(parts, run.data, run.model), flush=True)
+        print(derived_numbers(parts, run.data, run.model, run.preprocess), flush=True)
         if progress.step:
             print(f"continuing from {folder_name(progress.step)}: {parts.total_steps - progress.step} steps to go")
     if config.evaluation.eval_on_start and progress.step == 0:
@@ -127,11 +137,12 @@ def open_run(config: RunConfig, resume: Resume | None, world: World) -> tuple[Ru
         prepare_workers()
     folder = RunFolder(Path(config.output_dir))
     checkpoint = find_checkpoint(folder.checkpoints) if resume else None
-    data = open_data(config.data, config.evaluation, folder.index, world)
+    data = open_data(config.data, config.evaluation, world)
     progress = first_progress(config, data, checkpoint)
     if checkpoint is not None:
         progress = with_best_that_compares(progress, config, data, folder, world)
     model, preprocess, strategy, shapes = build(config, world, checkpoint)
+    refuse_unsupported(model, config, data)
     dims = measured_dims(config, embedding_dimension(model))
     on_main_rank(world, lambda: prepare_folder(config, folder, progress.step))
     trackers = Trackers(config.training.report_to if world.is_main else (), folder.path, config.model_dump(mode="json"))
@@ -217,6 +228,63 @@ def build(
     return model, preprocess, strategy, shapes
 
 
+def plan_settings(config: RunConfig) -> PlanSettings:
+    """What the run file says about the order of the pairs."""
+    return PlanSettings(
+        seed=config.seed,
+        global_batch_size=config.training.global_batch_size,
+        weights=config.data.weights,
+        mixing=config.data.mixing,
+        tail=config.data.tail,
+        shards_per_window=config.data.shards_per_window,
+    )
+
+
+def with_place(progress: Progress, loader: TrainLoader) -> Progress:
+    """The progress with the epoch of its last step and the hash of that epoch's plan."""
+    epoch = loader.order.schedule.epoch_of(max(progress.step - 1, 0))
+    return replace(progress, epoch=epoch, plan_hash=loader.order.plan(epoch).order_hash)
+
+
+def agree_on_order(parts: Parts, progress: Progress) -> None:
+    """Compare the plan that training starts with: between the ranks, and with the checkpoint's. A collective.
+
+    Raises:
+        UserError: The checkpoint's pairs came in another order, so its place in it means nothing.
+        RuntimeError: Ranks have different plans.
+    """
+    here = with_place(progress, parts.loader)
+    hashes = gather_objects(here.plan_hash)
+    if len(set(hashes)) > 1:
+        raise RuntimeError(f"the ranks have different plans of epoch {here.epoch} ({', '.join(hashes)})")
+    if progress.plan_hash and (progress.epoch, progress.plan_hash) != (here.epoch, here.plan_hash):
+        raise UserError(
+            f"the newest checkpoint in {parts.config.output_dir} was made with another order of pairs, so its place in "
+            "it is lost; restore data.mixing, data.tail, data.shards_per_window and the sources' weights, or start in "
+            "a new output_dir"
+        )
+
+
+def steps_of_epochs(schedule: Schedule, epochs: float) -> int:
+    """Steps of so many epochs, the last of which may be a fraction."""
+    before = schedule.steps_before(int(epochs))
+    return before + round((epochs - int(epochs)) * (schedule.steps_before(int(epochs) + 1) - before))
+
+
+def refuse_unsupported(model: SentenceTransformer, config: RunConfig, data: RunData) -> None:
+    """Raise UserError for shards that hold what the model does not take, before its first batch would fail."""
+    for index in (data.train, *([data.whole.index] if data.whole else [])):
+        for modality in sorted({modality_name(int(bits)) for bits in np.unique(index.input_modality_I)}):
+            # sentence-transformers' name: a word, or several sorted ones.
+            name: Any = tuple(modality.split("+")) if "+" in modality else modality
+            if not model.supports(name):
+                raise UserError(
+                    f"the shards hold inputs of the kind {modality}, which model {config.model.name_or_path} does not "
+                    f"take (modalities: {', '.join(map(str, model.modalities))}); take another model, or leave those "
+                    "samples out"
+                )
+
+
 def refuse_shorter_run(parts: Parts, progress: Progress) -> None:
     """A checkpoint beyond the last step could only be evaluated again, as something that it is not.
 
@@ -233,20 +301,27 @@ def refuse_shorter_run(parts: Parts, progress: Progress) -> None:
 def loop_parts(run: Run) -> Parts:
     """What the loop turns."""
     config, world, training = run.config, run.world, run.config.training
+    # Beside the index, where every rank of the node finds them.
+    plans = run.data.train.path.parent if run.data.train.path else run.folder.path
     loader = TrainLoader(
-        run.data.train,
-        preprocess=run.preprocess,
-        seed=config.seed,
-        global_batch_size=training.global_batch_size,
-        mini_batch_size=training.mini_batch_size,
-        num_negatives=config.data.num_negatives,
-        rank=world.rank,
-        world_size=world.world_size,
+        Order(run.data.train, plan_settings(config), plans),
+        Dealing(
+            rank=world.rank,
+            world_size=world.world_size,
+            page_tokens=page_tokens(run.model),
+            mini_batch_size=training.mini_batch_size,
+            mini_batch_tokens=training.mini_batch_tokens,
+            num_negatives=config.data.num_negatives,
+            same_modalities=run.strategy.forward_is_collective,
+        ),
+        run.data.store,
+        run.preprocess,
         num_workers=config.data.dataloader_num_workers,
         prefetch_factor=config.data.dataloader_prefetch_factor,
+        prefetch_shards=config.data.remote_prefetch_shards,
         pin_memory=world.device.type == "cuda",
     )
-    by_epochs = max(1, round(training.num_train_epochs * loader.steps_per_epoch))
+    by_epochs = max(1, steps_of_epochs(loader.order.schedule, training.num_train_epochs))
     total_steps = training.max_steps if training.max_steps > 0 else by_epochs
     lines = ProgressLines(total_steps, training.logging_steps)
 
@@ -262,9 +337,10 @@ def loop_parts(run: Run) -> Parts:
         strategy=run.strategy,
         loader=loader,
         learning_rate=learning_rate_schedule(training, total_steps),
+        quarantine=Quarantine(run.folder.quarantine, run.data.train, config.data.max_bad_fraction, world),
         record=record,
         evaluate=lambda step: measure(run, "during", step),
-        save=lambda progress, as_best: save(run, progress, as_best),
+        save=lambda progress, as_best: save(run, with_place(progress, loader), as_best),
         total_steps=total_steps,
         eval_steps=steps_of(config.evaluation.eval_steps, total_steps),
         save_steps=steps_of(training.save_steps, total_steps),
@@ -281,6 +357,7 @@ def measure(run: Run, kind: str, step: int) -> float:
         run.strategy,
         run.world,
         run.preprocess,
+        page_tokens(run.model),
         run.dims,
         batch_size=run.config.evaluation.per_device_eval_batch_size,
         num_workers=run.config.data.dataloader_num_workers,
@@ -341,7 +418,7 @@ def prepare_folder(config: RunConfig, folder: RunFolder, step: int) -> None:
     replace_text(folder.config, dump_config(config))
     if load_config(folder.config) != config:
         raise RuntimeError(f"{folder.config} does not load to the config it was saved from")
-    for records in (folder.metrics, folder.evaluations):
+    for records in (folder.metrics, folder.evaluations, folder.quarantine):
         if step:
             cut_after(records, step)
         else:

@@ -1,55 +1,85 @@
-"""The shards of a run, indexed: rank 0 scans them, every rank maps what it found.
+"""The shards of a run, indexed: scanned once a node, mapped by every rank.
 
-The index lies in the run folder, so that worker processes and ranks share one copy in memory.
+What the scan could not use is told before the first step, and counted against `data.max_bad_fraction`: a run that lost
+a shard to a broken copy must not learn so from its results.
 """
 
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from farnear.config import DataConfig, EvaluationConfig
-from farnear.data.index import Index, build_index, expand_shards, open_index, write_index
+from farnear.data.faults import Fault, fault_table, pairs_lost
+from farnear.data.index import Index
+from farnear.data.index_cache import ShardSet, cache_folder, cached_index
+from farnear.data.remote import is_remote
+from farnear.data.run_shards import shard_sets, shard_store
+from farnear.data.shard_store import ShardStore
 from farnear.errors import UserError
 from farnear.parallel.world import World, on_main_rank
 from farnear.retrieve.evaluate import RetrievalTask, build_task, sample_task
+
+FAULTS_SHOWN = 20
 
 
 @dataclass(frozen=True)
 class RunData:
     """The pairs that are trained on, and the evaluation, whole and sampled, where the run file names shards for it."""
 
+    store: ShardStore
     train: Index
     whole: RetrievalTask | None
     sample: RetrievalTask | None
 
 
-def open_data(data: DataConfig, evaluation: EvaluationConfig, folder: Path, world: World) -> RunData:
-    """Scan the shards that the run file names and open their indexes. A collective.
+def open_data(data: DataConfig, evaluation: EvaluationConfig, world: World) -> RunData:
+    """Scan the shards that the run file names, as far as that is not done, and open their indexes. A collective.
 
     Raises:
-        UserError: A shard is missing, damaged or empty, or stands on both sides.
+        UserError: A shard is missing or useless, stands on both sides, or more is lost than `data.max_bad_fraction`.
     """
-    on_main_rank(world, lambda: _write_indexes(data, folder))
-    index = {path.stem: open_index(path) for path in sorted(folder.glob("*.arrow"))}
-    if "eval" not in index:
-        return RunData(index["train"], None, None)
-    whole = build_task(index["eval"], index.get("corpus"))
-    return RunData(index["train"], whole, sample_task(whole, evaluation.sample_queries, evaluation.sample_pages))
+    cache = cache_folder(data.cache_dir)
+    store = shard_store(data, cache)
+    train, evaluated = on_main_rank(world, lambda: shard_sets(data))
+    urls = [shard for of in (train, evaluated) if of is not None for shard, _ in of.shards() if is_remote(shard)]
+    # A server is asked about each shard once and not by every rank.
+    store = replace(store, known=on_main_rank(world, lambda: {url: store.facts(url) for url in urls}))
+
+    def index(shard_set: ShardSet, what: str) -> Index:
+        # Rank 0 first, alone, so that an error is told once; a node with a cache of its own scans for itself.
+        on_main_rank(world, lambda: tell_faults(cached_index(shard_set, cache, store), what, data.max_bad_fraction))
+        return cached_index(shard_set, cache, store)
+
+    train_index = index(train, "training")
+    if evaluated is None:
+        return RunData(store, train_index, None, None)
+    whole = build_task(index(evaluated, "evaluation"), store)
+    return RunData(store, train_index, whole, sample_task(whole, evaluation.sample_queries, evaluation.sample_pages))
 
 
-def _write_indexes(data: DataConfig, folder: Path) -> None:
-    shards = {"train": expand_shards(data.train, "data.train")}
-    if data.eval:
-        shards["eval"] = expand_shards(data.eval, "data.eval")
-        shared = sorted({path.resolve() for path in shards["train"]} & {path.resolve() for path in shards["eval"]})
-        if shared:
-            raise UserError(
-                f"shard {shared[0]} is in data.train and in data.eval, so the evaluation would measure what was "
-                "trained; name it on one side"
-            )
-    if data.eval_corpus:
-        shards["corpus"] = expand_shards(data.eval_corpus, "data.eval_corpus")
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob("*.arrow"):
-        leftover.unlink()
-    for name, paths in shards.items():
-        write_index(build_index(paths, pairs=name != "corpus"), folder / f"{name}.arrow")
+def tell_faults(index: Index, what: str, max_bad_fraction: float) -> None:
+    """Print what the scan could not use.
+
+    Raises:
+        UserError: It is more than ``max_bad_fraction`` of the pairs.
+    """
+    if not index.faults:
+        return
+    lost = pairs_lost(index.faults)
+    summary = _summary(index.faults, len(index), what)
+    if lost > max_bad_fraction * (len(index) + lost):
+        fault = next(fault for fault in index.faults if fault.pairs_lost)
+        raise UserError(
+            f"{summary}, which is above data.max_bad_fraction ({max_bad_fraction:g}); the first: shard {fault.shard} "
+            f"at byte {fault.offset}: {fault.detail}. `farnear shards verify` lists them; mend the shards, or raise it"
+        )
+    print(f"{summary}; they are left out:")
+    print(fault_table(index.faults[:FAULTS_SHOWN]), flush=True)
+    if len(index.faults) > FAULTS_SHOWN:
+        print(f"and {len(index.faults) - FAULTS_SHOWN} more; `farnear shards verify` lists them all", flush=True)
+
+
+def _summary(faults: Sequence[Fault], pairs: int, what: str) -> str:
+    shards = len({fault.shard for fault in faults})
+    lost = pairs_lost(faults)
+    faults_text = f"{len(faults)} fault{'s' * (len(faults) != 1)} in {shards} {what} shard{'s' * (shards != 1)}"
+    return f"{faults_text} cost{'s' * (len(faults) == 1)} at least {lost} of {pairs + lost} pairs"

@@ -1,0 +1,154 @@
+"""`farnear shards index`, `inspect` and `verify`: what shards hold, and what is wrong with them.
+
+Shards are named by patterns, or by the run file that trains on them. All three use the cache that a run uses, so a run
+finds what they have scanned.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from farnear.command_line import Parser, positive
+from farnear.errors import UserError
+
+if TYPE_CHECKING:
+    from farnear.data.faults import Fault
+    from farnear.data.index_cache import ShardSet
+    from farnear.data.shard_store import ShardStore
+
+
+def add_index(sources: "argparse._SubParsersAction[Parser]") -> None:
+    """Add the commands that look into shards."""
+    _add(
+        sources,
+        "index",
+        _index,
+        help="scan shards once, so that a run starts at once",
+        description="Scan shards with several processes and keep what was found in the cache folder; only shards that "
+        "changed are scanned again. Prints a table of faults: damaged places, samples that are not whole, and the "
+        "pairs that they cost.",
+        epilog="examples:\n  farnear shards index 'pages-{000..511}.tar'\n  farnear shards index run.yaml",
+    )
+    _add(
+        sources,
+        "inspect",
+        _inspect,
+        help="show what is in shards",
+        description="Count pairs, documents, hard negatives and duplicates; show sizes, faults, ignored members and "
+        "the first pairs.",
+        epilog="example:\n  farnear shards inspect 'pairs-*.tar' --corpus 'pages-*.tar'",
+    )
+    _add(
+        sources,
+        "verify",
+        _verify,
+        help="read every byte of shards again and decode every page",
+        description="Compare every member with what was indexed and decode every image. Prints a table of faults, and "
+        "exits with 2 if there is any.",
+        epilog="example:\n  farnear shards verify 'pairs-*.tar'",
+    )
+
+
+def _add(
+    sources: "argparse._SubParsersAction[Parser]",
+    name: str,
+    command: Callable[[argparse.Namespace], int],
+    *,
+    help: str,
+    description: str,
+    epilog: str,
+) -> None:
+    parser = sources.add_parser(name, help=help, description=description, epilog=epilog)
+    parser.add_argument("shards", metavar="SHARDS", nargs="*", help="of pairs: paths, URLs, globs; or one RUN.yaml")
+    parser.add_argument(
+        "--corpus", metavar="SHARDS", nargs="+", default=[], help="shards of pages that pairs name by pos_id"
+    )
+    parser.add_argument("--cache-dir", help="in place of $FARNEAR_CACHE or ~/.cache/farnear")
+    parser.add_argument("--processes", type=positive, help="that read at once (default: as many as pay)")
+    parser.set_defaults(command=command)
+
+
+def _index(arguments: argparse.Namespace) -> int:
+    from farnear.data.faults import fault_table, pairs_lost
+    from farnear.data.index_cache import cached_index
+
+    for name, shard_set, cache, store in _shard_sets(arguments):
+        index = cached_index(shard_set, cache, store, processes=arguments.processes)
+        documents = f", {len(index.corpus_C):,} documents in corpus shards" if len(index.corpus_C) else ""
+        print(
+            f"{name}: {len(index):,} pairs{documents} in {_count(len(index.shards), 'shard')}, "
+            f"{_count(len(index.faults), 'fault')}, at least {_count(pairs_lost(index.faults), 'pair')} lost, "
+            f"{_count(index.ignored_members, 'member')} ignored"
+        )
+        if index.faults:
+            print(fault_table(index.faults))
+        print(f"kept in {index.path}", flush=True)
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from farnear.data.index_cache import cached_index
+    from farnear.data.summary import summary_text
+
+    for name, shard_set, cache, store in _shard_sets(arguments):
+        index = cached_index(shard_set, cache, store, processes=arguments.processes)
+        print(f"{name}\n{summary_text(index, store)}\n", flush=True)
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from farnear.data.faults import fault_table, pairs_lost
+    from farnear.data.verify import verify_shards
+
+    faults: list[Fault] = []
+    for name, shard_set, cache, store in _shard_sets(arguments):
+        index, found = verify_shards(shard_set, cache, store, processes=arguments.processes)
+        of_set = [*index.faults, *found]
+        faults += of_set
+        size = int(index.shard_size_S.sum()) / 1e6
+        print(
+            f"{name}: {_count(len(index.shards), 'shard')}, {size:,.1f} MB, {_count(len(index), 'pair')}, "
+            f"{_count(len(of_set), 'fault')}",
+            flush=True,
+        )
+        if of_set:
+            print(fault_table(of_set), flush=True)
+    if faults:
+        raise UserError(
+            f"{_count(len(faults), 'fault')} cost at least {_count(pairs_lost(faults), 'pair')}; write or copy the "
+            "shards again, or leave the pairs out with data.exclude"
+        )
+    return 0
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
+def _shard_sets(arguments: argparse.Namespace) -> "Iterator[tuple[str, ShardSet, Path, ShardStore]]":
+    """(name, shards, cache folder, how they are read) of what the command line names."""
+    from farnear.data.index_cache import ShardSet, SourceShards, cache_folder
+    from farnear.data.shard_names import expand_shards
+
+    if len(arguments.shards) == 1 and Path(arguments.shards[0]).suffix in (".yaml", ".yml"):
+        from farnear.config import load_config
+        from farnear.data.run_shards import shard_sets, shard_store
+
+        if arguments.corpus:
+            raise UserError("--corpus goes with shards; a run file names its own: data.train_corpus, data.eval_corpus")
+        data = load_config(arguments.shards[0]).data
+        cache = cache_folder(arguments.cache_dir or data.cache_dir)
+        store = shard_store(data, cache)
+        for name, shard_set in zip(("training", "evaluation"), shard_sets(data), strict=True):
+            if shard_set is not None:
+                yield name, shard_set, cache, store
+    else:
+        from farnear.data.shard_cache import ShardCache
+        from farnear.data.shard_store import ShardStore
+
+        cache = cache_folder(arguments.cache_dir)
+        store = ShardStore(ShardCache(cache / "shards"))
+        corpus = tuple(expand_shards(arguments.corpus, "--corpus")) if arguments.corpus else ()
+        shards = tuple(expand_shards(arguments.shards, "SHARDS")) if arguments.shards or not corpus else ()
+        yield "shards", ShardSet((SourceShards("shards", shards),) if shards else (), corpus), cache, store

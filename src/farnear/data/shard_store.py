@@ -1,0 +1,120 @@
+"""Where the bytes of a shard come from: a file, a whole-shard cache of a URL, or single ranges of a URL.
+
+A shard is opened when it is first needed and stays open with at most 255 others. A worker process opens its own: with a
+descriptor shared between processes the kernel would see their reads as one stream and misjudge its read-ahead.
+
+Offsets are worth nothing in a shard that was written again, so its size, and behind a URL its etag, is compared with
+what was indexed.
+"""
+
+import io
+import os
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from farnear.data.remote import RemoteFacts, is_remote, read_range, remote_facts
+from farnear.data.shard_cache import ShardCache
+from farnear.errors import UserError
+
+_OPEN_SHARDS = 256
+CHANGED = "so it was changed after it was indexed; start again, and what changed is indexed anew"
+
+
+@dataclass(frozen=True)
+class ShardFacts:
+    """What tells a shard from itself at another time: size in bytes, etag of a URL, time of change of a file."""
+
+    shard: str
+    size: int
+    etag: str = ""
+    mtime_ns: int = 0
+
+
+@dataclass(frozen=True)
+class ShardStore:
+    """How shards are read. It can be sent to another process.
+
+    Attributes:
+        cache: Keeps shards behind URLs as files.
+        ranged: Whether pairs are read from URLs one by one instead; scanning still takes whole shards.
+        known: Facts of shards that somebody has asked for already.
+    """
+
+    cache: ShardCache
+    ranged: bool = False
+    known: Mapping[str, ShardFacts] = field(default_factory=dict)
+
+    def facts(self, shard: str) -> ShardFacts:
+        """The shard as it is now. Raises ``UserError`` where it is missing or cannot be read."""
+        if shard in self.known:
+            return self.known[shard]
+        if is_remote(shard):
+            facts = remote_facts(shard)
+            return ShardFacts(shard, facts.size, facts.etag)
+        try:
+            status = os.stat(shard)
+        except OSError as error:
+            raise UserError(
+                f"shard {shard} cannot be read ({error.strerror or error}); check its path and permissions"
+            ) from None
+        return ShardFacts(shard, status.st_size, "", status.st_mtime_ns)
+
+    def open(self, shard: str, facts: ShardFacts) -> io.FileIO:
+        """The whole shard as a file. Raises OSError, and ``UserError`` where it is another one than ``facts`` says."""
+        if is_remote(shard):
+            return self.cache.open(shard, RemoteFacts(facts.size, facts.etag))
+        file = io.FileIO(shard)
+        size = os.fstat(file.fileno()).st_size
+        if size != facts.size:
+            file.close()
+            raise UserError(f"shard {shard} has {size} bytes and its index says {facts.size}, {CHANGED}")
+        return file
+
+
+class OpenShards:
+    """Reads ranges of shards and keeps the most recently used ones open. It can be sent to another process."""
+
+    def __init__(self, store: ShardStore) -> None:
+        self.store = store
+        self._file_of_shard: OrderedDict[str, io.FileIO] = OrderedDict()
+
+    def __reduce__(self) -> tuple[type["OpenShards"], tuple[ShardStore]]:
+        # Open files stay where they are.
+        return OpenShards, (self.store,)
+
+    def read(self, facts: ShardFacts, offset: int, size: int) -> bytes:
+        """``size`` bytes at ``offset``. Raises ``UserError`` where the shard cannot be read or is another one."""
+        if self.store.ranged and is_remote(facts.shard):
+            return read_range(facts.shard, offset, offset + size, RemoteFacts(facts.size, facts.etag))
+        try:
+            file = self._open(facts)
+            pieces = []
+            end = offset + size
+            while offset < end:  # one pread may return less than asked
+                piece = os.pread(file.fileno(), end - offset, offset)
+                if not piece:
+                    raise UserError(f"shard {facts.shard} ends at byte {offset} and its index says {end}, {CHANGED}")
+                pieces.append(piece)
+                offset += len(piece)
+        except OSError as error:
+            raise UserError(
+                f"shard {facts.shard} cannot be read ({error.strerror or error}); check its path and its disk"
+            ) from error
+        return b"".join(pieces)
+
+    def close(self) -> None:
+        """Close the open shards. They are opened again when they are needed."""
+        while self._file_of_shard:
+            self._file_of_shard.popitem()[1].close()
+
+    def _open(self, facts: ShardFacts) -> io.FileIO:
+        file = self._file_of_shard.get(facts.shard)
+        if file is not None:
+            self._file_of_shard.move_to_end(facts.shard)
+            return file
+        file = self.store.open(facts.shard, facts)
+        if len(self._file_of_shard) >= _OPEN_SHARDS:
+            self._file_of_shard.popitem(last=False)[1].close()
+        self._file_of_shard[facts.shard] = file
+        return file

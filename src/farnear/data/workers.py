@@ -1,0 +1,216 @@
+"""Worker processes that turn inputs into features, one mini-batch a job.
+
+torch's DataLoader carries the jobs to the workers and the results back in order. A worker notes in shared memory which
+input it has in hand, so that when it dies, killed for its memory or by a decoder's crash, the error names that input.
+
+An input that cannot be read, decoded or prepared is replaced by a stand-in of its modality and reported beside the
+features: what to do about it is the loader's business. Jobs that need every input raise instead.
+"""
+
+import multiprocessing
+import os
+import time
+import traceback
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from farnear.data.read import BadInputError, InputReader
+from farnear.errors import RunStoppedError, UserError
+from farnear.processes import main_module_hidden
+
+Preprocess = Callable[[list[Any], str], dict[str, Any]]
+"""(inputs, side) -> features. ``side`` is "query" or "document"; inputs are those of ``InputReader``."""
+
+Result = tuple[dict[str, Any], list[tuple[int, str]]]
+"""Features, and (place in the job, reason) of each input that could not be used."""
+
+_NOTHING = -1
+_BLOCKS_KEPT = 32  # of Pillow's allocator, each as large as an image and at most 16 MB
+_LOST = (ConnectionError, EOFError, FileNotFoundError)
+_SECONDS_TO_DIE = 2.0  # a connection is lost a moment before the process is gone
+
+
+@dataclass(frozen=True)
+class Job:
+    """Inputs of one modality that are prepared together."""
+
+    side: str  # "query" or "document"
+    modality: str
+    rows: npt.NDArray[np.int64]  # input rows
+    needed: bool = False  # whether an input that cannot be used is an error
+
+
+class WorkerDiedError(RunStoppedError):
+    """A worker process was killed or crashed."""
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How jobs are carried out: in this process (``num_workers`` 0) or by workers, to whom all of this is pickled.
+
+    ``prefetch_factor`` is in jobs a worker.
+    """
+
+    reader: InputReader
+    preprocess: Preprocess
+    num_workers: int
+    prefetch_factor: int
+    pin_memory: bool
+
+    def run(self, jobs: Iterable[Job]) -> Generator[Result, None, None]:
+        """Yield the result of each job, in order."""
+        # Of each worker its pid and the input row that it has in hand.
+        in_hand_w2 = torch.full((max(1, self.num_workers), 2), _NOTHING, dtype=torch.int64).share_memory_()
+        loader = DataLoader(
+            _Work(self.reader, self.preprocess, in_hand_w2),
+            batch_size=None,
+            sampler=jobs,
+            collate_fn=_unchanged,
+            num_workers=self.num_workers,
+            prefetch_factor=self.prefetch_factor if self.num_workers else None,
+            # Never fork: a rank has threads (torch's, tqdm's, queues'), and a child forked while one of them starts or
+            # ends can inherit a lock that no one will release.
+            multiprocessing_context="forkserver" if self.num_workers else None,
+            worker_init_fn=_keep_memory_of_pages,
+            pin_memory=self.pin_memory,
+            # DataLoader draws the workers' seeds when it starts; from its own generator, so that starting it, which a
+            # resumed run does at another step, leaves the random state of dropout alone.
+            generator=torch.Generator(),
+        )
+        # The loop holds the only reference to DataLoader's iterator: when it is left, the workers are shut down.
+        try:
+            for result, error in _started(loader):
+                if error is not None:
+                    raise error
+                yield result
+        except Exception as failure:
+            # A dead worker shows itself as DataLoader's RuntimeError, or, while it hands over a tensor, as a lost
+            # connection.
+            died = None
+            if self.num_workers and (isinstance(failure, _LOST) or "DataLoader worker" in str(failure)):
+                died = self._last_words(in_hand_w2)
+            if self.num_workers:  # DataLoader's frames in the traceback refer to the iterator too
+                traceback.clear_frames(failure.__traceback__)
+            if died is not None:
+                raise WorkerDiedError(died) from failure
+            raise
+
+    def _last_words(self, in_hand_w2: torch.Tensor) -> str | None:
+        """What the workers that are not alive had in hand; None where all are."""
+        deadline = time.monotonic() + _SECONDS_TO_DIE
+        while True:
+            alive = {child.pid for child in multiprocessing.active_children()}
+            dead = {pid: row for pid, row in in_hand_w2.tolist() if pid != _NOTHING and pid not in alive}
+            if dead:
+                break
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(0.05)
+        inputs = ", ".join(self.reader.index.input_id(row) for row in dead.values() if row != _NOTHING) or "nothing"
+        return (
+            f"the data worker with pid {', '.join(map(str, dead))} died with {inputs} in hand, so its batch is "
+            "missing; if the system ran out of memory lower data.dataloader_num_workers, else put the pair into a "
+            "file of data.exclude"
+        )
+
+
+class _Work(Dataset[tuple[Result | None, UserError | None]]):
+    """What a worker does with a job. A ``UserError`` is a result, for DataLoader would make its message a traceback."""
+
+    def __init__(self, reader: InputReader, preprocess: Preprocess, in_hand_w2: torch.Tensor) -> None:
+        self.reader = reader
+        self.preprocess = preprocess
+        self.in_hand_w2 = in_hand_w2
+
+    def __getitem__(self, job: Job) -> tuple[Result | None, UserError | None]:
+        info = get_worker_info()
+        in_hand_2 = self.in_hand_w2[0 if info is None else info.id]
+        in_hand_2[0] = os.getpid()
+        bad: dict[int, str] = {}
+        inputs: list[Any] = []
+        try:
+            for place, row in enumerate(job.rows.tolist()):
+                in_hand_2[1] = row
+                try:
+                    inputs.append(self.reader[row])
+                except BadInputError as error:
+                    if job.needed:
+                        raise
+                    bad[place] = error.reason
+                    inputs.append(stand_in(job.modality))
+            features = self._preprocessed(inputs, job, bad)
+            in_hand_2[1] = _NOTHING
+            return (features, sorted(bad.items())), None
+        except UserError as error:
+            return None, error
+
+    def _preprocessed(self, inputs: list[Any], job: Job, bad: dict[int, str]) -> dict[str, Any]:
+        try:
+            return self.preprocess(inputs, job.side)
+        except Exception:
+            # A page too thin for the model, a special token in a query? Where a plain input fails too, it is a defect.
+            if self._fault(stand_in(job.modality), job.side) is not None:
+                raise
+            faults = {
+                place: why
+                for place, one in enumerate(inputs)
+                if place not in bad and (why := self._fault(one, job.side))
+            }
+            if not faults:
+                raise
+            if job.needed:
+                place, why = next(iter(faults.items()))
+                name = self.reader.index.input_id(int(job.rows[place]))
+                raise UserError(
+                    f"the {job.side} {name} cannot be prepared for the model ({why}); mend its sample or drop it"
+                ) from None
+        for place, why in faults.items():
+            bad[place] = f"cannot be prepared for the model ({why})"
+            inputs[place] = stand_in(job.modality)
+        return self.preprocess(inputs, job.side)
+
+    def _fault(self, one: Any, side: str) -> str | None:
+        try:
+            self.preprocess([one], side)
+        except Exception as error:
+            return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return None
+
+
+def stand_in(modality: str) -> Any:
+    """A small input of a modality, to keep the place of one that cannot be used. It never counts in a loss."""
+    if modality == "message":
+        return [{"role": "user", "content": [{"type": "text", "text": "."}]}]
+    makers: dict[str, Callable[[], Any]] = {
+        "text": lambda: ".",
+        "image": lambda: Image.new("RGB", (64, 64)),
+        "audio": lambda: {"array": np.zeros(16_000, np.float32), "sampling_rate": 16_000},
+        "video": lambda: {"array": np.zeros((4, 64, 64, 3), np.uint8), "video_metadata": None},
+    }
+    values = {name: makers[name]() for name in modality.split("+")}
+    if len(values) > 1:
+        return values
+    ((name, value),) = values.items()
+    return {name: value} if name in ("audio", "video") else value
+
+
+def _started(loader: DataLoader[Any]) -> Iterator[Any]:
+    with main_module_hidden():
+        return iter(loader)
+
+
+def _keep_memory_of_pages(worker: int) -> None:
+    # A mini-batch's pages are in memory together. Given back to the system and fetched again for each mini-batch, that
+    # memory costs a fifth of the time of decoding.
+    Image.core.set_blocks_max(_BLOCKS_KEPT)  # type: ignore[attr-defined]
+
+
+def _unchanged(result: Any) -> Any:
+    return result

@@ -1,0 +1,141 @@
+"""Pairs that cannot be used: counted before the first step, masked and named while training, too many stop the run."""
+
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from tar_makers import write_tar
+from tiny_runs import make_inputs, run_config
+
+import farnear
+from farnear.data.index import Index
+from farnear.data.loader import Quarantined
+from farnear.errors import RunStoppedError, UserError
+from farnear.parallel.world import World, start_world, stop_world
+from farnear.training.quarantine import Quarantine
+from farnear.training.run import train_in
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """22 pairs, two of whose pages break off in the middle: their headers are whole."""
+    folder = make_inputs(tmp_path_factory.mktemp("quarantine"))
+    broken = folder / "broken"
+    broken.mkdir()
+    members = []
+    (shard,) = (folder / "data").glob("train-*.tar")
+    with tarfile.open(shard) as tar:
+        for member in tar:
+            data = tar.extractfile(member).read()
+            is_broken = member.name in ("train-000003.png", "train-000011.png")
+            members.append((member.name, data[: len(data) // 2] if is_broken else data))
+    write_tar(broken / "train-0.tar", members)
+    return folder
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def keys_with(folder: Path, max_bad_fraction: float, **training: Any) -> dict[str, Any]:
+    data = {"train": str(folder / "broken" / "*.tar"), "max_bad_fraction": max_bad_fraction}
+    return {"data": data, "training": training}
+
+
+def train_with_broken_pages(rank: int, world_size: int, folder: Path) -> None:
+    world = start_world(run_config(folder, "unused", strategy="ddp"))
+    train_in(world, run_config(folder, "ddp", strategy="ddp", **keys_with(folder, 0.1)))
+    with pytest.raises(RunStoppedError, match=r"2 of 22 pairs cannot be used, above data.max_bad_fraction \(0.05\)"):
+        train_in(world, run_config(folder, "stops", strategy="ddp", **keys_with(folder, 0.05)))
+    stop_world()
+
+
+def test_ranks_go_on_without_what_cannot_be_decoded_or_stop_together(folder: Path) -> None:
+    run_ranks(train_with_broken_pages, 2, folder)
+    records = lines(folder / "ddp" / "quarantine.jsonl")
+    assert {(one["shard"], one["key"]) for one in records} == {
+        ("train-0.tar", "train-000003"),
+        ("train-0.tar", "train-000011"),
+    }
+    assert len(records) == 2 and all("cannot be decoded" in one["reason"] for one in records)
+    steps = lines(folder / "ddp" / "metrics.jsonl")
+    # Each of the two epochs meets them again; the file names them once.
+    assert sum(step["quarantined"] for step in steps) == 4
+    assert sum(step["pairs"] for step in steps) == 2 * (22 - 2)
+    assert {one["step"] for one in records} == {step["step"] for step in steps[:3] if step["quarantined"]}
+    assert all(1.0 <= step["longest_rank"] <= 2.0 for step in steps)
+    stopped = lines(folder / "stops" / "metrics.jsonl")
+    assert len(stopped) <= 3 and stopped[-1]["quarantined"]
+
+
+def test_one_process_gets_the_same_losses_with_other_workers(folder: Path) -> None:
+    run_ranks(train_with_broken_pages, 2, folder) if not (folder / "ddp").exists() else None
+    keys = keys_with(folder, 0.1)
+    keys["data"]["dataloader_num_workers"] = 2
+    farnear.train(run_config(folder, "alone", **keys))
+    losses = [[step["loss"] for step in lines(folder / name / "metrics.jsonl")] for name in ("ddp", "alone")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_resumed_run_remembers_and_writes_nothing_twice(folder: Path) -> None:
+    farnear.train(run_config(folder, "resumed", **keys_with(folder, 0.1, max_steps=3)))
+    before = lines(folder / "resumed" / "quarantine.jsonl")
+    farnear.train(run_config(folder, "resumed", **keys_with(folder, 0.1, max_steps=6)), "newest")
+    assert lines(folder / "resumed" / "quarantine.jsonl") == before and len(before) == 2
+
+
+def test_excluded_pairs_are_no_fault(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    farnear.train(run_config(folder, "finds", **keys_with(folder, 0.1)))
+    keys = keys_with(folder, 0.0)
+    keys["data"]["exclude"] = str(folder / "finds" / "quarantine.jsonl")
+    farnear.train(run_config(folder, "excludes", **keys))
+    assert not (folder / "excludes" / "quarantine.jsonl").exists()
+    assert "20 in 1 shard" in capsys.readouterr().out
+    keys["data"]["exclude"] = str(folder / "run.yaml")
+    with pytest.raises(UserError, match=r"data.exclude: .* cannot be read"):
+        farnear.train(run_config(folder, "nothing", **keys))
+
+
+def test_what_the_scan_loses_is_told_before_the_first_step(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damaged = folder / "damaged"
+    damaged.mkdir()
+    (shard,) = (folder / "data").glob("train-*.tar")
+    data = bytearray(shard.read_bytes())
+    data[148 + 2 * 512 * 0] ^= 1  # the first header's checksum
+    (damaged / "a.tar").write_bytes(data)
+    keys: dict[str, Any] = {"data": {"train": str(damaged / "a.tar")}, "training": {"max_steps": 1}}
+    with pytest.raises(
+        UserError, match=r"faults? in 1 training shard costs? at least 2 of 22 pairs, .* above data.max"
+    ):
+        farnear.train(run_config(folder, "few", **keys))
+    keys["data"]["max_bad_fraction"] = 0.1
+    farnear.train(run_config(folder, "few", **keys))
+    out = capsys.readouterr().out
+    assert "damaged_header" in out and "next_to_damage" in out and "2 lost to faults" in out
+
+
+def test_the_limit_counts_a_pair_once(tmp_path: Path) -> None:
+    class Pairs:
+        faults = ()
+
+        def __len__(self) -> int:
+            return 100
+
+    pairs: Index = Pairs()  # type: ignore[assignment]
+    quarantine = Quarantine(tmp_path / "q.jsonl", pairs, 0.02, ALONE)
+    one = Quarantined("a.tar", "k1", "a.tar/k1.png", "why")
+    for step in range(5):
+        quarantine.add(step, [one, Quarantined("a.tar", "k1", "a.tar/k1.neg0.png", "why"), one])
+    assert len(lines(tmp_path / "q.jsonl")) == 2
+    quarantine.add(5, [Quarantined("a.tar", "k2", "a.tar/k2.png", "why")])
+    quarantine.stop_if_too_many(5)
+    again = Quarantine(tmp_path / "q.jsonl", pairs, 0.02, ALONE)
+    again.add(6, [Quarantined("a.tar", "k3", "a.tar/k3.png", "why")])
+    with pytest.raises(RunStoppedError, match=r"step 6: 3 of 100 pairs .*\(0\.02\)"):
+        again.stop_if_too_many(6)
