@@ -48,6 +48,8 @@ def tar_members(data: bytes) -> list[TarMember] | None:
                 stored = data[info.offset_data : info.offset_data + info.size] if is_file else b""
                 if is_file and len(stored) < info.size:
                     return None
+                if not _is_written_so(data, info):
+                    return None
                 if not info.isdir():
                     members.append(TarMember(info.name, is_file, info.offset, info.offset_data, stored))
             end = data[tar.offset :]
@@ -56,6 +58,25 @@ def tar_members(data: bytes) -> list[TarMember] | None:
     except (tarfile.TarError, ValueError, EOFError, OSError, IndexError):
         return None
     return members if len(end) >= _BLOCK and not any(end) else None
+
+
+def _is_written_so(data: bytes, info: tarfile.TarInfo) -> bool:
+    """Whether each of the headers before a member is there once and about it, which tarfile does not ask."""
+    kinds = []
+    position, long_name = info.offset, b""
+    while position < info.offset_data - tarfile.BLOCKSIZE:
+        header = tarfile.TarInfo.frombuf(data[position : position + _BLOCK], "utf-8", "surrogateescape")
+        kinds.append(header.type)
+        if header.type == tarfile.GNUTYPE_LONGNAME:
+            long_name = data[position + _BLOCK : position + _BLOCK + header.size].partition(b"\0")[0]
+        position += _BLOCK + -(-header.size // _BLOCK) * _BLOCK
+    if tarfile.GNUTYPE_LONGLINK in kinds and not (info.islnk() or info.issym()):
+        return False
+    own_name = tarfile.TarInfo.frombuf(data[position : position + _BLOCK], "utf-8", "surrogateescape").name
+    is_about_it = tarfile.GNUTYPE_LONGNAME not in kinds or long_name.startswith(
+        own_name.encode(errors="surrogateescape")
+    )
+    return len(set(kinds)) == len(kinds) and is_about_it
 
 
 @dataclass

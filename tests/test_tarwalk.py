@@ -115,8 +115,8 @@ def test_folders_are_no_members_whatever_their_names(tmp_path: Path) -> None:
             folder.type = tarfile.DIRTYPE
             folder.size = 77  # which nothing follows: only files have bytes
             tar.addfile(folder)
-        tar.addfile(tarfile.TarInfo("b.txt"))
-    assert contents(path) == [("a.txt", b"x"), ("b.txt", b"")]
+            tar.addfile(tarfile.TarInfo("b.txt"))
+    assert contents(path) == [("a.txt", b"x"), ("b.txt", b""), ("b.txt", b"")]
 
 
 def flip(position: int) -> Callable[[bytes], bytes]:
@@ -155,6 +155,16 @@ def test_a_break_is_told_with_its_place(tmp_path: Path, damage: str) -> None:
     # What follows the end of the archive is shown too, so that it can be counted.
     assert [one.name for one in found[:place]] == ALL[:before]
     assert [one.name for one in found[place + 1 :]] == ALL[len(ALL) - behind :]
+
+
+def test_an_end_that_was_passed_over_is_told(tmp_path: Path) -> None:
+    """The last header is damaged, and the next one belongs to a second tar."""
+    data = write_tar(tmp_path / "a.tar", TWO_PAIRS).read_bytes()
+    (tmp_path / "a.tar").write_bytes(flip(3072)(data) + data)
+    found = walk(tmp_path / "a.tar")
+    breaks = [(place, one.kind, one.offset) for place, one in enumerate(found) if isinstance(one, Break)]
+    assert breaks == [(3, "damaged_header", 3072), (4, "bytes_after_end", len(data) - 1024)]
+    assert [one.name for one in found[5:]] == ALL
 
 
 def test_a_cut_in_the_end_of_the_archive_loses_nothing(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def walk_members(file: BinaryIO) -> Iterator[Member | Refused | Break]:
             if long_name.pending and not behind_end:
                 yield Break(position, "damaged_header", "the archive ends after a name without its member")
                 long_name = _LongName()
-            if not _has_bytes(file, position):
+            if not _has_bytes(file, position, shard_size):
                 return
             detail = "the archive ends here but more bytes follow (two tars joined, or a damaged header)"
             broken = Break(position, "bytes_after_end", detail)
@@ -139,6 +139,11 @@ def walk_members(file: BinaryIO) -> Iterator[Member | Refused | Break]:
             found = None if broken.kind == "cut_short" else _next_header(file, position + _BLOCK)
             if found is None:
                 return
+            # Zeros before a header are an end, or of a lost member: rather count what follows than offer a stale copy.
+            if not behind_end and found - 2 * _BLOCK > position and not _has_bytes(file, found - 2 * _BLOCK, found):
+                detail = "behind damage the archive seems to end here, but more members follow (two tars joined)"
+                yield Break(found - 2 * _BLOCK, "bytes_after_end", detail)
+                behind_end = True
             position, long_name = found, _LongName()
             continue
         if header.type not in _NOT_A_MEMBER:
@@ -296,10 +301,11 @@ def _is_header(block: bytes) -> bool:
     return True
 
 
-def _has_bytes(file: BinaryIO, position: int) -> bool:
-    """Whether anything but zeros stands at or behind ``position``."""
+def _has_bytes(file: BinaryIO, position: int, end: int) -> bool:
+    """Whether anything but zeros stands from ``position`` to ``end``."""
     file.seek(position)
-    while chunk := file.read(_CHUNK_BYTES):
+    while position < end and (chunk := file.read(min(_CHUNK_BYTES, end - position))):
         if chunk.count(0) < len(chunk):
             return True
+        position += len(chunk)
     return False
