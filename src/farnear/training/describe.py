@@ -86,6 +86,9 @@ def _order(parts: Parts, data: RunData) -> str:
     seen = ", ".join(f"{name} {passes:.2f}" for name, passes in zip(data.train.sources, plan.passes, strict=True))
     sources = f"; passes an epoch: {seen} (mixed {data_config.mixing})" if len(data.train.sources) > 1 else ""
     left_out = f", {plan.left_out} left out of an epoch" if plan.left_out else ""
+    shown = parts.total_steps * parts.config.training.global_batch_size
+    if data_config.tail == "carry" and len(data.train.sources) == 1 and (rest := -shown % len(data.train)):
+        left_out = f", the last pass ends {_count(rest, 'pair')} short"
     return f"shuffled over {window}, tail {data_config.tail}{left_out}{sources}"
 
 
