@@ -64,6 +64,7 @@ def test_ranks_go_on_without_what_cannot_be_decoded_or_stop_together(folder: Pat
         ("train-0.tar", "train-000011"),
     }
     assert len(records) == 2 and all("cannot be decoded" in one["reason"] for one in records)
+    assert json.loads((folder / "ddp" / "summary.json").read_text())["quarantined"] == 2
     steps = lines(folder / "ddp" / "metrics.jsonl")
     # Each of the two epochs meets them again; the file names them once.
     assert sum(step["quarantined"] for step in steps) == 4
@@ -116,6 +117,7 @@ def test_what_the_scan_loses_is_told_before_the_first_step(folder: Path, capsys:
         farnear.train(run_config(folder, "few", **keys))
     keys["data"]["max_bad_fraction"] = 0.1
     farnear.train(run_config(folder, "few", **keys))
+    assert json.loads((folder / "few" / "summary.json").read_text())["lost_to_faults"] == 2
     out = capsys.readouterr().out
     assert "damaged_header" in out and "next_to_damage" in out and "2 lost to faults" in out
 

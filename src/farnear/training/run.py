@@ -24,6 +24,7 @@ from sentence_transformers import SentenceTransformer
 import farnear
 from farnear.config import RunConfig, dump_config, load_config
 from farnear.data.dealing import Dealing
+from farnear.data.faults import pairs_lost
 from farnear.data.index import modality_name
 from farnear.data.loader import TrainLoader
 from farnear.data.order import Order
@@ -124,7 +125,10 @@ def _train(world: World, config: RunConfig, resume: Resume | None) -> dict[str, 
     run.trackers.close()
     if world.is_main:
         print(f"exported {run.folder.export}", flush=True)
-    return on_main_rank(world, lambda: write_summary(config, run.folder, world.world_size, perf_counter() - started))
+    lost = pairs_lost(run.data.train.faults)
+    return on_main_rank(
+        world, lambda: write_summary(config, run.folder, world.world_size, perf_counter() - started, lost)
+    )
 
 
 def open_run(config: RunConfig, resume: Resume | None, world: World) -> tuple[Run, Progress]:

@@ -11,10 +11,13 @@ from farnear.run_folder import RunFolder
 from farnear.training.metrics import mean_loss
 
 
-def write_summary(config: RunConfig, folder: RunFolder, world_size: int, seconds: float) -> dict[str, Any]:
+def write_summary(
+    config: RunConfig, folder: RunFolder, world_size: int, seconds: float, lost_to_faults: int
+) -> dict[str, Any]:
     """Write and return the summary.
 
     Args:
+        lost_to_faults: Pairs that the scan of the shards could not use, at least.
         seconds: From the start of this process group's work to now, evaluations and export included.
     """
     steps = _lines(folder.metrics)
@@ -27,6 +30,8 @@ def write_summary(config: RunConfig, folder: RunFolder, world_size: int, seconds
         "seconds": round(seconds, 1),
         "pairs_per_s": round(median(step["pairs_per_s"] for step in steps), 2) if steps else None,
         "masked": sum(step["masked"] for step in steps),
+        "lost_to_faults": lost_to_faults,
+        "quarantined": len({(pair["shard"], pair["key"]) for pair in _lines(folder.quarantine)}),
         "export": str(folder.export),
     }
     for kind in ("before", "after"):
