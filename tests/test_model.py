@@ -195,3 +195,13 @@ def test_preprocessing_is_sent_to_workers_without_the_weights(base: Path) -> Non
         assert expected.keys() == actual.keys()
         for name, value in expected.items():
             assert torch.equal(value, actual[name]) if isinstance(value, torch.Tensor) else value == actual[name]
+
+
+@pytest.mark.parametrize("side", ["query", "document"])
+def test_a_text_that_names_a_picture_is_not_opened(base: Path, tmp_path: Path, side: str) -> None:
+    """On either side: shards come from anywhere, and what they name on this machine is none of their business."""
+    picture = tmp_path / "secret.png"
+    Image.new("RGB", (64, 64)).save(picture)
+    preprocess = Preprocessing(load_model(ModelConfig(name_or_path=str(base))))
+    for text in (str(picture), f"file://{picture}", "http://127.0.0.1:1/a.png"):
+        assert "pixel_values" not in preprocess([text], side)

@@ -175,8 +175,9 @@ class TrainLoader:
                 if is_negative:
                     page_valid_p[row] = False
                 else:
-                    # Without its query or its page the pair is none, for its own row and as everyone's negative.
-                    valid_b[owner] = page_valid_p[owner] = False
+                    # Without its query or its page the pair is none: neither its row nor any of its documents counts.
+                    valid_b[owner] = False
+                    page_valid_p[rank_slice.owner_p == owner] = False
                 pair = int(pairs_b[owner])
                 shard = index.shard_name(int(index.pair_shard_N[pair]))
                 quarantined.append(

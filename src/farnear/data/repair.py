@@ -322,7 +322,7 @@ def _walk(draft: _Draft, groups: _Groups, conflicts: _Conflicts, hopeless_K: Boo
             other = _best_partner(draft, groups, count_2K, item, bits)
             if other is not None:
                 draft.swap(np.array([item]), np.array([other]))
-                touched.append(groups.group_X2[other])
+                touched += [groups.group_X2[item], groups.group_X2[other]]
         steps += len(mover)
         conflicts = _find_conflicts(draft, groups, np.setdiff1d(np.concatenate(touched), [0]))
     return conflicts

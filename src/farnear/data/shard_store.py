@@ -108,11 +108,18 @@ class OpenShards:
         while self._file_of_shard:
             self._file_of_shard.popitem()[1].close()
 
+    def _close_evicted(self) -> None:
+        """Let go of shards that the cache has deleted: while they are open, the disk still holds them."""
+        for shard, file in list(self._file_of_shard.items()):
+            if is_remote(shard) and os.fstat(file.fileno()).st_nlink == 0:
+                self._file_of_shard.pop(shard).close()
+
     def _open(self, facts: ShardFacts) -> io.FileIO:
         file = self._file_of_shard.get(facts.shard)
         if file is not None:
             self._file_of_shard.move_to_end(facts.shard)
             return file
+        self._close_evicted()
         file = self.store.open(facts.shard, facts)
         if len(self._file_of_shard) >= _OPEN_SHARDS:
             self._file_of_shard.popitem(last=False)[1].close()

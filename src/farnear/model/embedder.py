@@ -71,9 +71,8 @@ class Preprocessing:
 
     def __call__(self, inputs: list[Any], side: str) -> dict[str, Any]:
         """Features of one mini-batch; ``side`` is "query" or "document"."""
-        if side == "query":
-            # A bare string that looks like a path or a URL would be opened as an image.
-            inputs = [{"text": one} if isinstance(one, str) else one for one in inputs]
+        # A bare string that looks like a path or a URL would be opened as an image.
+        inputs = [{"text": one} if isinstance(one, str) else one for one in inputs]
         call = partial(self._model.preprocess, inputs, prompt=self._prompts[side], task=side)
         return dict(call()) if self._normalisation is None else preprocess_to_bytes(call, self._normalisation)
 
