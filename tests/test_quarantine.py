@@ -56,8 +56,15 @@ def train_with_broken_pages(rank: int, world_size: int, folder: Path) -> None:
     stop_world()
 
 
-def test_ranks_go_on_without_what_cannot_be_decoded_or_stop_together(folder: Path) -> None:
+@pytest.fixture(scope="module")
+def trained_by_two(folder: Path) -> Path:
+    """The folder with the runs of ``train_with_broken_pages``."""
     run_ranks(train_with_broken_pages, 2, folder)
+    return folder
+
+
+def test_ranks_go_on_without_what_cannot_be_decoded_or_stop_together(trained_by_two: Path) -> None:
+    folder = trained_by_two
     records = lines(folder / "ddp" / "quarantine.jsonl")
     assert {(one["shard"], one["key"]) for one in records} == {
         ("train-0.tar", "train-000003"),
@@ -75,8 +82,8 @@ def test_ranks_go_on_without_what_cannot_be_decoded_or_stop_together(folder: Pat
     assert len(stopped) <= 3 and stopped[-1]["quarantined"]
 
 
-def test_one_process_gets_the_same_losses_with_other_workers(folder: Path) -> None:
-    run_ranks(train_with_broken_pages, 2, folder) if not (folder / "ddp").exists() else None
+def test_one_process_gets_the_same_losses_with_other_workers(trained_by_two: Path) -> None:
+    folder = trained_by_two
     keys = keys_with(folder, 0.1)
     keys["data"]["dataloader_num_workers"] = 2
     farnear.train(run_config(folder, "alone", **keys))

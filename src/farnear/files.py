@@ -1,21 +1,45 @@
 """Files that others read, while and after they are written: whole or not there, and with the usual permissions."""
 
+import fcntl
 import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees the old text or the new, never a part, whoever else writes it too."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+@contextmanager
+def published(path: Path) -> Iterator[BinaryIO]:
+    """A file to write into, which stands at ``path`` when the block ends without an error.
+
+    A reader sees the old file or the whole new one, whoever else writes it too. What a writer that is killed leaves is
+    named `.NAME.*.tmp`.
+    """
+    fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with open(fresh, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(fresh, "wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(fresh, path)
     finally:
         fresh.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file so that a reader sees the old text or the new, never a part."""
+    with published(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Alone among all that lock ``path``, which is made and stays. A process that is killed leaves no lock behind."""
+    with open(path, "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def sync_folder(folder: Path) -> None:

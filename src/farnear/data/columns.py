@@ -6,8 +6,6 @@ pages that they touch.
 """
 
 import json
-import os
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -15,6 +13,8 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+
+from farnear.files import published
 
 _FORMAT_KEY = b"farnear.format"
 _HEADER_KEY = b"farnear.header"
@@ -80,16 +80,8 @@ def write_columns(path: Path, columns: Mapping[str, Column], header: Mapping[str
         cells.append(pa.LargeListArray.from_arrays(pa.array([0, len(values)], pa.int64()), values))
     row = pa.record_batch(cells, names=list(columns))
     metadata = {_FORMAT_KEY: format_name, _HEADER_KEY: json.dumps(header)}
-    unpublished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(unpublished, "wb") as file:
-            with pa.ipc.new_file(file, row.schema.with_metadata(metadata)) as writer:
-                writer.write_batch(row)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unpublished, path)
-    finally:
-        unpublished.unlink(missing_ok=True)
+    with published(path) as file, pa.ipc.new_file(file, row.schema.with_metadata(metadata)) as writer:
+        writer.write_batch(row)
 
 
 def open_columns(path: Path, format_name: str) -> tuple[dict[str, Column], dict[str, Any]]:

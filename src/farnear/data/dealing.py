@@ -17,7 +17,6 @@ from farnear.data.order import Order
 from farnear.data.workers import Job
 
 Int64 = npt.NDArray[np.int64]
-Bool = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, eq=False)

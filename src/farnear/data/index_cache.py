@@ -10,7 +10,6 @@ it stopped. An index is built under a lock by whoever comes first. Files are pub
 be deleted at any time: it is made again.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -30,6 +29,7 @@ from farnear.data.scan_rows import ShardScan, digest_of
 from farnear.data.shard_jobs import run_jobs
 from farnear.data.shard_store import ShardFacts, ShardStore
 from farnear.errors import UserError
+from farnear.files import locked
 
 SCAN_FORMAT = "farnear scan 3"
 INDEX_FILE = "index.arrow"
@@ -87,7 +87,7 @@ def cached_index(shard_set: ShardSet, cache: Path, store: ShardStore, *, process
         return index
     with _writable(cache):
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / "index.lock"):
+        with locked(folder / "index.lock"):
             if index := _opened(path):
                 return index
             scans = scan_shards(shard_set, facts, cache, store, processes=processes)
@@ -206,13 +206,6 @@ def _opened(path: Path) -> Index | None:
 
 def _digest(facts: Sequence[object]) -> str:
     return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @contextmanager

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from itertools import tee
 from typing import Any
 
 import numpy as np
@@ -118,13 +119,13 @@ class TrainLoader:
         read, ``WorkerDiedError`` when a worker is killed, and what the preprocess function raises for every input
         alike.
         """
-        jobs = (
-            job for step in range(start_step, stop_step) for job, _ in self._dealing.slice_of(self.order, step).jobs
-        )
+        steps = range(start_step, stop_step)
+        # Jobs are handed out some steps ahead; what a step is made of is worked out once for both.
+        for_workers, for_batches = tee(self._dealing.slice_of(self.order, step) for step in steps)
+        jobs = (job for rank_slice in for_workers for job, _ in rank_slice.jobs)
         with self._prefetching(start_step, stop_step) as advance, closing(self._workers.run(jobs)) as results:
-            for step in range(start_step, stop_step):
+            for step, rank_slice in zip(steps, for_batches, strict=True):
                 advance(step)
-                rank_slice = self._dealing.slice_of(self.order, step)
                 seconds_before = time.perf_counter()
                 done = [next(results) for _ in rank_slice.jobs]
                 seconds_waited = time.perf_counter() - seconds_before

@@ -8,14 +8,9 @@ that is torn or damaged is computed again and never trusted. Whoever looks for a
 Few plans are kept. One that is removed while a process has it mapped stays readable there.
 """
 
-import fcntl
 import hashlib
 import json
-import os
 import time
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -25,7 +20,7 @@ import pyarrow as pa
 
 from farnear.data.plan import ORDER_VERSION, PairFacts, Plan, PlanSettings, hash_rows, plan_epoch
 from farnear.errors import UserError
-from farnear.files import sync_folder
+from farnear.files import locked, published
 
 FORMAT_VERSION = 1
 PLANS_KEPT = 8
@@ -44,7 +39,8 @@ def stored_plan(folder: Path, facts: PairFacts, settings: PlanSettings, epoch: i
     if plan := _opened(path):
         return plan
     try:
-        with _only_one(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder / "plans.lock"):
             if plan := _opened(path):
                 return plan
             plan = plan_epoch(facts, settings, epoch)
@@ -69,30 +65,12 @@ def _digest(facts: PairFacts, settings: PlanSettings, epoch: int) -> str:
     return hashlib.blake2b(json.dumps(decides, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-@contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    """The lock goes with the process, so one that is killed leaves none behind."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "plans.lock", "a", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def _publish(plan: Plan, path: Path) -> None:
     header = json.dumps({**{name: getattr(plan, name) for name in _HEADER_FIELDS}, "shape": plan.rows_SG.shape})
     batch = pa.record_batch([pa.array(plan.rows_SG.ravel())], names=["rows"])
     schema = batch.schema.with_metadata({b"header": header, b"header_hash": _header_hash(header)})
-    unpublished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(unpublished, "wb") as file:
-            with pa.ipc.new_file(file, schema) as writer:
-                writer.write_batch(batch)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unpublished, path)
-    finally:
-        unpublished.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    with published(path) as file, pa.ipc.new_file(file, schema) as writer:
+        writer.write_batch(batch)
 
 
 def _opened(path: Path) -> Plan | None:
