@@ -271,6 +271,15 @@ def test_a_process_is_sent_the_files_name(tmp_path: Path) -> None:
         assert columns_of(there) == columns_of(index) and there.fingerprint == index.fingerprint
 
 
+def test_a_process_is_sent_an_index_whose_file_was_deleted(tmp_path: Path) -> None:
+    index = index_of(write_pairs(tmp_path / "shards", 3, 1))
+    opened = stored(index, tmp_path)
+    assert opened.path is not None
+    opened.path.unlink()
+    there = pickle.loads(pickle.dumps(opened))
+    assert columns_of(there) == columns_of(index) and there.fingerprint == index.fingerprint
+
+
 def test_file_of_documents_only(tmp_path: Path) -> None:
     index = index_of(corpus=[write_tar(tmp_path / "a.tar", CORPUS)])
     assert columns_of(stored(index, tmp_path)) == columns_of(index)
@@ -347,6 +356,7 @@ def test_expand_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert names("~/b-*.tar") == ["b-000.tar", "b-001.tar"]
     assert names("[odd].tar") == ["[odd].tar"]
     assert expand_shards(["a.tar"], "train shards") == [str(tmp_path / "a.tar")]
+    assert expand_shards([f"file://{tmp_path}/b-*.tar"], "x") == expand_shards(["b-*.tar"], "x")
     assert expand_shards(["https://host/a-{0..1}.tar"], "x") == ["https://host/a-0.tar", "https://host/a-1.tar"]
     for patterns, message in [
         ([], "train shards: no shard is named"),
@@ -355,6 +365,7 @@ def test_expand_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["b-{000..002}.tar"], "b-002.tar does not exist"),
         (["b-{000.tar"], "braces"),
         ([str(tmp_path)], "is a folder"),
+        (["https://me:secret@[::1/x.tar?key=1"], r"^https://\[::1/x.tar is no url"),
         (["*.tar", "a.tar"], "a.tar is named twice"),
     ]:
         with pytest.raises(UserError, match=message) as error:

@@ -22,7 +22,7 @@ from farnear.data.order import Order
 from farnear.data.plan import PlanSettings
 from farnear.data.read import InputReader
 from farnear.data.workers import WorkerDiedError, stand_in
-from farnear.errors import UserError
+from farnear.errors import RunStoppedError, UserError
 
 
 def no_children() -> bool:
@@ -359,6 +359,38 @@ def dies_at_query_7(inputs: list[Any], side: str) -> dict[str, Any]:
 def test_a_killed_worker_is_an_error_with_its_last_key_and_no_hang(index: Index, loader_of: Any) -> None:
     with pytest.raises(WorkerDiedError, match=r"worker with pid \d+ died with part-000.tar/k00007.json in hand"):
         list(loader_of(index, preprocess=dies_at_query_7, num_workers=2, mini_batch_size=1).batches(0, 7))
+
+
+class DiesOnArrival:
+    """A preprocess function that kills the process which it is sent to."""
+
+    def __call__(self, inputs: list[Any], side: str) -> dict[str, Any]:
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"some": "state"}
+
+
+@pytest.mark.timeout(60)
+def test_a_worker_killed_before_its_first_input_is_an_error_too(index: Index, loader_of: Any) -> None:
+    with pytest.raises(WorkerDiedError, match=r"a data worker died before its first input, so its batch is missing"):
+        list(loader_of(index, preprocess=DiesOnArrival(), num_workers=1).batches(0, 7))
+
+
+def has_no_memory(inputs: list[Any], side: str) -> dict[str, Any]:
+    raise MemoryError
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_too_little_memory_stops_the_run_and_is_no_fault_of_an_input(
+    index: Index, loader_of: Any, num_workers: int
+) -> None:
+    with pytest.raises(RunStoppedError, match=r"not enough memory to decode and prepare part-00\d.tar/"):
+        list(loader_of(index, preprocess=has_no_memory, num_workers=num_workers).batches(0, 1))
+    assert no_children()
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -8,16 +8,19 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
-from tar_makers import write_tar
+from tar_makers import index_of, write_pairs, write_tar
 from tiny_runs import make_inputs, run_config
 
 import farnear
 from farnear.data.index import Index
 from farnear.data.loader import Quarantined
+from farnear.data.order import pair_facts
+from farnear.data.run_shards import read_exclusions
 from farnear.errors import RunStoppedError, UserError
 from farnear.parallel.world import World, start_world, stop_world
 from farnear.training.quarantine import Quarantine
 from farnear.training.run import train_in
+from farnear.training.shards import presumed_lost, tell_faults
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -110,6 +113,24 @@ def test_excluded_pairs_are_no_fault(folder: Path, capsys: pytest.CaptureFixture
         farnear.train(run_config(folder, "nothing", **keys))
 
 
+@pytest.mark.parametrize("line", ['{"shard": "a.tar", "key": "\\ud800"}', "[" * 100_000, "{}", "1"])
+def test_a_line_that_excludes_nothing_is_named(line: str, tmp_path: Path) -> None:
+    (tmp_path / "exclude.jsonl").write_text(f'\n{{"shard": "a.tar", "key": "a"}}\n{line}\n')
+    with pytest.raises(UserError, match=r"exclude.jsonl line 3 is no JSON object with") as error:
+        list(read_exclusions([str(tmp_path / "exclude.jsonl")]))
+    assert "\n" not in str(error.value)
+
+
+def test_a_source_without_pairs_is_refused(tmp_path: Path) -> None:
+    shards = write_pairs(tmp_path, 6, 2)
+    exclude = [("part-001.tar", f"k{number:05d}") for number in (3, 4, 5)]
+    index = index_of([shards[0]], [shards[1]], exclude=exclude)
+    with pytest.raises(UserError, match=r"of source .* no pair is left to train on \(data.exclude names 3 pairs"):
+        pair_facts(index)
+    with pytest.raises(UserError, match=r"of source .* no pair is left to train on"):
+        pair_facts(index_of([shards[1]], exclude=exclude))
+
+
 def test_what_the_scan_loses_is_told_before_the_first_step(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     damaged = folder / "damaged"
     damaged.mkdir()
@@ -127,6 +148,36 @@ def test_what_the_scan_loses_is_told_before_the_first_step(folder: Path, capsys:
     assert json.loads((folder / "few" / "summary.json").read_text())["lost_to_faults"] == 2
     out = capsys.readouterr().out
     assert "damaged_header" in out and "next_to_damage" in out and "2 lost to faults" in out
+    faults = lines(folder / "few" / "faults.jsonl")
+    assert [fault["kind"] for fault in faults] == ["damaged_header", "next_to_damage", "next_to_damage"]
+
+
+def cut_short(shard: Path, members: int) -> None:
+    """Leave the first ``members`` members, and half of the next one."""
+    with tarfile.open(shard) as tar:
+        cut = list(tar)[members]
+    shard.write_bytes(shard.read_bytes()[: cut.offset_data + cut.size // 2])
+
+
+def test_a_shard_that_was_cut_short_counts_for_what_the_others_hold(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = write_pairs(tmp_path, 60, 3)
+    cut_short(shards[1], 7)
+    index = index_of(shards)
+    # Of 20 pairs 3 are left, and of the fourth it is known that it was there.
+    assert presumed_lost(index) == {str(shards[1]): 16}
+    with pytest.raises(UserError, match=r"at least 1 of 44 pairs, and about 16 more if .* above data.max_bad_fraction"):
+        tell_faults(index, "training", 0.28)
+    tell_faults(index, "training", 0.29)  # 17 of 60 are 0.283
+    assert "and about 16 more" in capsys.readouterr().out
+    alone = index_of(shards[1:2])
+    assert presumed_lost(alone) == {str(shards[1]): None}
+    with pytest.raises(UserError, match=r"may have stood any number, which is above data.max_bad_fraction \(0.99\)"):
+        tell_faults(alone, "training", 0.99)
+    tell_faults(alone, "training", 1)
+    whole = index_of(shards[:1])
+    assert presumed_lost(whole) == {}
 
 
 def test_the_limit_counts_a_pair_once(tmp_path: Path) -> None:

@@ -262,6 +262,24 @@ def test_no_masked_pairs_draws_no_chart(tmp_path: Path) -> None:
     assert not any(found.get("aria-label", "").startswith("Masked") for _, found in page.tags)
 
 
+def test_what_was_left_out_is_shown(tmp_path: Path) -> None:
+    assert "Pairs left out" not in _read(_run(tmp_path / "clean", [_step(1)])).words
+    folder = _run(tmp_path / "damaged", [_step(1)])
+    fault = {"shard": "/data/a.tar", "offset": 5120, "kind": "cut_short", "detail": "the file ends", "pairs_lost": 2}
+    (folder / "faults.jsonl").write_text(json.dumps(fault) + "\n")
+    pairs = [
+        {"step": 3, "shard": "b.tar", "key": f"k{n}", "input": "b.tar/k.png", "reason": "is <cut>"} for n in range(60)
+    ]
+    (folder / "quarantine.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in [*pairs, pairs[0]]))
+    words = _read(folder).words
+    assert "2 pairs or more lost to 1 fault of the shards (faults.jsonl), 60 pairs quarantined" in words
+    assert "a.tar at byte 5,120 2 cut_short: the file ends" in words and "and 12 more" in words
+    assert "b.tar/k7 1 b.tar/k.png is <cut>, step 3" in words
+    (folder / "faults.jsonl").write_text(json.dumps({**fault, "kind": None}) + "\n")
+    with pytest.raises(UserError, match=r"faults.jsonl line 1: 'kind' is None, not a text"):
+        write_report(folder)
+
+
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [

@@ -130,3 +130,8 @@ def test_a_checkpoint_of_another_order(folder: Path, capsys: pytest.CaptureFixtu
     assert "made with another seed (42, now 7)" in line
     line = mistake(folder, capsys, "training.global_batch_size=4", "--resume")
     assert "another training.global_batch_size (8, now 4)" in line
+    line = mistake(folder, capsys, "data.tail=carry", "--resume")
+    assert "made with another value of data.tail (pad, now carry)" in line
+    # Epoch 0 has the same plan, for no window is as large.
+    line = mistake(folder, capsys, "data.shards_per_window=1000", "--resume")
+    assert "made with another value of data.shards_per_window (None, now 1000)" in line

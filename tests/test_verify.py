@@ -163,9 +163,9 @@ def test_a_summary_of_sizes(tmp_path: Path) -> None:
 def test_a_summary_of_what_is_left_out(tmp_path: Path) -> None:
     members = [*pair_members("a", "q", 1), *pair_members("b", "q", 2), ("b.cls", b"1"), ("c.png", image_bytes(3))]
     text = summary([write_tar(tmp_path / "a.tar", members)], exclude=[("a.tar", "b")])
-    assert line(text, "left out") == "1 pairs by data.exclude"
+    assert line(text, "left out") == "1 pair by data.exclude"
     assert line(text, "ignored members") == "1, such as a.tar/b.cls"
-    assert line(text, "faults") == "1, which cost at least 1 pairs"
+    assert line(text, "faults") == "1, which cost at least 1 pair"
     assert "'c' has no query" in text
     assert summary_text(index_of([tmp_path / "a.tar"]), STORE, first_pairs=0).count("pair a.tar") == 0
 

@@ -59,6 +59,11 @@ class Section(BaseModel):
     )
 
 
+def _patterns(value: Any) -> Any:
+    """One pattern stands for a list of it, an empty one for none."""
+    return tuple(filter(None, [value])) if isinstance(value, str) else value
+
+
 class ModelConfig(Section):
     """Which model is trained and how it reads its inputs."""
 
@@ -104,8 +109,8 @@ class SourceConfig(Section):
 
     @field_validator("train", "corpus", mode="before")
     @classmethod
-    def _one_pattern(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
+    def _one_or_several(cls, value: Any) -> Any:
+        return _patterns(value)
 
 
 class DataConfig(Section):
@@ -150,8 +155,8 @@ class DataConfig(Section):
 
     @field_validator("train", "train_corpus", "eval", "eval_corpus", "exclude", mode="before")
     @classmethod
-    def _one_pattern(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
+    def _one_or_several(cls, value: Any) -> Any:
+        return _patterns(value)
 
     @model_validator(mode="after")
     def _one_way_to_name_the_pairs(self) -> "DataConfig":

@@ -1,6 +1,7 @@
 """Processes that leave nothing behind and run nothing twice.
 
-A rank whose launcher was killed would train on unseen, so ranks end with their parent (`end_with_parent`).
+A rank whose launcher was killed would train on unseen, so ranks end with their parent (`end_with_parent`). A worker
+whose rank was killed would wait for ever for its next job, so workers end with theirs (`end_with_starter`).
 
 A process that multiprocessing starts without forking imports the program's main module first, so that functions defined
 there can be sent to it. A script that calls `farnear.train` without `if __name__ == "__main__"` would train once more
@@ -8,9 +9,11 @@ in every worker. farnear sends its workers functions of its own modules only, so
 """
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -27,6 +30,22 @@ def end_with_parent(parent: int) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:
         os._exit(128 + signal.SIGTERM)
+
+
+def end_with_starter() -> None:
+    """Have this process, started by multiprocessing, end as soon as the one that asked for it is gone, however it went.
+
+    That is not its parent where a fork server stands between them, and a killed process tells its children nothing. But
+    the pipe that it held open to this one ends.
+    """
+    starter = multiprocessing.parent_process()
+    assert starter is not None, "this process was not started by multiprocessing"
+
+    def watch() -> None:
+        starter.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end with starter", daemon=True).start()
 
 
 @contextmanager

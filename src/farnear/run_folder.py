@@ -49,6 +49,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def faults(self) -> Path:
+        """One JSON object a damaged place of the training shards: shard, offset, kind, detail, pairs_lost."""
+        return self.path / "faults.jsonl"
+
+    @property
     def quarantine(self) -> Path:
         """One JSON object a pair that could not be used: step, shard, key, input, reason."""
         return self.path / "quarantine.jsonl"
@@ -75,7 +80,8 @@ class RunFolder:
 
     def written(self) -> tuple[Path, ...]:
         """What a new run would replace."""
-        return (self.config, self.metrics, self.evaluations, self.quarantine, self.export, self.summary, self.report)
+        records = (self.metrics, self.evaluations, self.faults, self.quarantine)
+        return (self.config, *records, self.export, self.summary, self.report)
 
 
 def published_checkpoints(checkpoints: Path) -> list[Path]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from farnear.command_line import Parser, positive
 from farnear.errors import UserError
+from farnear.wording import counted
 
 if TYPE_CHECKING:
     from farnear.data.faults import Fault
@@ -77,9 +78,9 @@ def _index(arguments: argparse.Namespace) -> int:
         index = cached_index(shard_set, cache, store, processes=arguments.processes)
         documents = f", {len(index.corpus_C):,} documents in corpus shards" if len(index.corpus_C) else ""
         print(
-            f"{name}: {len(index):,} pairs{documents} in {_count(len(index.shards), 'shard')}, "
-            f"{_count(len(index.faults), 'fault')}, at least {_count(pairs_lost(index.faults), 'pair')} lost, "
-            f"{_count(index.ignored_members, 'member')} ignored"
+            f"{name}: {len(index):,} pairs{documents} in {counted(len(index.shards), 'shard')}, "
+            f"{counted(len(index.faults), 'fault')}, at least {counted(pairs_lost(index.faults), 'pair')} lost, "
+            f"{counted(index.ignored_members, 'member')} ignored"
         )
         if index.faults:
             print(fault_table(index.faults))
@@ -108,22 +109,18 @@ def _verify(arguments: argparse.Namespace) -> int:
         faults += of_set
         size = int(index.shard_size_S.sum()) / 1e6
         print(
-            f"{name}: {_count(len(index.shards), 'shard')}, {size:,.1f} MB, {_count(len(index), 'pair')}, "
-            f"{_count(len(of_set), 'fault')}",
+            f"{name}: {counted(len(index.shards), 'shard')}, {size:,.1f} MB, {counted(len(index), 'pair')}, "
+            f"{counted(len(of_set), 'fault')}",
             flush=True,
         )
         if of_set:
             print(fault_table(of_set), flush=True)
     if faults:
         raise UserError(
-            f"{_count(len(faults), 'fault')} cost at least {_count(pairs_lost(faults), 'pair')}; write or copy the "
+            f"{counted(len(faults), 'fault')} cost at least {counted(pairs_lost(faults), 'pair')}; write or copy the "
             "shards again, or leave the pairs out with data.exclude"
         )
     return 0
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def _shard_sets(arguments: argparse.Namespace) -> "Iterator[tuple[str, ShardSet, Path, ShardStore]]":

@@ -78,11 +78,14 @@ class Index:
     path: Path | None = None  # of the file it was opened from
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a worker process is sent: the file's name where there is a file, for it can map it too."""
-        return {"path": self.path} if self.path else vars(self)
+        """What a worker process is sent: the file's name where there is a file, for it can map it too.
+
+        A file that someone deleted is still mapped here, so then the columns themselves are sent.
+        """
+        return {"path": self.path} if self.path and self.path.exists() else vars(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(vars(open_index(state["path"])) if state["path"] else state)
+        vars(self).update(state if len(state) > 1 else vars(open_index(state["path"])))
 
     def __len__(self) -> int:
         """The number of pairs N (0 for corpus shards)."""

@@ -25,14 +25,14 @@ import numpy as np
 import numpy.typing as npt
 
 from farnear.data.quotas import Mixing, Schedule, Stretch, Tail, make_schedule
-from farnear.data.repair import Layout, part_copies
+from farnear.data.repair import Layout, part_copies, window_number
 from farnear.errors import UserError
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 UInt64 = npt.NDArray[np.uint64]
 
-ORDER_VERSION = 1
+ORDER_VERSION = 2
 """To be raised when the same facts and settings begin to give another order: plans kept on disk are not used then."""
 
 
@@ -104,8 +104,9 @@ def plan_epoch(facts: PairFacts, settings: PlanSettings, epoch: int) -> Plan:
         )
     schedule = schedule_of(facts, settings)
     stretches = schedule.stretches(epoch)
-    row_X, window_X = _draw_rows(facts, settings, stretches)
-    layout = _lay_out(stretches, window_X, settings.global_batch_size)
+    rows, window_X = _draw_rows(facts, settings, stretches)
+    row_X = np.concatenate(rows)
+    layout = _lay_out(stretches, [len(of_pass) for of_pass in rows], window_X, settings.global_batch_size)
     random_X = random_bits(f"{facts.fingerprint}/{settings.seed}/{epoch}/repair", np.arange(len(row_X)))
     item_X, moved, masked = part_copies(
         layout, facts.query_hash_N[row_X], _page_hashes(facts, settings.seed, epoch, row_X), random_X
@@ -171,10 +172,10 @@ def _page_hashes(facts: PairFacts, seed: int, epoch: int, row_X: Int64) -> Int64
     return facts.positive_hash[start_X + drawn_positive(seed, epoch, row_X, count_X)]
 
 
-def _draw_rows(facts: PairFacts, settings: PlanSettings, stretches: list[Stretch]) -> tuple[Int64, Int64]:
-    """The rows that the stretches show, source after source, and the number of the window that each is from."""
-    rows, windows = [], []
-    windows_before = 0
+def _draw_rows(facts: PairFacts, settings: PlanSettings, stretches: list[Stretch]) -> tuple[list[Int64], Int64]:
+    """The rows that the stretches show, pass after pass and source after source, and the window of all of them."""
+    rows: list[Int64] = []
+    windows: list[Int64] = []
     for source, stretch in enumerate(stretches):
         pairs = int(facts.source_start_K1[source + 1] - facts.source_start_K1[source])
         size_C = stretch.stop_C - stretch.start_C
@@ -183,12 +184,9 @@ def _draw_rows(facts: PairFacts, settings: PlanSettings, stretches: list[Stretch
             of_pass = slice(*np.searchsorted(position, (number * pairs, (number + 1) * pairs)))
             row_n, window_n = _pass_of_source(facts, settings, source, number)
             place = position[of_pass] - number * pairs
+            windows.append(window_number(len(rows), window_n[place]))
             rows.append(row_n[place])
-            windows.append(window_n[place] + windows_before)
-            if settings.shards_per_window is not None:
-                windows_before += int(window_n[-1]) + 1
-        windows_before += 1
-    return np.concatenate(rows), np.concatenate(windows)
+    return rows, np.concatenate(windows)
 
 
 def _pass_of_source(facts: PairFacts, settings: PlanSettings, source: int, number: int) -> tuple[Int64, Int64]:
@@ -206,12 +204,12 @@ def _pass_of_source(facts: PairFacts, settings: PlanSettings, source: int, numbe
     return start + order_n, window_n[order_n]
 
 
-def _lay_out(stretches: list[Stretch], window_X: Int64, global_batch_size: int) -> Layout:
+def _lay_out(stretches: list[Stretch], pairs_of_pass: list[int], window_X: Int64, global_batch_size: int) -> Layout:
     step_C = np.concatenate([stretch.step_C for stretch in stretches])
     size_C = np.concatenate([stretch.stop_C - stretch.start_C for stretch in stretches])
     cells = [len(stretch.step_C) for stretch in stretches]
-    cell_start_C1 = np.append(0, np.cumsum(size_C))
-    number_X = np.arange(len(window_X)) - np.repeat(cell_start_C1[:-1], size_C)
+    start_C1 = np.append(0, np.cumsum(size_C))
+    number_X = np.arange(len(window_X)) - np.repeat(start_C1[:-1], size_C)
     step_X = np.repeat(step_C, size_C)
     if len(np.unique(step_C)) < len(step_C):
         # Sources alternate within a batch, so that every slice of it holds its share of each.
@@ -221,7 +219,8 @@ def _lay_out(stretches: list[Stretch], window_X: Int64, global_batch_size: int) 
     return Layout(
         global_batch_size=global_batch_size,
         place_X=step_X * global_batch_size + number_X,
-        cell_start_C1=cell_start_C1,
+        # A batch in which a pass ends and the next begins holds a cell of each.
+        cell_start_C1=np.union1d(start_C1, np.cumsum(pairs_of_pass)),
         source_X=np.repeat(np.repeat(np.arange(len(stretches)), cells), size_C),
         window_X=window_X,
     )

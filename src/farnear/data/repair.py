@@ -11,12 +11,14 @@ take conflicts away and add none, so they may be made in any order. Three ways t
 - *Walk*: where copies are so many that no swap is free, an item in conflict makes the best swap there is, if that
   leaves no more conflicts than before. So conflicts wander until they dissolve, or for so many steps.
 
-An item is exchanged for one of its own source, so that batches keep their shares, and rather for one of its window of
-shards or of a window near by, so that batches keep to few shards. A group with more members than there are batches
-cannot be parted at all, and its members are not moved. What stays is counted.
+An item is exchanged for one of its own source, so that batches keep their shares. It is rather one of its window of
+shards or of a window near by, so that batches keep to few shards, and rather one of its pass, so that a pass shows
+every pair once; where only an exchange between passes parts two copies, a pair comes earlier and another one later. A
+group with more members than there are batches cannot be parted at all, and its members are not moved. What stays is
+counted.
 
 Shapes: X items of the epoch, S batches, C cells, 2 groups of an item (its query's, its page's), K groups, M items that
-want to move. A slot is a place in the order. A cell is the slots that one source has in one batch.
+want to move. A slot is a place in the order. A cell is the slots that one pass of a source has in one batch.
 """
 
 from dataclasses import dataclass
@@ -29,7 +31,8 @@ Int64 = npt.NDArray[np.int64]
 UInt64 = npt.NDArray[np.uint64]
 Bool = npt.NDArray[np.bool_]
 
-_WINDOWS_AROUND = (0, 2, 2**62)  # how far from its own window a partner is looked for, first and then
+_WINDOWS_OF_PASS = 2**32  # more than a pass has
+_WINDOWS_AROUND = (0, 2, _WINDOWS_OF_PASS // 2, 2**62)  # how far from its own window a partner is looked for in turn
 _ROUNDS = 8
 _FEW = 256  # items that are searched for one by one in no time
 _CELLS_TRIED = 16
@@ -46,7 +49,7 @@ class Layout:
     place_X: Int64  # of each slot in the plan: slot x belongs to batch place_X[x] // global_batch_size
     cell_start_C1: Int64  # the slots of cell c are cell_start_C1[c] : cell_start_C1[c + 1]; no cell is empty
     source_X: Int64  # number of each slot's source; does not decrease
-    window_X: Int64  # number of the window that each slot was filled from; does not decrease, differs between sources
+    window_X: Int64  # number of the window that each slot was filled from, see window_number; does not decrease
 
     @cached_property
     def batch_X(self) -> Int64:
@@ -77,6 +80,11 @@ class Layout:
     def slots_of_batch(self, batch: int) -> Int64:
         cells = np.flatnonzero(self.batch_C == batch)
         return np.concatenate([np.arange(*self.cell_start_C1[[cell, cell + 1]]) for cell in cells])
+
+
+def window_number(of_pass: int, window_n: Int64) -> Int64:
+    """Numbers of windows that are counted from 0 in each pass. Passes are counted over all sources."""
+    return of_pass * _WINDOWS_OF_PASS + window_n
 
 
 def part_copies(layout: Layout, query_hash_X: Int64, page_hash_X: Int64, random_X: UInt64) -> tuple[Int64, int, int]:

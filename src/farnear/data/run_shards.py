@@ -87,9 +87,11 @@ def read_exclusions(paths: Sequence[str]) -> Iterator[tuple[str, str]]:
                 continue
             try:
                 record = json.loads(line)
-                yield str(record["shard"]), str(record["key"])
-            except (ValueError, KeyError, TypeError):
+                shard, key = str(record["shard"]), str(record["key"])
+                f"{shard}/{key}".encode()  # JSON can spell halves of characters, which no name holds
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise UserError(
                     f'data.exclude: {path} line {number} is no JSON object with "shard" and "key", so it names no '
                     "pair; mend or delete the line"
                 ) from None
+            yield shard, key

@@ -10,7 +10,7 @@ from typing import TypeVar
 from tqdm import tqdm
 
 from farnear.errors import RunStoppedError
-from farnear.processes import main_module_hidden
+from farnear.processes import end_with_starter, main_module_hidden
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -46,7 +46,7 @@ def run_jobs(
                 yield job, function(job)
                 bar.update(size)
             return
-        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(processes, get_context("spawn"), initializer=end_with_starter) as pool:
             try:
                 with main_module_hidden():
                     running: dict[Future[Result], tuple[Job, int]] = {

@@ -2,6 +2,7 @@
 
 import glob
 import os
+import re
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -33,6 +34,7 @@ def _expand_one(pattern: str, what: str) -> list[str]:
         if is_remote(name):
             names += expand_remote(name)
             continue
+        name = re.sub("^file://(localhost)?(?=/)", "", name, flags=re.IGNORECASE)
         if not Path(name).exists() and glob.has_magic(name):
             matches = sorted(glob.glob(name, recursive=True))
             if not matches:

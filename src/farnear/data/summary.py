@@ -13,6 +13,7 @@ from farnear.data.index import Index, modality_name
 from farnear.data.read import BadInputError, InputReader
 from farnear.data.sample import IMAGE
 from farnear.data.shard_store import ShardStore
+from farnear.wording import counted
 
 Numbers = npt.NDArray[Any]
 
@@ -37,7 +38,10 @@ def summary_text(index: Index, store: ShardStore, *, first_pairs: int = 3, fault
         ("queries a page", _spread(np.unique(edges[:, 1], return_counts=True)[1])),
         ("repeated queries", _repeated(index.query_hash_N, "are asked by more than one pair", "pairs")),
         ("repeated pages", _repeated(index.input_hash_I[documents], "are stored more than once", "copies")),
-        ("left out", f"{index.excluded:,} pairs by data.exclude" if index.excluded else "nothing by data.exclude"),
+        (
+            "left out",
+            f"{counted(index.excluded, 'pair')} by data.exclude" if index.excluded else "nothing by data.exclude",
+        ),
         ("ignored members", _ignored(index)),
         ("faults", _faults(index)),
     ]
@@ -116,7 +120,7 @@ def _ignored(index: Index) -> str:
 def _faults(index: Index) -> str:
     if not index.faults:
         return "none"
-    return f"{len(index.faults):,}, which cost at least {pairs_lost(index.faults):,} pairs"
+    return f"{len(index.faults):,}, which cost at least {counted(pairs_lost(index.faults), 'pair')}"
 
 
 def _first_pairs(index: Index, store: ShardStore, count: int) -> Sequence[str]:

@@ -17,11 +17,12 @@ protocol's own way; nothing of them is kept here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from farnear.errors import UserError
 
@@ -49,6 +50,10 @@ class ChangedError(Exception):
 def protocol_of(url: str) -> str:
     """The protocol of a url. Raises ``UserError`` for one that cannot be read."""
     protocol = url.partition("://")[0].lower()
+    try:
+        urlsplit(url)
+    except ValueError as error:
+        raise UserError(f"{shown(url)} is no url ({error}), so nothing can be read there; correct it") from None
     if protocol not in ANSWERS_TELL_IDENTITY:
         raise UserError(
             f"{shown(url)} has the protocol {protocol!r}, which cannot be read; use a path or one of "
@@ -59,10 +64,11 @@ def protocol_of(url: str) -> str:
 
 def shown(url: str) -> str:
     """The url as messages name it: without a query or a password, which may be a key to the object."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https"):
+    protocol, separator, rest = url.partition("://")
+    if protocol.lower() not in ("http", "https"):
         return url
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    host, slash, path = re.split("[?#]", rest, maxsplit=1)[0].partition("/")
+    return f"{protocol}{separator}{host.rpartition('@')[2]}{slash}{path}"
 
 
 def find_facts(url: str, seconds_stalled: float) -> RemoteFacts:

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from farnear.data.read import BadInputError, InputReader
 from farnear.errors import RunStoppedError, UserError
-from farnear.processes import main_module_hidden
+from farnear.processes import end_with_starter, main_module_hidden
 
 Preprocess = Callable[[list[Any], str], dict[str, Any]]
 """(inputs, side) -> features. ``side`` is "query" or "document"; inputs are those of ``InputReader``."""
@@ -35,6 +35,7 @@ _NOTHING = -1
 _BLOCKS_KEPT = 32  # of Pillow's allocator, each as large as an image and at most 16 MB
 _LOST = (ConnectionError, EOFError, FileNotFoundError)
 _SECONDS_TO_DIE = 2.0  # a connection is lost a moment before the process is gone
+_AFTER_DEATH = ", so its batch is missing; if the system ran out of memory lower data.dataloader_num_workers"
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Workers:
             # Never fork: a rank has threads (torch's, tqdm's, queues'), and a child forked while one of them starts or
             # ends can inherit a lock that no one will release.
             multiprocessing_context="forkserver" if self.num_workers else None,
-            worker_init_fn=_keep_memory_of_pages,
+            worker_init_fn=_start_worker,
             pin_memory=self.pin_memory,
             # DataLoader draws the workers' seeds when it starts; from its own generator, so that starting it, which a
             # resumed run does at another step, leaves the random state of dropout alone.
@@ -94,16 +95,17 @@ class Workers:
             # A dead worker shows itself as DataLoader's RuntimeError, or, while it hands over a tensor, as a lost
             # connection.
             died = None
-            if self.num_workers and (isinstance(failure, _LOST) or "DataLoader worker" in str(failure)):
-                died = self._last_words(in_hand_w2)
+            is_told = "DataLoader worker (pid" in str(failure)
+            if self.num_workers and (isinstance(failure, _LOST) or is_told):
+                died = self._last_words(in_hand_w2, is_told)
             if self.num_workers:  # DataLoader's frames in the traceback refer to the iterator too
                 traceback.clear_frames(failure.__traceback__)
             if died is not None:
                 raise WorkerDiedError(died) from failure
             raise
 
-    def _last_words(self, in_hand_w2: torch.Tensor) -> str | None:
-        """What the workers that are not alive had in hand; None where all are."""
+    def _last_words(self, in_hand_w2: torch.Tensor, one_died: bool) -> str | None:
+        """What the workers that are not alive had in hand; None where all are, as far as is known."""
         deadline = time.monotonic() + _SECONDS_TO_DIE
         while True:
             alive = {child.pid for child in multiprocessing.active_children()}
@@ -111,13 +113,13 @@ class Workers:
             if dead:
                 break
             if time.monotonic() > deadline:
-                return None
+                # One that died while it started has not even told its pid.
+                return "a data worker died before its first input" + _AFTER_DEATH if one_died else None
             time.sleep(0.05)
         inputs = ", ".join(self.reader.index.input_id(row) for row in dead.values() if row != _NOTHING) or "nothing"
         return (
-            f"the data worker with pid {', '.join(map(str, dead))} died with {inputs} in hand, so its batch is "
-            "missing; if the system ran out of memory lower data.dataloader_num_workers, else put the pair into a "
-            "file of data.exclude"
+            f"the data worker with pid {', '.join(map(str, dead))} died with {inputs} in hand{_AFTER_DEATH}, else put "
+            "the pair into a file of data.exclude"
         )
 
 
@@ -150,10 +152,19 @@ class _Work(Dataset[tuple[Result | None, UserError | None]]):
             return (features, sorted(bad.items())), None
         except UserError as error:
             return None, error
+        except MemoryError:
+            # No fault of the input's: the same one may fit in a moment, or on another machine.
+            name = self.reader.index.input_id(int(in_hand_2[1]))
+            return None, RunStoppedError(
+                f"there was not enough memory to decode and prepare {name}, so its batch is missing; lower "
+                "data.dataloader_num_workers, training.mini_batch_size or data.max_image_pixels"
+            )
 
     def _preprocessed(self, inputs: list[Any], job: Job, bad: dict[int, str]) -> dict[str, Any]:
         try:
             return self.preprocess(inputs, job.side)
+        except MemoryError:
+            raise
         except Exception:
             # A page too thin for the model, a special token in a query? Where a plain input fails too, it is a defect.
             if self._fault(stand_in(job.modality), job.side) is not None:
@@ -206,7 +217,8 @@ def _started(loader: DataLoader[Any]) -> Iterator[Any]:
         return iter(loader)
 
 
-def _keep_memory_of_pages(worker: int) -> None:
+def _start_worker(worker: int) -> None:
+    end_with_starter()
     # A mini-batch's pages are in memory together. Given back to the system and fetched again for each mini-batch, that
     # memory costs a fifth of the time of decoding.
     Image.core.set_blocks_max(_BLOCKS_KEPT)  # type: ignore[attr-defined]

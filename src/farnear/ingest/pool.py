@@ -16,7 +16,7 @@ from itertools import islice
 from multiprocessing import get_context
 from typing import TypeVar
 
-from farnear.processes import main_module_hidden
+from farnear.processes import end_with_starter, main_module_hidden
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -43,7 +43,7 @@ def map_in_order(function: Callable[[Item], Result], items: Iterable[Item], proc
     if processes == 1:
         yield from map(function, items)
         return
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as executor:
+    with ProcessPoolExecutor(processes, get_context("spawn"), initializer=end_with_starter) as executor:
         yield from _in_order(function, items, executor, ITEMS_UNDER_WAY_PER_WORKER * processes)
 
 

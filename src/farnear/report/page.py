@@ -19,7 +19,8 @@ from farnear.run_folder import RunFolder
 def write_report(run_folder: Path) -> Path:
     """Write ``report.html`` into the run folder, complete or not at all, and return its path.
 
-    Reads ``run.yaml``, ``metrics.jsonl``, ``eval.jsonl`` and ``summary.json``; all but the first may be missing.
+    Reads ``run.yaml``, ``metrics.jsonl``, ``eval.jsonl``, ``faults.jsonl``, ``quarantine.jsonl`` and ``summary.json``;
+    all but the first may be missing.
     Raises UserError for a folder that is no run and for a damaged file, by name and line.
     """
     report = RunFolder(run_folder).report
@@ -40,5 +41,6 @@ def render(run: Run) -> str:
         training_charts=sections.training_charts(run.steps),
         time=sections.time_by_phase(run.steps),
         masked=sections.masked_pairs(run.steps),
+        left_out=sections.left_out(run),
         summary=[(key, sections.plain(value)) for key, value in run.summary.items()],
     )

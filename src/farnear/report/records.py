@@ -48,6 +48,15 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """Pairs that could not be used: a line of ``faults.jsonl``, or one of ``quarantine.jsonl``."""
+
+    where: str
+    reason: str
+    pairs: int  # at least
+
+
+@dataclass(frozen=True)
 class Run:
     """A run folder's files. Steps and evaluations ascend; ``steps_undone`` counts lines that a resume replaced."""
 
@@ -57,6 +66,8 @@ class Run:
     evaluations: tuple[Evaluation, ...]
     summary: dict[str, object]
     steps_undone: int
+    lost_to_faults: tuple[LeftOut, ...] = ()
+    quarantined: tuple[LeftOut, ...] = ()
 
 
 def read_run(run_folder: Path) -> Run:
@@ -91,6 +102,8 @@ def read_run(run_folder: Path) -> Run:
         evaluations=tuple(evaluations),
         summary=_summary(run_folder / "summary.json"),
         steps_undone=steps_undone,
+        lost_to_faults=tuple(_fault(record) for record in _records(run_folder / "faults.jsonl")),
+        quarantined=tuple(_quarantined(record) for record in _records(run_folder / "quarantine.jsonl")),
     )
 
 
@@ -121,6 +134,12 @@ class _Record:
         if not number.is_integer() or number < 0:
             raise self.refuse(f"{key!r} is {self.value[key]!r}, not a whole number of 0 or more")
         return int(number)
+
+    def text(self, key: str) -> str:
+        value = self.value.get(key)
+        if not isinstance(value, str):
+            raise self.refuse(f"{key!r} is {'missing' if key not in self.value else f'{value!r}, not a text'}")
+        return value
 
     def inner(self, key: str) -> "_Record":
         value = self.value.get(key)
@@ -184,6 +203,17 @@ def _evaluation(record: _Record) -> Evaluation:
         pages=record.count("pages"),
         measures_by_dim=measures_by_dim,
     )
+
+
+def _fault(record: _Record) -> LeftOut:
+    name = record.text("shard").rpartition("/")[2]
+    where = f"{name} at byte {record.count('offset'):,}"
+    return LeftOut(where, f"{record.text('kind')}: {record.text('detail')}", record.count("pairs_lost"))
+
+
+def _quarantined(record: _Record) -> LeftOut:
+    why = f"{record.text('input')} {record.text('reason')}, step {record.count('step'):,}"
+    return LeftOut(f"{record.text('shard')}/{record.text('key')}", why, 1)
 
 
 def _moment(evaluation: Evaluation) -> tuple[int, int]:

@@ -18,9 +18,11 @@ from markupsafe import Markup
 
 from farnear.report import bars
 from farnear.report.figures import Series, chart_over_steps
-from farnear.report.records import HEADLINE, Evaluation, Run, Step
+from farnear.report.records import HEADLINE, Evaluation, LeftOut, Run, Step
 from farnear.report.svg import number
+from farnear.wording import counted
 
+_LOSSES_SHOWN = 50
 ABSENT = "–"  # noqa: RUF001 (a dash is how tables say that there is nothing)
 
 
@@ -77,6 +79,15 @@ class PhaseRow:
     seconds: str
     share: str
     per_step: str
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Pairs that could not be used; ``more`` says how many rows stand in the files beside those shown."""
+
+    sentence: str
+    rows: list[LeftOut]
+    more: str
 
 
 @dataclass(frozen=True)
@@ -226,6 +237,21 @@ def time_by_phase(steps: Sequence[Step]) -> TimeByPhase | None:
     ]
     shares = [(name_of_phase[phase], seconds[phase] / total) for phase in phases]
     return TimeByPhase(bars.stacked_bar("Time by phase", shares), rows)
+
+
+def left_out(run: Run) -> Losses | None:
+    """Pairs that the shards' faults cost, and those quarantined on the way; None where there are none."""
+    rows = [*run.lost_to_faults, *run.quarantined]
+    if not rows:
+        return None
+    lost = sum(fault.pairs for fault in run.lost_to_faults)
+    quarantined = len({one.where for one in run.quarantined})
+    sentence = (
+        f"{counted(lost, 'pair')} or more lost to {counted(len(run.lost_to_faults), 'fault')} of the shards "
+        f"(faults.jsonl), {counted(quarantined, 'pair')} quarantined in training (quarantine.jsonl)."
+    )
+    more = f"and {len(rows) - _LOSSES_SHOWN:,} more" if len(rows) > _LOSSES_SHOWN else ""
+    return Losses(sentence, rows[:_LOSSES_SHOWN], more)
 
 
 def duration(seconds: float) -> str:

@@ -23,7 +23,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,8 @@ class Progress:
 
     Attributes:
         step: Optimizer steps done: the cursor.
-        seed, global_batch_size, fingerprint: With the step they decide which pairs come next.
+        seed, global_batch_size, fingerprint, order: With the step they decide which pairs come next. `order` is what
+            the run file says about it, by name.
         epoch, plan_hash: Of the last step done: another order of pairs is noticed by its hash.
         best_metric, best_step: The best evaluation so far, if any.
         measured_by: What `best_metric` is a value of: another measure or another sample does not compare with it.
@@ -59,6 +60,7 @@ class Progress:
     seed: int
     global_batch_size: int
     fingerprint: str
+    order: Mapping[str, Any] = field(default_factory=dict)
     epoch: int = 0
     plan_hash: str = ""
     best_metric: float | None = None

@@ -11,6 +11,7 @@ from farnear.model.embedder import Preprocessing
 from farnear.training.loop import Parts
 from farnear.training.optim import warmup_steps
 from farnear.training.shards import RunData
+from farnear.wording import counted
 
 
 def derived_numbers(parts: Parts, data: RunData, model: SentenceTransformer, preprocess: Preprocessing) -> str:
@@ -33,20 +34,20 @@ def derived_numbers(parts: Parts, data: RunData, model: SentenceTransformer, pre
         ("pages", "travel as uint8" if preprocess.pages_as_uint8 else f"travel as floats: {preprocess.why_floats}"),
         (
             "trains",
-            f"on {_count(world.world_size, 'rank')} ({world.device.type}), "
+            f"on {counted(world.world_size, 'rank')} ({world.device.type}), "
             f"strategy {config.strategy}, seed {config.seed}",
         ),
         (
             "pairs",
-            f"{len(index):,} in {_count(len(set(index.pair_shard_N.tolist())), 'shard')}, "
-            f"{_count(hard, 'hard negative')}, {_count(index.ignored_members, 'member')} ignored, "
+            f"{len(index):,} in {counted(len(set(index.pair_shard_N.tolist())), 'shard')}, "
+            f"{counted(hard, 'hard negative')}, {counted(index.ignored_members, 'member')} ignored, "
             f"{pairs_lost(index.faults)} lost to faults, {index.excluded} excluded",
         ),
         ("inputs", _inputs(data)),
         (
             "batch",
             f"{batch} pairs{all_there_are if batch < training.global_batch_size else ''}, {pairs_per_rank} a rank in "
-            f"{_count(mini_batches, 'mini-batch', 'mini-batches')} of up to {training.mini_batch_size}; "
+            f"{counted(mini_batches, 'mini-batch', 'mini-batches')} of up to {training.mini_batch_size}; "
             f"negatives a query: {batch - 1}{' and the hard ones' if hard else ''}",
         ),
         (
@@ -77,34 +78,31 @@ def _inputs(data: RunData) -> str:
     part = index.part_start_I1[pages]
     pixels = index.part_width_M[part].astype(np.int64) * index.part_height_M[part]
     low, middle, high = (int(value) for value in np.percentile(pixels, (5, 50, 95)))
-    return f"documents: {by_kind}; pixels of a page {middle:,} ({low:,} to {high:,} of most)"
+    spread = f"{middle:,} ({low:,} to {high:,} of most)" if low < high else f"{middle:,}"
+    return f"documents: {by_kind}; pixels of a page {spread}"
 
 
 def _order(parts: Parts, data: RunData) -> str:
     data_config, plan = parts.config.data, parts.loader.order.plan(0)
-    window = f"windows of {_count(data_config.shards_per_window, 'shard')}" if data_config.shards_per_window else "all"
+    window = f"windows of {counted(data_config.shards_per_window, 'shard')}" if data_config.shards_per_window else "all"
     seen = ", ".join(f"{name} {passes:.2f}" for name, passes in zip(data.train.sources, plan.passes, strict=True))
     sources = f"; passes an epoch: {seen} (mixed {data_config.mixing})" if len(data.train.sources) > 1 else ""
     left_out = f", {plan.left_out} left out of an epoch" if plan.left_out else ""
     shown = parts.total_steps * parts.config.training.global_batch_size
     if data_config.tail == "carry" and len(data.train.sources) == 1 and (rest := -shown % len(data.train)):
-        left_out = f", the last pass ends {_count(rest, 'pair')} short"
+        left_out = f", the last pass ends {counted(rest, 'pair')} short"
     return f"shuffled over {window}, tail {data_config.tail}{left_out}{sources}"
 
 
 def _saves(parts: Parts) -> str:
-    when = f"every {_count(parts.save_steps, 'step')} and at the end" if parts.save_steps else "at the end"
+    when = f"every {counted(parts.save_steps, 'step')} and at the end" if parts.save_steps else "at the end"
     return f"{when}; the best of the evaluations is kept too" if parts.eval_steps else when
-
-
-def _count(number: int, one: str, several: str | None = None) -> str:
-    return f"{number:,} {one if number == 1 else several or one + 's'}"
 
 
 def _evaluation(parts: Parts, data: RunData) -> str:
     if data.whole is None or data.sample is None:
         return "nothing: data.eval names no shards"
-    when = f"every {_count(parts.eval_steps, 'step')}" if parts.eval_steps else "not in between"
+    when = f"every {counted(parts.eval_steps, 'step')}" if parts.eval_steps else "not in between"
     return f"{len(data.whole.relevant)} queries on {data.whole.pages} pages at start and end; {when}" + (
         f", on {len(data.sample.relevant)} queries and {data.sample.pages} pages" if parts.eval_steps else ""
     )

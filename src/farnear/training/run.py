@@ -6,11 +6,12 @@
 Each line of that is a function here or in the module it names; `farnear.training.loop` is the middle.
 """
 
+import json
 import multiprocessing
 import platform
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from multiprocessing import forkserver
 from pathlib import Path
@@ -24,7 +25,7 @@ from sentence_transformers import SentenceTransformer
 import farnear
 from farnear.config import RunConfig, dump_config, load_config
 from farnear.data.dealing import Dealing
-from farnear.data.faults import pairs_lost
+from farnear.data.faults import Fault, pairs_lost
 from farnear.data.index import modality_name
 from farnear.data.loader import TrainLoader
 from farnear.data.order import Order
@@ -148,7 +149,7 @@ def open_run(config: RunConfig, resume: Resume | None, world: World) -> tuple[Ru
     model, preprocess, strategy, shapes = build(config, world, checkpoint)
     refuse_unsupported(model, config, data)
     dims = measured_dims(config, embedding_dimension(model))
-    on_main_rank(world, lambda: prepare_folder(config, folder, progress.step))
+    on_main_rank(world, lambda: prepare_folder(config, folder, progress.step, data.train.faults))
     trackers = Trackers(config.training.report_to if world.is_main else (), folder.path, config.model_dump(mode="json"))
     return Run(config, world, folder, data, model, preprocess, strategy, dims, shapes, trackers), progress
 
@@ -244,10 +245,16 @@ def plan_settings(config: RunConfig) -> PlanSettings:
     )
 
 
-def with_place(progress: Progress, loader: TrainLoader) -> Progress:
-    """The progress with the epoch of its last step and the hash of that epoch's plan."""
-    epoch = loader.order.schedule.epoch_of(max(progress.step - 1, 0))
-    return replace(progress, epoch=epoch, plan_hash=loader.order.plan(epoch).order_hash)
+def with_place(progress: Progress, order: Order) -> Progress:
+    """The progress with the epoch of its last step, the hash of that epoch's plan, and what decides all plans."""
+    epoch = order.schedule.epoch_of(max(progress.step - 1, 0))
+    decided_by = {
+        "data.mixing": order.settings.mixing,
+        "data.tail": order.settings.tail,
+        "data.shards_per_window": order.settings.shards_per_window,
+        "the sources' weights": list(order.schedule.shares),  # in whole numbers: 0.7 and 0.3 are what 7 and 3 are
+    }
+    return replace(progress, order=decided_by, epoch=epoch, plan_hash=order.plan(epoch).order_hash)
 
 
 def agree_on_order(parts: Parts, progress: Progress) -> None:
@@ -257,15 +264,25 @@ def agree_on_order(parts: Parts, progress: Progress) -> None:
         UserError: The checkpoint's pairs came in another order, so its place in it means nothing.
         RuntimeError: Ranks have different plans.
     """
-    here = with_place(progress, parts.loader)
+    here = with_place(progress, parts.loader.order)
     hashes = gather_objects(here.plan_hash)
     if len(set(hashes)) > 1:
         raise RuntimeError(f"the ranks have different plans of epoch {here.epoch} ({', '.join(hashes)})")
-    if progress.plan_hash and (progress.epoch, progress.plan_hash) != (here.epoch, here.plan_hash):
+    if not progress.plan_hash:
+        return
+    checkpoint = f"the newest checkpoint in {parts.config.output_dir} was made with"
+    for name, saved in progress.order.items():
+        # The plan of this epoch may be the same all the same, but those to come are not.
+        if here.order[name] != saved:
+            raise UserError(
+                f"{checkpoint} another value of {name} ({saved}, now {here.order[name]}), so its place in the order of "
+                "pairs is lost; restore it, or start in a new output_dir"
+            )
+    if progress.plan_hash != here.plan_hash:
         raise UserError(
-            f"the newest checkpoint in {parts.config.output_dir} was made with another order of pairs, so its place in "
-            "it is lost; restore data.mixing, data.tail, data.shards_per_window and the sources' weights, or start in "
-            "a new output_dir"
+            f"{checkpoint} another order of pairs (its plan of epoch {here.epoch} has the hash {progress.plan_hash}, "
+            f"now {here.plan_hash}), so its place in it is lost; take the version of farnear that it was made with, or "
+            "start in a new output_dir"
         )
 
 
@@ -307,8 +324,9 @@ def loop_parts(run: Run) -> Parts:
     config, world, training = run.config, run.world, run.config.training
     # Beside the index, where every rank of the node finds them.
     plans = run.data.train.path.parent if run.data.train.path else run.folder.path
+    order = Order(run.data.train, plan_settings(config), plans)
     loader = TrainLoader(
-        Order(run.data.train, plan_settings(config), plans),
+        order,
         Dealing(
             rank=world.rank,
             world_size=world.world_size,
@@ -325,7 +343,7 @@ def loop_parts(run: Run) -> Parts:
         prefetch_shards=config.data.remote_prefetch_shards,
         pin_memory=world.device.type == "cuda",
     )
-    by_epochs = max(1, steps_of_epochs(loader.order.schedule, training.num_train_epochs))
+    by_epochs = max(1, steps_of_epochs(order.schedule, training.num_train_epochs))
     total_steps = training.max_steps if training.max_steps > 0 else by_epochs
     lines = ProgressLines(total_steps, training.logging_steps)
 
@@ -344,7 +362,7 @@ def loop_parts(run: Run) -> Parts:
         quarantine=Quarantine(run.folder.quarantine, run.data.train, config.data.max_bad_fraction, world),
         record=record,
         evaluate=lambda step: measure(run, "during", step),
-        save=lambda progress, as_best: save(run, with_place(progress, loader), as_best),
+        save=lambda progress, as_best: save(run, with_place(progress, order), as_best),
         total_steps=total_steps,
         eval_steps=steps_of(config.evaluation.eval_steps, total_steps),
         save_steps=steps_of(training.save_steps, total_steps),
@@ -413,10 +431,11 @@ def measured_dims(config: RunConfig, full: int) -> tuple[int, ...]:
     return tuple(sorted({*dims, full}, reverse=True))
 
 
-def prepare_folder(config: RunConfig, folder: RunFolder, step: int) -> None:
+def prepare_folder(config: RunConfig, folder: RunFolder, step: int, faults: Sequence[Fault]) -> None:
     """Save the resolved run file, check that it loads to the same config, and cut the records back to ``step``.
 
-    What a training that starts, at step 0, finds there is of one that did not reach its first checkpoint.
+    What a training that starts, at step 0, finds there is of one that did not reach its first checkpoint. The
+    ``faults`` are those of the training shards.
     """
     folder.path.mkdir(parents=True, exist_ok=True)
     replace_text(folder.config, dump_config(config))
@@ -427,6 +446,7 @@ def prepare_folder(config: RunConfig, folder: RunFolder, step: int) -> None:
             cut_after(records, step)
         else:
             records.unlink(missing_ok=True)
+    replace_text(folder.faults, "".join(json.dumps(asdict(fault)) + "\n" for fault in faults))
     folder.summary.unlink(missing_ok=True)
 
 
