@@ -54,6 +54,15 @@ def test_pairs_are_stored_as_they_are(folder: Path) -> None:
     assert json.loads(members["000003-photo.json"])["query"] == "größer"
 
 
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_a_spreadsheet_s_semicolons_and_tabs_are_read(separator: str, folder: Path) -> None:
+    lines = [separator.join(row) for row in [("query", "image"), ('"what, and; how?"', "photo.webp")]]
+    (folder / "pairs.csv").write_text("\n".join(lines) + "\n")
+    report = import_csv(folder / "pairs.csv", folder / "out")
+    (record,) = (json.loads(data) for name, data in members_of(report.train_shards).items() if name.endswith(".json"))
+    assert record["query"] == "what, and; how?"
+
+
 def test_documents_stay_whole_in_a_split(folder: Path) -> None:
     rows = [(f"query {number}", f"pages/page {number}.PNG", f"report {number // 2}") for number in range(6)]
     source = write_csv(folder, [("query", "image", "document"), *rows])
@@ -110,7 +119,8 @@ GOOD = ("a", "photo.webp")
         ([("text", "image"), GOOD], "0 columns named 'query' instead of one, only 'text', 'image'"),
         ([("query", "image", "query"), (*GOOD, "b")], "2 columns named 'query'"),
         ([("query", "image", "neg0", "neg0"), (*GOOD, "", "")], "2 columns named 'neg0'"),
-        ([("query;image",), ("a;photo.webp",)], "0 columns named 'query' instead of one, only 'query;image'"),
+        ([("query|image",), ("a|photo.webp",)], r"0 columns named 'query' instead of one, only 'query\|image'"),
+        ([("query;image",), ("a;b;photo.webp",)], "line 2 has more fields .* hold a semicolon"),
         ([], "0 columns named 'query' instead of one, only none"),
         ([("query", "image")], "no rows below its header"),
         ([("query", "image"), GOOD, (" ", "photo.webp")], r"pairs\.csv line 3 has an empty query"),

@@ -202,6 +202,10 @@ def test_texts_as_pages(import_rows: ImportRows) -> None:
     members = members_of(report.train_shards)
     assert members["train-0000000.txt"] == "größer".encode()
     assert members["train-0000000.neg0.txt"] == b"no.png"
+    with pytest.raises(UserError, match=r"names 'größer', but there is no such file .* and not paths, say --texts"):
+        import_rows(rows, out="images")
+    with pytest.raises(UserError, match=r"names '(long ){20}\.\.\.', which cannot be read .* say --texts"):
+        import_rows({"anchor": ["a"], "positive": ["long " * 1000]}, out="images")
     stored = import_rows(rows, texts=True, corpus=True, out="other")
     found = contents_by_reference(stored.train_shards, stored.train_corpus)
     assert found == contents_inline(report.train_shards)
@@ -218,7 +222,7 @@ def test_formats_that_no_reader_knows_become_png_and_are_counted(import_rows: Im
     pages = [saved("TIFF"), saved("BMP"), saved("TIFF", mode="CMYK", colour=(0, 0, 0, 0)), cmyk]
     rows = {"query": list("abcd"), "image": [{"bytes": page, "path": "page.png"} for page in pages]}
     report = import_rows(rows, of_images("image"))
-    assert report.notes == ("1 pages from BMP converted to PNG", "2 pages from TIFF converted to PNG")
+    assert report.notes == ("1 page from BMP converted to PNG", "2 pages from TIFF converted to PNG")
     stored = [page for _, page, _ in contents_inline(report.train_shards).values()]
     assert [extension_of(page) for page in stored] == ["png", "png", "png", "jpg"]
     assert stored[3] == cmyk

@@ -82,13 +82,15 @@ def test_a_missing_page_is_a_fault_and_costs_what_needs_it(tmp_path: Path) -> No
     assert page_hashes(index, index.negatives_of(1)) == hashes(2)
     (fault,) = index.faults
     assert (fault.kind, fault.pairs_lost, Path(fault.shard).name) == ("missing_page", 3, "a.tar")
-    assert "4 pairs name 6 pages that stand in no corpus shard, 'less' the first" in fault.detail
+    assert "4 pairs name 6 pages that stand in no corpus shard, 'gone' of 'less' the first" in fault.detail
+    assert "name the corpus shards" not in fault.detail
 
 
 def test_pairs_without_any_corpus(tmp_path: Path) -> None:
     index = index_of([write_tar(tmp_path / "a.tar", [*pair_members("k", "q", 1), reference("l", pos_id="k")])])
     assert list(index.pair_key) == ["k"]
     assert [(fault.kind, fault.pairs_lost) for fault in index.faults] == [("missing_page", 1)]
+    assert "'k' of 'l' the first" in index.faults[0].detail and "name the corpus shards" in index.faults[0].detail
 
 
 def test_a_page_that_stands_twice_cannot_be_named(tmp_path: Path) -> None:

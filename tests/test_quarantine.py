@@ -94,11 +94,28 @@ def test_one_process_gets_the_same_losses_with_other_workers(trained_by_two: Pat
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_a_resumed_run_remembers_and_writes_nothing_twice(folder: Path) -> None:
+def test_a_resumed_run_remembers_and_writes_nothing_twice(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     farnear.train(run_config(folder, "resumed", **keys_with(folder, 0.1, max_steps=3)))
     before = lines(folder / "resumed" / "quarantine.jsonl")
     farnear.train(run_config(folder, "resumed", **keys_with(folder, 0.1, max_steps=6)), "newest")
     assert lines(folder / "resumed" / "quarantine.jsonl") == before and len(before) == 2
+    told = "continuing from step-00000003: 3 steps to go; it was to take 3 steps and takes 6 now, so the learning rate"
+    assert f"{told} goes on at 5.00e-04" in capsys.readouterr().out
+
+
+def test_a_batch_without_a_usable_pair_counts_none_and_moves_nothing(folder: Path) -> None:
+    (shard,) = (folder / "data").glob("train-*.tar")
+    with tarfile.open(shard) as tar:
+        members = [(member.name, tar.extractfile(member).read()) for member in list(tar)[:16]]
+    halved = [(name, data[: len(data) // 2] if name.endswith(".png") else data) for name, data in members]
+    data = {"train": str(write_tar(folder / "useless.tar", halved)), "max_bad_fraction": 1.0}
+    farnear.train(run_config(folder, "useless", data=data, training={"max_steps": 2, "weight_decay": 0.0}))
+    steps = lines(folder / "useless" / "metrics.jsonl")
+    assert [(step["pairs"], step["quarantined"], step["loss"], step["grad_norm"]) for step in steps] == [
+        (0, 8, 0, 0)
+    ] * 2
+    summary = json.loads((folder / "useless" / "summary.json").read_text())
+    assert summary["loss"] is None and summary["quarantined"] == 8
 
 
 def test_excluded_pairs_are_no_fault(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -248,7 +248,7 @@ def test_busy_servers_are_asked_again(
     assert all(line["response"]["status_code"] == 200 and line["error"] is None for line in lines)
     # Everything is answered, so nothing is sent.
     assert cli.main(words) == 0
-    assert "0 answered, 0 failed" in capsys.readouterr().out
+    assert "6 answered (6 by an earlier run), 0 failed" in capsys.readouterr().out
     assert server.tries.total() == 12
 
 
@@ -275,9 +275,9 @@ def test_a_failed_request_is_named_and_sent_again_by_the_next_run(
     output = capsys.readouterr()
     assert "corpus-000000.tar/p2 failed: HTTP 400 not now" in output.out
     assert "corpus-000000.tar/p3 failed: HTTP 500 not now" in output.out
-    assert "2 requests have no answer" in output.err
+    assert "2 requests without an answer" in output.err
     assert cli.main(words) == 0
-    assert "2 answered, 0 failed" in capsys.readouterr().out
+    assert "6 answered (4 by an earlier run), 0 failed" in capsys.readouterr().out
     assert server.served == Counter({image_bytes(number): 1 for number in range(6)})
 
 
@@ -338,7 +338,7 @@ def test_half_a_last_line_is_cut_off(tmp_path: Path, requests: list[Path], stand
     whole = answers.read_bytes()
     answers.write_bytes(whole[:-30])
     outcomes = list(send_requests(requests, answers, Server(endpoint)))
-    assert [outcome.custom_id for outcome in outcomes] == ["corpus-000000.tar/p5"]
+    assert [one.custom_id for one in outcomes if not one.by_earlier_run] == ["corpus-000000.tar/p5"]
     assert answers.read_bytes() == whole
     assert server.served.total() == 7
 
@@ -361,7 +361,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, requests: list[Path],
     kept = answers.read_bytes().count(b"\n")
     assert 2 <= kept < 6
     outcomes = list(send_requests(requests, answers, Server(endpoint)))
-    assert len(outcomes) == 6 - kept
+    assert [one.by_earlier_run for one in outcomes] == [True] * kept + [False] * (6 - kept)
     assert len({json.loads(line)["custom_id"] for line in answers.read_text().splitlines()}) == 6
 
 
@@ -424,6 +424,27 @@ def test_empty_duplicate_and_copied_queries_are_dropped() -> None:
         "queries: duplicates, written for several pages": 2,
         "queries: copied from the page's text": 3,
     }
+
+
+@pytest.mark.parametrize(
+    ("query", "is_refusal"),
+    [
+        ("I'm sorry, but I can't help with that.", True),
+        ("I\u2019m sorry", True),
+        ("Sorry, I cannot see the image.", True),
+        ("Unfortunately, I am unable to read the page.", True),
+        ("As an AI model I have no eyes", True),
+        ("I cannot provide queries for this page.", True),
+        ("I can't log in: which number do I call?", False),
+        ("What does the company apologise for?", False),
+        ("sorry_state.pdf total", False),
+        ("as an aid to memory", False),
+    ],
+)
+def test_refusals_are_no_queries(query: str, is_refusal: bool) -> None:
+    left_out: Counter[str] = Counter()
+    assert choose({"a": [query]}, {}, left_out) == ({} if is_refusal else {"a": [query]})
+    assert left_out == ({"queries: refusals": 1} if is_refusal else {})
 
 
 def test_words_are_not_parts_of_words() -> None:

@@ -6,6 +6,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +22,8 @@ from farnear.data.remote import (
     read_range,
     remote_facts,
 )
+from farnear.data.shard_cache import ShardCache
+from farnear.data.shard_store import ShardStore
 from farnear.errors import UserError
 
 DATA = random.Random(0).randbytes(700_000)
@@ -196,8 +200,19 @@ def test_a_server_without_ranges_serves_whole_objects(store: ObjectServer) -> No
     store.ranges = False
     facts = remote_facts(url, QUICK)
     assert read_range(url, 0, len(DATA), facts, QUICK) == DATA
-    with pytest.raises(UserError, match=r"sends whole objects only.*let whole shards be cached"):
+    with pytest.raises(UserError, match=r"sends whole objects only.*set data.remote: cache"):
         read_range(url, 5, 9, facts, QUICK)
+
+
+def test_a_server_without_ranges_is_noticed_at_once(store: ObjectServer, tmp_path: Path) -> None:
+    url = store.put("a.tar", DATA)
+    shards = ShardStore(ShardCache(tmp_path), ranged=True)
+    shards = replace(shards, known={url: shards.facts(url)})
+    shards.try_ranges()
+    store.ranges = False
+    replace(shards, ranged=False).try_ranges()
+    with pytest.raises(UserError, match=r"sends whole objects only"):
+        shards.try_ranges()
 
 
 def test_pieces_come_while_the_rest_is_on_its_way(store: ObjectServer) -> None:

@@ -19,6 +19,7 @@ from object_stores import Fault, ObjectServer, object_server, s3_environment, s3
 from farnear.data import shard_cache
 from farnear.data.remote import Patience, RemoteFacts, remote_facts
 from farnear.data.shard_cache import NoLongerWantedError, ShardCache
+from farnear.data.shard_store import OpenShards, ShardFacts, ShardStore
 from farnear.errors import UserError
 
 QUICK = Patience(attempts=3, seconds_first_wait=0.01, seconds_longest_wait=0.02, seconds_stalled=20.0)
@@ -288,6 +289,23 @@ def test_an_open_shard_outlives_its_entry(tmp_path: Path, store: ObjectServer) -
         cache.fetch(*shards[1])
         assert names(tmp_path) == ["part-001.tar"]
         assert os.pread(file.fileno(), SIZE, 0) == shard_bytes(0)
+
+
+def test_a_reader_lets_go_of_what_was_deleted(tmp_path: Path, store: ObjectServer) -> None:
+    """While a file is open, the disk still holds it, and the budget would be kept on paper only."""
+    shards = put_shards(store, 4)
+    reader = OpenShards(ShardStore(ShardCache(tmp_path, byte_budget=2 * SIZE, patience=QUICK)))
+
+    def held() -> list[str]:
+        open_now = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.exists() or path.is_symlink()]
+        return [name for name in open_now if name.startswith(str(tmp_path)) and "part-" in name]
+
+    for number, (url, facts) in enumerate(shards):
+        piece = reader.read(ShardFacts(url, facts.size, facts.etag), 100, 50)
+        assert piece == shard_bytes(number)[100:150]
+        assert len(held()) <= 3 and sum("(deleted)" in name for name in held()) <= 1
+    reader.close()
+    assert held() == []
 
 
 def test_a_shard_larger_than_the_budget(tmp_path: Path, store: ObjectServer) -> None:

@@ -9,6 +9,7 @@ import yaml
 from tar_makers import image_bytes, pair_members, write_pairs, write_tar
 
 from farnear.cli import main
+from farnear.data.run_shards import read_exclusions
 
 REFERENCES = [
     {"query": "a", "pos_id": "p0", "neg_ids": ["p1"]},
@@ -53,6 +54,11 @@ def test_verify_finds_what_breaks_off_and_what_changed_since(
     assert [line.split()[:4:2] for line in lines[2:]] == [["corpus.tar", "changed"], ["corpus.tar", "undecodable"]]
     # k0 and k1 name the first page, k2 the last one.
     assert [line.split()[3] for line in lines[2:]] == ["2", "1"]
+    exclude = tmp_path / "exclude.jsonl"
+    assert main([*words, "--write-exclude", str(exclude)]) == 2
+    told = capsys.readouterr()
+    assert "--write-exclude" not in told.err and f"3 pairs for data.exclude in {exclude}" in told.out
+    assert list(read_exclusions([str(exclude)])) == [(pairs.name, key) for key in ("k0", "k1", "k2")]
 
 
 def test_whole_shards_pass_and_are_scanned_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,7 +45,8 @@ def change_unseen(shard: Path, old: bytes, new: bytes) -> None:
 def test_whole_shards_have_no_faults(tmp_path: Path, processes: int) -> None:
     shards = write_pairs(tmp_path, 9, 3, negatives_of_pair=2)
     corpus = [write_tar(tmp_path / "corpus.tar", CORPUS)]
-    index, faults = verify_shards(set_of(shards, corpus=corpus), tmp_path / "cache", STORE, processes=processes)
+    found = verify_shards(set_of(shards, corpus=corpus), tmp_path / "cache", STORE, processes=processes)
+    index, faults = found.index, found.faults
     assert len(index) == 9 and faults == () and index.faults == ()
 
 
@@ -57,7 +58,8 @@ def test_bytes_that_changed_are_found(tmp_path: Path, processes: int) -> None:
     change_unseen(shards[0], b"query 2", b"query 7")
     change_unseen(shards[2], b"k00007.neg0.png", b"k00007.neg9.png")  # the header's checksum is wrong now
     change_unseen(shards[2], b'{"query": "query 8"}', b'{"query": "query 9"}')
-    index, faults = verify_shards(shard_set, cache, STORE, processes=processes)
+    found = verify_shards(shard_set, cache, STORE, processes=processes)
+    index, faults = found.index, found.faults
     assert told(faults) == [
         ("part-000.tar", "changed", 1),
         ("part-002.tar", "damaged_header", 0),
@@ -82,7 +84,8 @@ def test_images_that_cannot_be_decoded_are_found(tmp_path: Path) -> None:
     pairs = write_tar(tmp_path / "a.tar", members)
     corpus = write_tar(tmp_path / "corpus.tar", [*CORPUS, ("bad.jpg", first), ("large.png", LARGE)])
     shard_set = set_of([pairs], corpus=[corpus], max_image_pixels=64 * 64)
-    index, faults = verify_shards(shard_set, tmp_path / "cache", STORE)
+    found = verify_shards(shard_set, tmp_path / "cache", STORE)
+    index, faults = found.index, found.faults
     assert told(faults) == [
         ("a.tar", "undecodable", 2),
         ("a.tar", "undecodable", 0),  # its pairs are counted already
@@ -99,14 +102,28 @@ def test_a_shard_in_two_uses_is_verified_once(tmp_path: Path) -> None:
     cached_index(shard_set, cache, STORE)
     page = image_bytes(1)
     change_unseen(shard, page, page[:-1] + b"x")
-    _, faults = verify_shards(shard_set, cache, STORE)
+    found = verify_shards(shard_set, cache, STORE)
+    faults = found.faults
     assert told(faults) == [("part-000.tar", "changed", 1)]
+    assert found.lost == (1,)
+
+
+def test_what_only_excluded_pairs_use_is_left_alone(tmp_path: Path) -> None:
+    shards, cache = write_pairs(tmp_path, 9, 3), tmp_path / "cache"
+    cached_index(set_of(shards), cache, STORE)
+    change_unseen(shards[0], b"query 2", b"query 7")
+    found = verify_shards(set_of(shards), cache, STORE)
+    (lost,) = found.lost
+    bad = (found.index.shard_name(int(found.index.pair_shard_N[lost])), found.index.pair_key[lost])
+    assert bad == ("part-000.tar", "k00002")
+    assert verify_shards(set_of(shards, exclude=(bad,)), cache, STORE).faults == ()
 
 
 def test_known_damage_is_not_told_twice(tmp_path: Path) -> None:
     shards = write_pairs(tmp_path, 6, 2)
     shards[1].write_bytes(shards[1].read_bytes()[: 4 * 1024 + 100])
-    index, faults = verify_shards(set_of(shards), tmp_path / "cache", STORE)
+    found = verify_shards(set_of(shards), tmp_path / "cache", STORE)
+    index, faults = found.index, found.faults
     assert faults == () and len(index.faults) == 2
 
 
@@ -160,11 +177,18 @@ def test_a_summary_of_sizes(tmp_path: Path) -> None:
     assert line(text, "corpus") == "image 100" and line(text, "negatives a pair") == "1"
 
 
+def test_control_characters_do_not_reach_the_terminal(tmp_path: Path) -> None:
+    members = [*pair_members("a\x1b[2J", "up\x1b[A \u202egnp", 1), ("b\x07.cls", b"1"), ("c\x1b.png", image_bytes(3))]
+    text = summary([write_tar(tmp_path / "a.tar", members)])
+    assert not set(text) & set("\x1b\x07\u202e")
+    assert r"pair a.tar/a\x1b[2J" in text and r"up\x1b[A \u202egnp" in text and r"such as a.tar/b\x07.cls" in text
+
+
 def test_a_summary_of_what_is_left_out(tmp_path: Path) -> None:
     members = [*pair_members("a", "q", 1), *pair_members("b", "q", 2), ("b.cls", b"1"), ("c.png", image_bytes(3))]
     text = summary([write_tar(tmp_path / "a.tar", members)], exclude=[("a.tar", "b")])
     assert line(text, "left out") == "1 pair by data.exclude"
-    assert line(text, "ignored members") == "1, such as a.tar/b.cls"
+    assert line(text, "ignored members") == "1 member such as a.tar/b.cls"
     assert line(text, "faults") == "1, which cost at least 1 pair"
     assert "'c' has no query" in text
     assert summary_text(index_of([tmp_path / "a.tar"]), STORE, first_pairs=0).count("pair a.tar") == 0

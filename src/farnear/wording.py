@@ -1,6 +1,28 @@
-"""Numbers in the sentences that people read."""
+"""Numbers and foreign texts in the sentences that people read."""
+
+import re
+from collections.abc import Sequence
+
+# Control characters could move a terminal's cursor and hide what stands there, marks of direction turn text around.
+_UNPRINTABLE = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u202a-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
 
 
 def counted(number: int, one: str, several: str | None = None) -> str:
     """``1 pair``, ``1,024 pairs``; ``several`` is for words that take more than an s."""
     return f"{number:,} {one if number == 1 else several or one + 's'}"
+
+
+def spans(numbers: Sequence[int]) -> str:
+    """Ascending numbers in few words: ``1, 3-5, 9``."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and parts[-1][-1] == number - 1:
+            parts[-1] = [parts[-1][0], number]
+        else:
+            parts.append([number])
+    return ", ".join("-".join(map(str, part)) for part in parts)
+
+
+def printable(text: str) -> str:
+    """A line from a shard, with control characters spelled as Python does."""
+    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)

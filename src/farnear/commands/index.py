@@ -5,6 +5,7 @@ finds what they have scanned.
 """
 
 import argparse
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,7 +41,7 @@ def add_index(sources: "argparse._SubParsersAction[Parser]") -> None:
         "the first pairs.",
         epilog="example:\n  farnear shards inspect 'pairs-*.tar' --corpus 'pages-*.tar'",
     )
-    _add(
+    verify = _add(
         sources,
         "verify",
         _verify,
@@ -48,6 +49,9 @@ def add_index(sources: "argparse._SubParsersAction[Parser]") -> None:
         description="Compare every member with what was indexed and decode every image. Prints a table of faults, and "
         "exits with 2 if there is any.",
         epilog="example:\n  farnear shards verify 'pairs-*.tar'",
+    )
+    verify.add_argument(
+        "--write-exclude", metavar="FILE", type=Path, help="write the pairs that cannot be used, for data.exclude"
     )
 
 
@@ -59,7 +63,7 @@ def _add(
     help: str,
     description: str,
     epilog: str,
-) -> None:
+) -> Parser:
     parser = sources.add_parser(name, help=help, description=description, epilog=epilog)
     parser.add_argument("shards", metavar="SHARDS", nargs="*", help="of pairs: paths, URLs, globs; or one RUN.yaml")
     parser.add_argument(
@@ -68,11 +72,13 @@ def _add(
     parser.add_argument("--cache-dir", help="in place of $FARNEAR_CACHE or ~/.cache/farnear")
     parser.add_argument("--processes", type=positive, help="that read at once (default: as many as pay)")
     parser.set_defaults(command=command)
+    return parser
 
 
 def _index(arguments: argparse.Namespace) -> int:
     from farnear.data.faults import fault_table, pairs_lost
     from farnear.data.index_cache import cached_index
+    from farnear.data.summary import ignored_members
 
     for name, shard_set, cache, store in _shard_sets(arguments):
         index = cached_index(shard_set, cache, store, processes=arguments.processes)
@@ -80,7 +86,7 @@ def _index(arguments: argparse.Namespace) -> int:
         print(
             f"{name}: {len(index):,} pairs{documents} in {counted(len(index.shards), 'shard')}, "
             f"{counted(len(index.faults), 'fault')}, at least {counted(pairs_lost(index.faults), 'pair')} lost, "
-            f"{counted(index.ignored_members, 'member')} ignored"
+            f"{ignored_members(index)} ignored"
         )
         if index.faults:
             print(fault_table(index.faults))
@@ -101,12 +107,18 @@ def _inspect(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     from farnear.data.faults import fault_table, pairs_lost
     from farnear.data.verify import verify_shards
+    from farnear.files import replace_text
 
     faults: list[Fault] = []
+    exclusions: list[str] = []
     for name, shard_set, cache, store in _shard_sets(arguments):
-        index, found = verify_shards(shard_set, cache, store, processes=arguments.processes)
-        of_set = [*index.faults, *found]
+        found = verify_shards(shard_set, cache, store, processes=arguments.processes)
+        index = found.index
+        of_set = [*index.faults, *found.faults]
         faults += of_set
+        for pair in found.lost:
+            shard = index.shard_name(int(index.pair_shard_N[pair]))
+            exclusions.append(json.dumps({"shard": shard, "key": index.pair_key[pair]}) + "\n")
         size = int(index.shard_size_S.sum()) / 1e6
         print(
             f"{name}: {counted(len(index.shards), 'shard')}, {size:,.1f} MB, {counted(len(index), 'pair')}, "
@@ -115,10 +127,15 @@ def _verify(arguments: argparse.Namespace) -> int:
         )
         if of_set:
             print(fault_table(of_set), flush=True)
+    if arguments.write_exclude:
+        replace_text(arguments.write_exclude, "".join(exclusions))
+        print(f"{counted(len(exclusions), 'pair')} for data.exclude in {arguments.write_exclude}")
     if faults:
+        # What indexing found is left out by every run; the pairs of what was found now have to be named to it.
+        how = "" if arguments.write_exclude or not exclusions else " (--write-exclude FILE names them)"
         raise UserError(
             f"{counted(len(faults), 'fault')} cost at least {counted(pairs_lost(faults), 'pair')}; write or copy the "
-            "shards again, or leave the pairs out with data.exclude"
+            f"shards again, or leave the pairs out with data.exclude{how}"
         )
     return 0
 

@@ -5,12 +5,12 @@ Like all commands they exit 0 only when they have done what they say; see `farne
 
 import argparse
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from farnear.command_line import Parser, positive, size
 from farnear.errors import UserError
+from farnear.wording import counted
 
 if TYPE_CHECKING:
     from farnear.ingest.shards import ImportReport
@@ -239,12 +239,13 @@ def tell_import(report: "ImportReport") -> int:
         "eval": report.eval_shards,
         "eval_corpus": report.eval_corpus,
     }
-    amounts = {"train": f"{report.train_pairs} pairs", "eval": f"{report.eval_pairs} pairs"}
-    for side, amount in amounts.items():
+    amounts = {"train": report.train_pairs, "eval": report.eval_pairs}
+    for side, pairs in amounts.items():
         if shards[side]:
-            print(f"{side}: {amount} in {counted(shards[side])}")
+            print(f"{side}: {counted(pairs, 'pair')} in {counted(len(shards[side]), 'shard')}")
     if report.corpus_pages:
-        print(f"corpus: {report.corpus_pages} pages in {counted((*report.train_corpus, *report.eval_corpus))}")
+        of_corpus = len(report.train_corpus) + len(report.eval_corpus)
+        print(f"corpus: {counted(report.corpus_pages, 'page')} in {counted(of_corpus, 'shard')}")
     for note in report.notes:
         print(note)
     for reason in report.skipped:
@@ -253,10 +254,6 @@ def tell_import(report: "ImportReport") -> int:
     print("\nfor the run file:\n")
     print(yaml.safe_dump({"data": patterns}, sort_keys=False), end="")
     return 0
-
-
-def counted(shards: Sequence[Path]) -> str:
-    return f"{len(shards)} shard{'' if len(shards) == 1 else 's'}"
 
 
 def _pattern(shard: Path) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from farnear.command_line import Parser, positive
 from farnear.commands.ingest import add_eval_fraction, add_out, tell_import
 from farnear.errors import RunStoppedError, UserError
+from farnear.wording import counted
 
 ANSWERS_PER_LINE = 100  # of output
 
@@ -79,7 +80,7 @@ def _queries_export(arguments: argparse.Namespace) -> int:
         response_format=arguments.response_format,
         extra_body=arguments.extra_body,
     )
-    print(f"{requests} requests in {len(files)} file{'' if len(files) == 1 else 's'}:")
+    print(f"{counted(requests, 'request')} in {counted(len(files), 'file')}:")
     for path in files:
         print(path)
     return 0
@@ -119,19 +120,22 @@ def _queries_run(arguments: argparse.Namespace) -> int:
                 f"the environment variable {arguments.api_key_env} is empty, so there is no key to send; export it"
             )
     server = Server(arguments.endpoint, key, attempts=arguments.attempts, timeout=arguments.timeout)
-    answered, failures = 0, 0
+    answered, answered_before, failures = 0, 0, 0
     for outcome in send_requests(arguments.files, arguments.answers, server, concurrency=arguments.concurrency):
-        if outcome.failure is None:
+        if outcome.by_earlier_run:
+            answered_before += 1
+        elif outcome.failure is None:
             answered += 1
             if answered % ANSWERS_PER_LINE == 0:
                 print(f"{answered} answered", flush=True)
         else:
             failures += 1
             print(f"{outcome.custom_id} failed: {outcome.failure}", flush=True)
-    print(f"{answered} answered, {failures} failed, in {arguments.answers}")
+    before = f" ({answered_before} by an earlier run)" if answered_before else ""
+    print(f"{answered + answered_before} answered{before}, {failures} failed, in {arguments.answers}")
     if failures:
         raise RunStoppedError(
-            f"{failures} requests have no answer; their reasons stand above; run again to send these once more"
+            f"{counted(failures, 'request')} without an answer; the reasons stand above; run again to send once more"
         )
     return 0
 

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from farnear.wording import printable
+
 KINDS = {
     "empty": "an empty file",
     "compressed": "a compressed archive, whose members have no place to be read from",
@@ -58,7 +60,7 @@ def fault_table(faults: Sequence[Fault]) -> str:
         lines.append(
             f"{name:<{shard_width}}  {fault.offset:>12}  {fault.kind:<{kind_width}}  {lost:>10}  {fault.detail}"
         )
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def pairs_lost(faults: Iterable[Fault]) -> int:

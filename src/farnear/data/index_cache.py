@@ -30,6 +30,7 @@ from farnear.data.shard_jobs import run_jobs
 from farnear.data.shard_store import ShardFacts, ShardStore
 from farnear.errors import UserError
 from farnear.files import locked
+from farnear.wording import counted
 
 SCAN_FORMAT = "farnear scan 3"
 INDEX_FILE = "index.arrow"
@@ -127,10 +128,19 @@ def refuse_useless(scans: dict[ScanKey, ShardScan]) -> None:
             fault = scan.faults[0]
             raise UserError(
                 f"shard {shard} holds nothing that can be used: at byte {fault.offset} {fault.detail}"
-                + (f" (and {len(scan.faults) - 1} faults more)" if len(scan.faults) > 1 else "")
+                + (f" (and {counted(len(scan.faults) - 1, 'fault')} more)" if len(scan.faults) > 1 else "")
+                + (
+                    ""
+                    if is_corpus
+                    else "; a shard of pages without queries is a corpus shard (data.train_corpus, --corpus)"
+                )
             )
         wanted = "KEY.png or another document" if is_corpus else "KEY.json or KEY.query.txt with KEY.png, .jpg or .webp"
-        raise UserError(f"shard {shard} holds no {'page' if is_corpus else 'pair'}; its members must be named {wanted}")
+        ignored = f" (ignored: {', '.join(scan.ignored_examples)})" if scan.ignored_examples else ""
+        raise UserError(
+            f"shard {shard} holds no {'page' if is_corpus else 'pair'}; its members must be named {wanted}, with a KEY "
+            f"that holds no dot{ignored}"
+        )
 
 
 def scan_shards(

@@ -103,7 +103,7 @@ class _Draft:
     pair_key: ArrowStrings
     pair_shard_N: Int32
     source_N: Int32
-    sources: int
+    pages_K: list["_PagesByKey"]
     query_N: Int64
     query_hash_N: Int64
     positives: RowLists
@@ -136,7 +136,7 @@ class _Draft:
             pair_key=strings_of(scans, "pair_key"),
             pair_shard_N=np.repeat(np.array([joined.number_of(scan) for scan in scans], np.int32), pairs_S),
             source_N=np.repeat(np.array(source_S, np.int32), pairs_S),
-            sources=len(sources),
+            pages_K=pages_K,
             query_N=joined_numbers(query),
             query_hash_N=joined_numbers([np.asarray(scan.columns["query_hash"]) for scan in scans]),
             positives=lists["positive"],
@@ -148,7 +148,7 @@ class _Draft:
         return draft
 
     def _refuse_shared_keys(self) -> None:
-        for source in range(self.sources):
+        for source in range(len(self.pages_K)):
             rows = np.flatnonzero(self.source_N == source)
             keys = self.pair_key.take(rows).column
             counts = pc.value_counts(keys)
@@ -201,13 +201,27 @@ class _Draft:
         self.use_N &= ~lost_N
         for number in np.unique(self.pair_shard_N[missing_N > 0]):
             pairs = np.flatnonzero((missing_N > 0) & (self.pair_shard_N == number))
+            page, corpus_is_named = self._missing_page_of(int(pairs[0]))
             detail = (
-                f"{len(pairs)} pairs name {missing_N[pairs].sum()} pages that stand in no corpus shard, "
+                f"{len(pairs)} pairs name {missing_N[pairs].sum()} pages that stand in no corpus shard, {page!r} of "
                 f"{self.pair_key[int(pairs[0])]!r} the first; missing negatives are left out, pairs without a positive "
-                "are lost"
+                "are lost" + ("" if corpus_is_named else ": name the corpus shards (data.train_corpus, --corpus)")
             )
             shard = self.joined.scans[number].shard
             self.faults.append(Fault(shard, 0, "missing_page", detail, int(lost_N[pairs].sum())))
+
+    def _missing_page_of(self, pair: int) -> tuple[str, bool]:
+        """The first page that a pair names and that is not there, and whether there are corpus shards at all."""
+        number = self.pair_shard_N[pair]
+        scan, pages = self.joined.scans[number], self.pages_K[self.source_N[pair]]
+        pair_of_shard = pair - int(np.argmax(self.pair_shard_N == number))
+        missing = []
+        for which in ("positive", "negative"):
+            start = starts_of(np.asarray(scan.columns[f"pair_{which}s"]))
+            own = slice(*start[[pair_of_shard, pair_of_shard + 1]])
+            keys, named = text_column(scan.columns[f"{which}_key"])[own], np.asarray(scan.columns[which])[own] < 0
+            missing += [keys[place] for place in np.flatnonzero(named)[pages.rows_of(keys, named) < 0].tolist()]
+        return missing[0], pages.row.size > 0
 
     def leave_out(self, exclude: Iterable[tuple[str, str]]) -> int:
         wanted = dict.fromkeys(exclude)
@@ -242,7 +256,7 @@ class _Draft:
             "corpus_C": self.corpus_C,
             "pair_key": self.pair_key.take(use),
             "pair_shard_N": self.pair_shard_N[use],
-            "source_start_K1": np.searchsorted(self.source_N[use], np.arange(self.sources + 1)).astype(np.int64),
+            "source_start_K1": np.searchsorted(self.source_N[use], np.arange(len(self.pages_K) + 1)).astype(np.int64),
             "query_N": self.query_N[use],
             "query_hash_N": query_hash_N,
             "by_query_hash_N": np.argsort(query_hash_N, kind="stable").astype(np.int64, copy=False),

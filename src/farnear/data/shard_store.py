@@ -60,6 +60,18 @@ class ShardStore:
             ) from None
         return ShardFacts(shard, status.st_size, "", status.st_mtime_ns)
 
+    def try_ranges(self) -> None:
+        """Read a byte from each server of the known shards, if pairs are to be read one by one.
+
+        Raises ``UserError`` for a server that sends whole objects only: the first batch would be too late to say so.
+        """
+        shard_of_server = (
+            {shard.split("/")[2]: shard for shard in self.known if is_remote(shard)} if self.ranged else {}
+        )
+        for shard in shard_of_server.values():
+            facts = self.known[shard]
+            read_range(shard, 0, min(1, facts.size), RemoteFacts(facts.size, facts.etag))
+
     def open(self, shard: str, facts: ShardFacts) -> io.FileIO:
         """The whole shard as a file. Raises OSError, and ``UserError`` where it is another one than ``facts`` says."""
         if is_remote(shard):

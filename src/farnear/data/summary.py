@@ -13,7 +13,7 @@ from farnear.data.index import Index, modality_name
 from farnear.data.read import BadInputError, InputReader
 from farnear.data.sample import IMAGE
 from farnear.data.shard_store import ShardStore
-from farnear.wording import counted
+from farnear.wording import counted, printable
 
 Numbers = npt.NDArray[Any]
 
@@ -42,7 +42,7 @@ def summary_text(index: Index, store: ShardStore, *, first_pairs: int = 3, fault
             "left out",
             f"{counted(index.excluded, 'pair')} by data.exclude" if index.excluded else "nothing by data.exclude",
         ),
-        ("ignored members", _ignored(index)),
+        ("ignored members", ignored_members(index) if index.ignored_members else "none"),
         ("faults", _faults(index)),
     ]
     width = max(len(name) for name, _ in lines)
@@ -51,7 +51,7 @@ def summary_text(index: Index, store: ShardStore, *, first_pairs: int = 3, fault
         text += ["", fault_table(index.faults[:faults_shown])]
         if len(index.faults) > faults_shown:
             text.append(f"and {len(index.faults) - faults_shown:,} more")
-    return "\n".join([*text, *_first_pairs(index, store, first_pairs)])
+    return "\n".join([*text, *map(printable, _first_pairs(index, store, first_pairs))])
 
 
 def _pairs(index: Index) -> str:
@@ -110,11 +110,10 @@ def _repeated(hashes: Numbers, how: str, of_what: str) -> str:
     return f"{len(repeated):,} {how} ({repeated.sum():,} {of_what})" if len(repeated) else "none"
 
 
-def _ignored(index: Index) -> str:
-    if not index.ignored_members:
-        return "none"
-    examples = ", ".join(index.ignored_examples)
-    return f"{index.ignored_members:,}, such as {examples}"
+def ignored_members(index: Index) -> str:
+    """How many there are, with a few of their names: a key with a dot in it makes all members of a sample ignored."""
+    examples = f" such as {printable(', '.join(index.ignored_examples))}" if index.ignored_examples else ""
+    return f"{counted(index.ignored_members, 'member')}{examples}"
 
 
 def _faults(index: Index) -> str:

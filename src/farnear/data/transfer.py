@@ -137,7 +137,7 @@ def _stream_http(url: str, start: int, stop: int, facts: RemoteFacts, seconds_st
             if whole and (start, stop) != (0, facts.size):
                 raise UserError(
                     f"the server of {shown(url)} sends whole objects only, so its pairs cannot be read one by one; "
-                    f"let whole shards be cached, or use a server that answers range requests"
+                    f"set data.remote: cache, or use a server that answers range requests"
                 )
             told = headers.get("Content-Length") if whole else _total(headers.get("Content-Range", ""))
             _compare(facts, told, (headers.get("ETag"), headers.get("Last-Modified")))

@@ -8,6 +8,7 @@ looks before, in several processes, and takes as long as reading and decoding al
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from io import BufferedReader
 from pathlib import Path
@@ -27,42 +28,54 @@ from farnear.data.tarwalk import Break, NotATarError, walk_members
 from farnear.errors import UserError
 
 
-def verify_shards(
-    shard_set: ShardSet, cache: Path, store: ShardStore, *, processes: int | None = None
-) -> tuple[Index, tuple[Fault, ...]]:
-    """The index of ``shard_set``, and what is wrong beside the faults that it has: bytes that changed, images that
-    cannot be decoded, damage to the archives themselves since they were indexed.
+@dataclass(frozen=True)
+class Verified:
+    """``faults`` that were found beside those of the index, and the rows of the ``lost`` pairs that they cost."""
 
-    A pair is counted as lost by the first part of it that is bad, be it of a hard negative. Images above
-    ``max_image_pixels`` are not decoded. Errors as ``cached_index``, and as ``run_jobs``.
+    index: Index
+    faults: tuple[Fault, ...]
+    lost: tuple[int, ...]
+
+
+def verify_shards(shard_set: ShardSet, cache: Path, store: ShardStore, *, processes: int | None = None) -> Verified:
+    """Read what the index of ``shard_set`` refers to, and look for what is wrong beside the faults that it has: bytes
+    that changed, images that cannot be decoded, damage to the archives themselves since they were indexed.
+
+    A pair is counted as lost by the first part of it that is bad, be it of a hard negative. What belongs to left out
+    pairs only is not looked at. Errors as ``cached_index``, and as ``run_jobs``.
     """
     index = cached_index(shard_set, cache, store, processes=processes)
     numbers_of_shard: dict[str, list[int]] = defaultdict(list)
     for number, shard in enumerate(index.shards):
         numbers_of_shard[shard].append(number)  # twice where it is a shard of pairs and of documents
     jobs = [(tuple(numbers), int(index.shard_size_S[numbers[0]])) for numbers in numbers_of_shard.values()]
-    check = partial(_verify_shard, index=index, store=store, max_image_pixels=shard_set.max_image_pixels)
+    check = partial(_verify_shard, index=index, store=store)
     bad = [one for _, found in run_jobs(check, jobs, "verifying shards", processes) for one in found]
-    return index, tuple(_with_lost_pairs(index, sorted(bad, key=lambda one: (one[0].shard, one[0].offset))))
+    faults, lost = _with_lost_pairs(index, sorted(bad, key=lambda one: (one[0].shard, one[0].offset)))
+    return Verified(index, faults, lost)
 
 
 _Bad = tuple[Fault, list[int]]
 """A fault, and the part rows that it is about."""
 
 
-def _verify_shard(numbers: Sequence[int], index: Index, store: ShardStore, max_image_pixels: int) -> list[_Bad]:
+def _verify_shard(numbers: Sequence[int], index: Index, store: ShardStore) -> list[_Bad]:
     number = numbers[0]
     shard = index.shards[number]
     facts = ShardFacts(shard, int(index.shard_size_S[number]), index.etags[number])
     rows_of_place: dict[int, list[int]] = defaultdict(list)
-    for row in np.flatnonzero(np.isin(index.part_shard_M, numbers)).tolist():
+    is_used_I = np.zeros(len(index.input_hash_I), np.bool_)
+    for rows_of_inputs in (index.query_N, index.positives, index.negatives, index.corpus_C):
+        is_used_I[rows_of_inputs] = True
+    is_used_M = np.repeat(is_used_I, np.diff(index.part_start_I1))
+    for row in np.flatnonzero(np.isin(index.part_shard_M, numbers) & is_used_M).tolist():
         rows_of_place[int(index.part_offset_M[row])].append(row)
     bad: list[_Bad] = []
     try:
         with BufferedReader(store.open(shard, facts), buffer_size=1 << 20) as file:
             for offset, rows in sorted(rows_of_place.items()):
                 size = int(index.part_size_M[rows[0]])
-                if wrong := _wrong_with(os.pread(file.fileno(), size, offset), index, rows[0], max_image_pixels):
+                if wrong := _wrong_with(os.pread(file.fileno(), size, offset), index, rows[0]):
                     bad.append((Fault(shard, offset, *wrong, 0), rows))
             known = {(fault.shard, fault.offset, fault.kind) for fault in index.faults}
             for one in _breaks(file):
@@ -75,12 +88,11 @@ def _verify_shard(numbers: Sequence[int], index: Index, store: ShardStore, max_i
     return bad
 
 
-def _wrong_with(data: bytes, index: Index, part: int, max_image_pixels: int) -> tuple[str, str] | None:
+def _wrong_with(data: bytes, index: Index, part: int) -> tuple[str, str] | None:
     name = index.part_name[part]
     if hash_bytes(data) != index.part_hash_M[part]:
         return "changed", f"{name!r} has other bytes than when it was indexed"
-    pixels = int(index.part_width_M[part]) * int(index.part_height_M[part])
-    if index.part_kind_M[part] == IMAGE and pixels <= max_image_pixels:
+    if index.part_kind_M[part] == IMAGE:
         try:
             decode_image(data)
         except MemoryError:
@@ -98,18 +110,21 @@ def _breaks(file: BinaryIO) -> Iterator[Break]:
         yield Break(0, error.kind, str(error))
 
 
-def _with_lost_pairs(index: Index, bad: Sequence[_Bad]) -> Iterator[Fault]:
+def _with_lost_pairs(index: Index, bad: Sequence[_Bad]) -> tuple[tuple[Fault, ...], tuple[int, ...]]:
+    """The faults with the number of pairs that each costs, and these pairs."""
     input_M = np.repeat(np.arange(len(index.input_hash_I)), np.diff(index.part_start_I1))
     row_of_use, pair_of_use = _uses(index)
     order = np.argsort(row_of_use, kind="stable")
+    faults: list[Fault] = []
     lost: set[int] = set()
     for fault, parts in bad:
         pairs: set[int] = set()
         for row in np.unique(input_M[parts]).tolist() if parts else ():
             first, last = np.searchsorted(row_of_use, [row, row + 1], sorter=order)
             pairs.update(pair_of_use[order[first:last]].tolist())
-        yield Fault(fault.shard, fault.offset, fault.kind, fault.detail, len(pairs - lost))
+        faults.append(replace(fault, pairs_lost=len(pairs - lost)))
         lost |= pairs
+    return tuple(faults), tuple(sorted(lost))
 
 
 def _uses(index: Index) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

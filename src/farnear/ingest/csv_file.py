@@ -22,6 +22,7 @@ from farnear.ingest.shards import ImportReport, Pair, import_pairs, key_for
 from farnear.ingest.split import Record
 
 COLUMNS = ("query", "image", "document")
+_SEPARATORS = {",": "a comma", ";": "a semicolon", "\t": "a tab"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def import_csv(
     """Write the pairs of a CSV as shards.
 
     Args:
-        source: UTF-8, comma-separated, with the columns `query`, `image` and perhaps `document` and `negative_0` ...
+        source: UTF-8, with the columns `query`, `image` and perhaps `document` and `negative_0` ...
         out: the folder for `train-*.tar` and `eval-*.tar`.
         eval_fraction: share of the pairs to keep for evaluation; 0 for none.
         seed: settles the split.
@@ -83,7 +84,7 @@ def import_csv(
 
 
 def read_rows(source: Path, required: Sequence[str]) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """Read a CSV in UTF-8.
+    """Read a CSV in UTF-8, separated by commas, or by semicolons or tabs if its first line is.
 
     Args:
         required: names that must each head one column; others may be there too.
@@ -99,7 +100,11 @@ def read_rows(source: Path, required: Sequence[str]) -> tuple[list[str], list[tu
         raise UserError(f"{source} is not a file, so there is nothing to import; check the path")
     try:
         with source.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream, skipinitialspace=True)
+            # Spreadsheets write semicolons where a comma is the decimal point.
+            header = stream.readline()
+            delimiter = max(_SEPARATORS, key=header.count)
+            stream.seek(0)
+            reader = csv.DictReader(stream, skipinitialspace=True, delimiter=delimiter)
             columns = [name.strip() for name in reader.fieldnames or ()]
             reader.fieldnames = columns
             rows = [(reader.line_num, row) for row in reader]
@@ -115,7 +120,7 @@ def read_rows(source: Path, required: Sequence[str]) -> tuple[list[str], list[tu
         if None in row:
             raise UserError(
                 f"{source} line {line} has more fields than the header's {len(columns)}, so they cannot be told "
-                "apart; put double quotes around texts that hold a comma"
+                f"apart; put double quotes around texts that hold {_SEPARATORS[delimiter]}"
             )
     return columns, [(line, {name: (text or "").strip() for name, text in row.items()}) for line, row in rows]
 

@@ -28,6 +28,7 @@ from farnear.ingest.shards import (
     refuse_existing_shards,
     write_prefixes,
 )
+from farnear.wording import counted
 
 BUILDER_OF_SUFFIX = {
     ".parquet": "parquet",
@@ -152,7 +153,9 @@ def import_table(
         else:
             samples[prefix] = _not_empty(prefix, _pairs(reader, prefix, rows), reader)
     shards = write_prefixes(samples, out, pairs_per_shard=pairs_per_shard)
-    converted = [f"{count} pages from {kind} converted to PNG" for kind, count in sorted(reader.converted.items())]
+    converted = [
+        f"{counted(count, 'page')} from {kind} converted to PNG" for kind, count in sorted(reader.converted.items())
+    ]
     is_eval = name == EVAL
     return ImportReport(
         () if is_eval else tuple(shards[name]),

@@ -29,6 +29,7 @@ _PNG_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
 _FETCH_ATTEMPTS = 4
 _FETCH_TIMEOUT_SECONDS = 30.0
 _FIRST_WAIT_SECONDS = 0.5
+_PLACE_SHOWN = 100  # characters
 _PASSING_STATUS = (408, 425, 429, 500, 502, 503, 504)  # what a server says when another try may do
 
 
@@ -153,9 +154,21 @@ def _bytes_at(place: str, folder: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        raise BadPageError(f"which names {place!r}, but there is no file {path}") from None
+        raise BadPageError(
+            f"which names {_shortened(place)}, but there is no such file in {folder}{_hint(place)}"
+        ) from None
     except OSError as error:
-        raise BadPageError(f"which names {path}, which cannot be read ({error.strerror or error})") from error
+        reason = f"{error.strerror or error}{_hint(place)}"
+        raise BadPageError(f"which names {_shortened(place)}, which cannot be read ({reason})") from error
+
+
+def _shortened(place: str) -> str:
+    return repr(place if len(place) <= _PLACE_SHOWN else f"{place[:_PLACE_SHOWN]}...")
+
+
+def _hint(place: str) -> str:
+    is_path = Path(place).suffix.lower().lstrip(".") in IMAGE_EXTENSIONS
+    return "" if is_path else "; if the column holds texts and not paths, say --texts"
 
 
 def _fetched(address: str) -> bytes:

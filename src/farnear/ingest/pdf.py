@@ -35,6 +35,7 @@ from farnear.ingest.shards import (
     write_shards,
 )
 from farnear.ingest.split import Record
+from farnear.wording import counted, spans
 
 if TYPE_CHECKING:
     import pypdfium2
@@ -156,13 +157,14 @@ def _queries(queries: str | Path, contents: Mapping[str, Contents], min_words: i
 
 
 def _skipped(queries: str | Path, contents: Mapping[str, Contents], found: Queries, min_words: int) -> list[str]:
-    """Each page without a line; with other queries, where few pages have one, how many of each PDF have none."""
+    """Of each PDF the pages without a line; with other queries, where few pages have one, how many have none."""
     missing = {name: [p for p in range(pdf.pages) if (name, p) not in found] for name, pdf in contents.items()}
     if queries == TEXT:
         return [
-            f"{name} page {page + 1}: no line of prose, {min_words} words or more, that only this page has"
+            f"{counted(len(pages), 'page')} of {name}: no line of prose, {min_words} words or more, that no other page "
+            f"has (page{'s' * (len(pages) > 1)} {spans([page + 1 for page in pages])})"
             for name, pages in missing.items()
-            for page in pages
+            if pages
         ]
     reason = f"no row of {queries} names them"
     if queries == OUTLINE:

@@ -3,9 +3,11 @@
 An answer is asked to be JSON, and often is JSON in a fence, after some words, or a plain list with a query a line. All
 of these are read. What starts like JSON and is none was cut off; nothing is made up from it.
 
-Three kinds of query are worse than none and are dropped:
+Four kinds of query are worse than none and are dropped:
 
 - empty ones;
+- refusals: "I'm sorry, I can't help with that." is no query (the usual English ones are known; one in other words that
+  comes with several pages is a duplicate);
 - duplicates, compared by their words alone. Of several on one page one is kept. One that was written for two pages is
   dropped from both: it does not tell them apart, and as a training pair it would call a right page wrong;
 - copied ones, whose words stand in a row on the page: they can be found by matching strings, which is not what a model
@@ -34,6 +36,13 @@ _FENCE = re.compile(r"```[a-zA-Z]*\s*\n(.*?)```", re.DOTALL)
 _THOUGHTS = re.compile(r"<think>.*?</think>", re.DOTALL)
 _BULLET = re.compile(r"^(?:[-*\u2022]\s+|\(?\d{1,3}[.):]\s+)")
 _QUOTES = {'"': '"', "'": "'", "\u201c": "\u201d", "\u2018": "\u2019", "\u00ab": "\u00bb", "\u201e": "\u201c"}
+_REFUSAL = re.compile(
+    r"\W*(unfortunately\W+)?((i am |i'm )?(very |so |really )?sorry\b|i apologi[sz]e\b|as an ai\b"
+    r"|i( am|'m) (unable|not able) to\b"
+    r"|i (cannot|can't|can not|won't|will not) "
+    r"(assist|help|comply|fulfil|fulfill|provide|generate|create|write|see|view|read|process|identify|extract)\b)",
+    re.IGNORECASE,
+)
 # Chinese and Japanese put no spaces between words: there each character counts as a word.
 _WORD = re.compile("[\u3040-\u30ff\u3400-\u9fff]|[^\\W\u3040-\u30ff\u3400-\u9fff]+")
 
@@ -119,6 +128,8 @@ def choose(
             words = words_of(query)
             if not words:
                 left_out["queries: empty"] += 1
+            elif _REFUSAL.match(query.replace("\u2019", "'")):
+                left_out["queries: refusals"] += 1
             elif len(pages_with_query[words]) > 1:
                 left_out["queries: duplicates, written for several pages"] += 1
             elif words in seen:

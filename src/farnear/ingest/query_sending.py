@@ -50,10 +50,11 @@ class Server:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one request: `failure` is None when it was answered."""
+    """What became of one request: `failure` is None when it was answered, now or by an earlier run."""
 
     custom_id: str
     failure: str | None
+    by_earlier_run: bool = False
 
 
 class _FailedError(Exception):
@@ -77,7 +78,8 @@ def send_requests(files: Sequence[Path], answers: Path, server: Server, *, concu
         answers: made when it is not there.
 
     Yields:
-        Outcomes as they come. The file holds an answer before its outcome is yielded.
+        Outcomes as they come, also of requests that were answered before. The file holds an answer before its outcome
+        is yielded.
 
     Raises:
         UserError: a file cannot be read, another run writes to the same answers, or the server cannot be reached or
@@ -92,7 +94,10 @@ def send_requests(files: Sequence[Path], answers: Path, server: Server, *, concu
         under_way: dict[Future[dict[str, Any]], str] = {}
         with ThreadPoolExecutor(concurrency) as executor:
             try:
-                for request in _waiting(files, answered):
+                for request in _requests(files):
+                    if request["custom_id"] in answered:
+                        yield Outcome(request["custom_id"], None, by_earlier_run=True)
+                        continue
                     under_way[executor.submit(_ask, request, server, stop)] = request["custom_id"]
                     if len(under_way) == concurrency:
                         yield from _collected(under_way, log)
@@ -144,7 +149,7 @@ def _claim(log: BinaryIO, path: Path) -> set[str]:
     return {line["custom_id"] for line in read_lines(path, data[:whole]) if is_answer(line)}
 
 
-def _waiting(files: Sequence[Path], answered: set[str]) -> Iterator[dict[str, Any]]:
+def _requests(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
     seen: set[str] = set()
     for path in files:
         try:
@@ -160,8 +165,7 @@ def _waiting(files: Sequence[Path], answered: set[str]) -> Iterator[dict[str, An
                     if name in seen:
                         raise UserError(f"{path}: {name} is asked twice in these files; name each file once")
                     seen.add(name)
-                    if name not in answered:
-                        yield request
+                    yield request
 
 
 def _collected(under_way: dict[Future[dict[str, Any]], str], log: BinaryIO) -> Iterator[Outcome]:

@@ -29,7 +29,7 @@ from farnear.errors import UserError
 from farnear.launching.outcome import OUTCOME_FILE, read_outcome
 from farnear.processes import end_with_parent
 from farnear.resources import resource_root
-from farnear.run_folder import Resume, check_start
+from farnear.run_folder import Resume, RunFolder, check_start, published_checkpoints
 
 SECONDS_BETWEEN_LOOKS = 0.1
 # After the first error another rank may report a different one.
@@ -82,7 +82,11 @@ def launch(
         shown, run = accelerate_command(config.strategy, arguments, config_file, config.num_processes)
         environment = threads_of_a_rank(config.num_processes)
     print(shlex.join(shown), flush=True)
-    return supervise(run, environment)
+    code = supervise(run, environment)
+    published = published_checkpoints(RunFolder(Path(config.output_dir)).checkpoints)
+    if code > 128 and published:
+        print(f"farnear: the same command with --resume continues from {published[-1].name}", file=sys.stderr)
+    return code
 
 
 def python_command(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -133,7 +137,7 @@ def supervise(command: Sequence[str], environment: Mapping[str, str] | None = No
         outcome = Path(folder, "outcome.json")
         child = subprocess.Popen(
             command,
-            env={**os.environ, **(environment or {}), OUTCOME_FILE: str(outcome)},
+            env={**os.environ, "PYTHONWARNINGS": _warnings(), **(environment or {}), OUTCOME_FILE: str(outcome)},
             # The terminal's Ctrl-C reaches this process alone, which then ends the others in order.
             start_new_session=True,
             # torchrun, for its part, ends its ranks when it takes a SIGTERM.
@@ -207,6 +211,11 @@ def _send(process: psutil.Process, number: signal.Signals) -> None:
         process.send_signal(number)
     except psutil.NoSuchProcess:
         return
+
+
+def _warnings() -> str:
+    """PYTHONWARNINGS without multiprocessing's complaint that ranks which were ended did not tidy up themselves."""
+    return ",".join(filter(None, ["ignore:resource_tracker:UserWarning", os.environ.get("PYTHONWARNINGS")]))
 
 
 def _short(path: Path) -> str:

@@ -170,8 +170,8 @@ def _gradient_of_embeddings(
     )
     loss_sum = torch.where(valid_b, loss_b, 0.0).sum()
     divisor = rank_loss_divisor(int(valid_b.sum()), world.device)
-    figures.pairs = round(divisor * world.world_size)
-    mean_loss = all_reduce_sum(loss_sum.detach().clone()) / figures.pairs
+    figures.pairs = int((columns.is_positive_N & columns.valid_N).sum())
+    mean_loss = all_reduce_sum(loss_sum.detach().clone()) / (divisor * world.world_size)
     figures.loss = float(mean_loss)
     if not torch.isfinite(mean_loss):
         raise NonFiniteLossError

@@ -53,6 +53,7 @@ class Progress:
             the run file says about it, by name.
         epoch, plan_hash: Of the last step done: another order of pairs is noticed by its hash.
         best_metric, best_step: The best evaluation so far, if any.
+        total_steps: Of the run file then: the learning rate's course depends on it.
         measured_by: What `best_metric` is a value of: another measure or another sample does not compare with it.
     """
 
@@ -63,6 +64,7 @@ class Progress:
     order: Mapping[str, Any] = field(default_factory=dict)
     epoch: int = 0
     plan_hash: str = ""
+    total_steps: int | None = None
     best_metric: float | None = None
     best_step: int | None = None
     measured_by: str = ""

@@ -7,6 +7,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from farnear.data.faults import pairs_lost
 from farnear.data.index import modality_name
 from farnear.data.scan_rows import MODALITY_BITS
+from farnear.data.summary import ignored_members
 from farnear.model.embedder import Preprocessing
 from farnear.training.loop import Parts
 from farnear.training.optim import warmup_steps
@@ -40,7 +41,7 @@ def derived_numbers(parts: Parts, data: RunData, model: SentenceTransformer, pre
         (
             "pairs",
             f"{len(index):,} in {counted(len(set(index.pair_shard_N.tolist())), 'shard')}, "
-            f"{counted(hard, 'hard negative')}, {counted(index.ignored_members, 'member')} ignored, "
+            f"{counted(hard, 'hard negative')}, {ignored_members(index)} ignored, "
             f"{pairs_lost(index.faults)} lost to faults, {index.excluded} excluded",
         ),
         ("inputs", _inputs(data)),

@@ -53,7 +53,7 @@ class Quarantine:
             raise RunStoppedError(
                 f"step {step}: {lost} of {self._pairs} pairs cannot be used, above data.max_bad_fraction "
                 f"({self._max_bad_fraction:g}), so the run stops; {self._path} names them: raise the limit and "
-                "resume, or put that file into data.exclude and start in a new output_dir"
+                "start again with --resume auto, or put that file into data.exclude and start in a new output_dir"
             )
 
 

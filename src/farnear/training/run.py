@@ -60,6 +60,7 @@ from farnear.training.optim import build_optimizer, learning_rate_schedule, step
 from farnear.training.quarantine import Quarantine
 from farnear.training.shards import RunData, open_data
 from farnear.training.summary import write_summary
+from farnear.wording import counted
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,10 @@ def _train(world: World, config: RunConfig, resume: Resume | None) -> dict[str, 
     if world.is_main:
         print(derived_numbers(parts, run.data, run.model, run.preprocess), flush=True)
         if progress.step:
-            print(f"continuing from {folder_name(progress.step)}: {parts.total_steps - progress.step} steps to go")
+            left = counted(parts.total_steps - progress.step, "step")
+            print(
+                f"continuing from {folder_name(progress.step)}: {left} to go{new_course(parts, progress)}", flush=True
+            )
     if config.evaluation.eval_on_start and progress.step == 0:
         measure(run, "before", 0)
     progress = train(parts, progress)
@@ -245,7 +249,7 @@ def plan_settings(config: RunConfig) -> PlanSettings:
     )
 
 
-def with_place(progress: Progress, order: Order) -> Progress:
+def with_place(progress: Progress, order: Order, total_steps: int) -> Progress:
     """The progress with the epoch of its last step, the hash of that epoch's plan, and what decides all plans."""
     epoch = order.schedule.epoch_of(max(progress.step - 1, 0))
     decided_by = {
@@ -254,7 +258,8 @@ def with_place(progress: Progress, order: Order) -> Progress:
         "data.shards_per_window": order.settings.shards_per_window,
         "the sources' weights": list(order.schedule.shares),  # in whole numbers: 0.7 and 0.3 are what 7 and 3 are
     }
-    return replace(progress, order=decided_by, epoch=epoch, plan_hash=order.plan(epoch).order_hash)
+    plan_hash = order.plan(epoch).order_hash
+    return replace(progress, order=decided_by, epoch=epoch, plan_hash=plan_hash, total_steps=total_steps)
 
 
 def agree_on_order(parts: Parts, progress: Progress) -> None:
@@ -264,7 +269,7 @@ def agree_on_order(parts: Parts, progress: Progress) -> None:
         UserError: The checkpoint's pairs came in another order, so its place in it means nothing.
         RuntimeError: Ranks have different plans.
     """
-    here = with_place(progress, parts.loader.order)
+    here = with_place(progress, parts.loader.order, parts.total_steps)
     hashes = gather_objects(here.plan_hash)
     if len(set(hashes)) > 1:
         raise RuntimeError(f"the ranks have different plans of epoch {here.epoch} ({', '.join(hashes)})")
@@ -284,6 +289,16 @@ def agree_on_order(parts: Parts, progress: Progress) -> None:
             f"now {here.plan_hash}), so its place in it is lost; take the version of farnear that it was made with, or "
             "start in a new output_dir"
         )
+
+
+def new_course(parts: Parts, progress: Progress) -> str:
+    """What to say where a run is to be longer or shorter than when its checkpoint was saved."""
+    if progress.total_steps is None or progress.total_steps == parts.total_steps:
+        return ""
+    return (
+        f"; it was to take {counted(progress.total_steps, 'step')} and takes {parts.total_steps:,} now, so the "
+        f"learning rate goes on at {parts.learning_rate(progress.step):.2e}, on the course of a run of that length"
+    )
 
 
 def steps_of_epochs(schedule: Schedule, epochs: float) -> int:
@@ -362,7 +377,7 @@ def loop_parts(run: Run) -> Parts:
         quarantine=Quarantine(run.folder.quarantine, run.data.train, config.data.max_bad_fraction, world),
         record=record,
         evaluate=lambda step: measure(run, "during", step),
-        save=lambda progress, as_best: save(run, with_place(progress, order), as_best),
+        save=lambda progress, as_best: save(run, with_place(progress, order, total_steps), as_best),
         total_steps=total_steps,
         eval_steps=steps_of(config.evaluation.eval_steps, total_steps),
         save_steps=steps_of(training.save_steps, total_steps),
