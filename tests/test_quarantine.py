@@ -12,15 +12,15 @@ from tar_makers import index_of, write_pairs, write_tar
 from tiny_runs import make_inputs, run_config
 
 import farnear
-from farnear.data.index import Index
 from farnear.data.loader import Quarantined
+from farnear.data.losses import Losses, losses_of
 from farnear.data.order import pair_facts
 from farnear.data.run_shards import read_exclusions
 from farnear.errors import RunStoppedError, UserError
 from farnear.parallel.world import World, start_world, stop_world
 from farnear.training.quarantine import Quarantine
 from farnear.training.run import train_in
-from farnear.training.shards import presumed_lost, tell_faults
+from farnear.training.shards import tell_faults
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -183,28 +183,24 @@ def test_a_shard_that_was_cut_short_counts_for_what_the_others_hold(
     cut_short(shards[1], 7)
     index = index_of(shards)
     # Of 20 pairs 3 are left, and of the fourth it is known that it was there.
-    assert presumed_lost(index) == {str(shards[1]): 16}
+    assert losses_of(index) == Losses(known=1, presumed=16, no_measure=())
     with pytest.raises(UserError, match=r"at least 1 of 44 pairs, and about 16 more if .* above data.max_bad_fraction"):
         tell_faults(index, "training", 0.28)
     tell_faults(index, "training", 0.29)  # 17 of 60 are 0.283
     assert "and about 16 more" in capsys.readouterr().out
     alone = index_of(shards[1:2])
-    assert presumed_lost(alone) == {str(shards[1]): None}
+    assert losses_of(alone) == Losses(known=1, presumed=0, no_measure=(str(shards[1]),))
     with pytest.raises(UserError, match=r"may have stood any number, which is above data.max_bad_fraction \(0.99\)"):
         tell_faults(alone, "training", 0.99)
     tell_faults(alone, "training", 1)
-    whole = index_of(shards[:1])
-    assert presumed_lost(whole) == {}
+    assert losses_of(index_of(shards[:1])) == Losses(0, 0, ())
+    # Each source is its own measure.
+    assert losses_of(index_of(shards[:1], shards[1:2])).no_measure == (str(shards[1]),)
+    assert losses_of(index_of(shards[:2], shards[2:])).presumed == 16
 
 
 def test_the_limit_counts_a_pair_once(tmp_path: Path) -> None:
-    class Pairs:
-        faults = ()
-
-        def __len__(self) -> int:
-            return 100
-
-    pairs: Index = Pairs()  # type: ignore[assignment]
+    pairs = index_of(write_pairs(tmp_path, 100, 1))
     quarantine = Quarantine(tmp_path / "q.jsonl", pairs, 0.02, ALONE)
     one = Quarantined("a.tar", "k1", "a.tar/k1.png", "why")
     for step in range(5):

@@ -11,9 +11,9 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
-from farnear.data.faults import pairs_lost
 from farnear.data.index import Index
 from farnear.data.loader import Quarantined
+from farnear.data.losses import losses_of
 from farnear.errors import RunStoppedError
 from farnear.parallel.collectives import gather_objects
 from farnear.parallel.world import World, on_main_rank
@@ -30,7 +30,8 @@ class Quarantine:
     def __init__(self, path: Path, index: Index, max_bad_fraction: float, world: World) -> None:
         self._path = path
         self._world = world
-        self._lost_before = pairs_lost(index.faults)
+        losses = losses_of(index)
+        self._lost_before = losses.known + losses.presumed
         self._pairs = len(index) + self._lost_before
         self._max_bad_fraction = max_bad_fraction
         self._known: set[Quarantined] = on_main_rank(world, lambda: set(_read(path)))

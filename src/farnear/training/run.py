@@ -11,7 +11,7 @@ import multiprocessing
 import platform
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from multiprocessing import forkserver
 from pathlib import Path
@@ -37,7 +37,6 @@ from farnear.model.embedder import Embedder, Preprocessing
 from farnear.model.export import export_model
 from farnear.model.load import embedding_dimension, load_model
 from farnear.model.pixels import page_tokens
-from farnear.parallel.collectives import gather_objects
 from farnear.parallel.strategy import Strategy, build_strategy
 from farnear.parallel.trackers import Trackers
 from farnear.parallel.world import World, on_main_rank, start_world, stop_world
@@ -58,6 +57,14 @@ from farnear.training.loop import Parts, train
 from farnear.training.metrics import ProgressLines, append_line, cut_after
 from farnear.training.optim import build_optimizer, learning_rate_schedule, steps_of
 from farnear.training.quarantine import Quarantine
+from farnear.training.resume import (
+    agree_on_order,
+    first_progress,
+    new_course,
+    refuse_shorter_run,
+    with_best_that_compares,
+    with_place,
+)
 from farnear.training.shards import RunData, open_data
 from farnear.training.summary import write_summary
 from farnear.wording import counted
@@ -164,61 +171,6 @@ def prepare_workers() -> None:
     forkserver.ensure_running()
 
 
-def first_progress(config: RunConfig, data: RunData, checkpoint: Checkpoint | None) -> Progress:
-    """Where to begin.
-
-    Raises:
-        UserError: The checkpoint's order of pairs is not the run file's, so its place in it means nothing.
-    """
-    fresh = Progress(
-        0, config.seed, config.training.global_batch_size, data.train.fingerprint, measured_by=measured_by(config, data)
-    )
-    if checkpoint is None:
-        return fresh
-    saved = checkpoint.progress
-    for name, key in (
-        ("seed", "seed"),
-        ("global_batch_size", "training.global_batch_size"),
-        ("fingerprint", "data.train (the shards' content)"),
-    ):
-        if getattr(saved, name) != getattr(fresh, name):
-            raise UserError(
-                f"checkpoint {checkpoint.folder} was made with another {key} ({getattr(saved, name)}, now "
-                f"{getattr(fresh, name)}), so its place in the order of pairs is lost; restore it, or start in a new "
-                "output_dir"
-            )
-    return saved
-
-
-def measured_by(config: RunConfig, data: RunData) -> str:
-    """What evaluations during the run measure, and on what."""
-    return f"{config.evaluation.metric_for_best_model} on {data.sample.fingerprint}" if data.sample else ""
-
-
-def with_best_that_compares(
-    saved: Progress, config: RunConfig, data: RunData, folder: RunFolder, world: World
-) -> Progress:
-    """The progress of a checkpoint, without its best evaluation where that is no measure for the evaluations to come.
-
-    Raises:
-        UserError: The best checkpoint will be needed at the end and is damaged.
-    """
-    now = measured_by(config, data)
-    if saved.best_step is None:
-        return replace(saved, measured_by=now)
-    best = folder.checkpoints / folder_name(saved.best_step)
-    is_there = on_main_rank(world, best.is_dir)
-    if is_there and saved.measured_by == now:
-        if config.training.load_best_model_at_end:
-            on_main_rank(world, lambda: open_checkpoint(best))
-        return saved
-    if world.is_main:
-        why = "was measured otherwise or on other pages" if is_there else "is gone"
-        print(f"the best checkpoint so far, {best.name}, {why}: the best is chosen among the evaluations to come")
-        (folder.path / "best").unlink(missing_ok=True)
-    return replace(saved, best_metric=None, best_step=None, measured_by=now)
-
-
 def build(
     config: RunConfig, world: World, checkpoint: Checkpoint | None
 ) -> tuple[SentenceTransformer, Preprocessing, Strategy, dict[str, torch.Size]]:
@@ -249,58 +201,6 @@ def plan_settings(config: RunConfig) -> PlanSettings:
     )
 
 
-def with_place(progress: Progress, order: Order, total_steps: int) -> Progress:
-    """The progress with the epoch of its last step, the hash of that epoch's plan, and what decides all plans."""
-    epoch = order.schedule.epoch_of(max(progress.step - 1, 0))
-    decided_by = {
-        "data.mixing": order.settings.mixing,
-        "data.tail": order.settings.tail,
-        "data.shards_per_window": order.settings.shards_per_window,
-        "the sources' weights": list(order.schedule.shares),  # in whole numbers: 0.7 and 0.3 are what 7 and 3 are
-    }
-    plan_hash = order.plan(epoch).order_hash
-    return replace(progress, order=decided_by, epoch=epoch, plan_hash=plan_hash, total_steps=total_steps)
-
-
-def agree_on_order(parts: Parts, progress: Progress) -> None:
-    """Compare the plan that training starts with: between the ranks, and with the checkpoint's. A collective.
-
-    Raises:
-        UserError: The checkpoint's pairs came in another order, so its place in it means nothing.
-        RuntimeError: Ranks have different plans.
-    """
-    here = with_place(progress, parts.loader.order, parts.total_steps)
-    hashes = gather_objects(here.plan_hash)
-    if len(set(hashes)) > 1:
-        raise RuntimeError(f"the ranks have different plans of epoch {here.epoch} ({', '.join(hashes)})")
-    if not progress.plan_hash:
-        return
-    checkpoint = f"the newest checkpoint in {parts.config.output_dir} was made with"
-    for name, saved in progress.order.items():
-        # The plan of this epoch may be the same all the same, but those to come are not.
-        if here.order[name] != saved:
-            raise UserError(
-                f"{checkpoint} another value of {name} ({saved}, now {here.order[name]}), so its place in the order of "
-                "pairs is lost; restore it, or start in a new output_dir"
-            )
-    if progress.plan_hash != here.plan_hash:
-        raise UserError(
-            f"{checkpoint} another order of pairs (its plan of epoch {here.epoch} has the hash {progress.plan_hash}, "
-            f"now {here.plan_hash}), so its place in it is lost; take the version of farnear that it was made with, or "
-            "start in a new output_dir"
-        )
-
-
-def new_course(parts: Parts, progress: Progress) -> str:
-    """What to say where a run is to be longer or shorter than when its checkpoint was saved."""
-    if progress.total_steps is None or progress.total_steps == parts.total_steps:
-        return ""
-    return (
-        f"; it was to take {counted(progress.total_steps, 'step')} and takes {parts.total_steps:,} now, so the "
-        f"learning rate goes on at {parts.learning_rate(progress.step):.2e}, on the course of a run of that length"
-    )
-
-
 def steps_of_epochs(schedule: Schedule, epochs: float) -> int:
     """Steps of so many epochs, the last of which may be a fraction."""
     before = schedule.steps_before(int(epochs))
@@ -319,19 +219,6 @@ def refuse_unsupported(model: SentenceTransformer, config: RunConfig, data: RunD
                     f"take (modalities: {', '.join(map(str, model.modalities))}); take another model, or leave those "
                     "samples out"
                 )
-
-
-def refuse_shorter_run(parts: Parts, progress: Progress) -> None:
-    """A checkpoint beyond the last step could only be evaluated again, as something that it is not.
-
-    Raises:
-        UserError: The run file asks for fewer steps than the checkpoint has taken.
-    """
-    if progress.step > parts.total_steps:
-        raise UserError(
-            f"the newest checkpoint in {parts.config.output_dir} has taken {progress.step} steps, but the run file "
-            f"asks for {parts.total_steps}; raise training.max_steps or num_train_epochs, or set another output_dir"
-        )
 
 
 def loop_parts(run: Run) -> Parts:

@@ -4,16 +4,13 @@ What the scan could not use is told before the first step, and counted against `
 a shard to a broken copy must not learn so from its results.
 """
 
-import itertools
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from farnear.config import DataConfig, EvaluationConfig
-from farnear.data.faults import fault_table, pairs_lost
+from farnear.data.faults import fault_table
 from farnear.data.index import Index
 from farnear.data.index_cache import ShardSet, cache_folder, cached_index
+from farnear.data.losses import Losses, losses_of
 from farnear.data.remote import is_remote
 from farnear.data.run_shards import shard_sets, shard_store
 from farnear.data.shard_store import ShardStore
@@ -69,11 +66,10 @@ def tell_faults(index: Index, what: str, max_bad_fraction: float) -> None:
     """
     if not index.faults:
         return
-    cut_off = presumed_lost(index)
-    lost = pairs_lost(index.faults) + sum(pairs or 0 for pairs in cut_off.values())
-    summary = _summary(index, cut_off, what)
-    if lost > max_bad_fraction * (len(index) + lost) or (None in cut_off.values() and max_bad_fraction < 1):
-        shown = next((one for one in index.faults if one.shard in cut_off or one.pairs_lost), index.faults[0])
+    losses = losses_of(index)
+    summary = _summary(index, losses, what)
+    if losses.share(len(index)) > max_bad_fraction:
+        shown = next((one for one in index.faults if one.kind == "cut_short" or one.pairs_lost), index.faults[0])
         raise UserError(
             f"{summary}, which is above data.max_bad_fraction ({max_bad_fraction:g}); the first: shard {shown.shard} "
             f"at byte {shown.offset}: {shown.detail}. `farnear shards verify` lists them; mend the shards, or raise it"
@@ -84,34 +80,13 @@ def tell_faults(index: Index, what: str, max_bad_fraction: float) -> None:
         print(f"and {len(index.faults) - FAULTS_SHOWN} more; `farnear shards verify` lists them all", flush=True)
 
 
-def presumed_lost(index: Index) -> dict[str, int | None]:
-    """Pairs that stood behind the end of each shard that was cut short, beside those that are known to be lost.
-
-    Nothing in the shard tells. It is taken for as long as the whole shards of its source are on average; where there
-    are none, the number is None.
-    """
-    cut_short = [fault.shard for fault in index.faults if fault.kind == "cut_short"]
-    pairs_S = np.bincount(index.pair_shard_N, minlength=len(index.shards))
-    found: dict[str, int | None] = {}
-    for first, stop in itertools.pairwise(index.source_start_K1.tolist()):
-        numbers = np.unique(index.pair_shard_N[first:stop]).tolist()
-        whole = [pairs_S[number] for number in numbers if index.shards[number] not in cut_short]
-        for number in numbers:
-            shard = index.shards[number]
-            if shard in cut_short:
-                known = pairs_S[number] + pairs_lost(fault for fault in index.faults if fault.shard == shard)
-                found[shard] = max(0, round(np.mean(whole)) - int(known)) if whole else None
-    return found
-
-
-def _summary(index: Index, cut_off: Mapping[str, int | None], what: str) -> str:
-    faults = index.faults
-    shards = len({fault.shard for fault in faults})
-    lost = pairs_lost(faults)
-    text = f"{counted(len(faults), 'fault')} in {counted(shards, f'{what} shard')}"
-    text += f" cost{'s' * (len(faults) == 1)} at least {lost} of {len(index) + lost} pairs"
-    if None in cut_off.values():
+def _summary(index: Index, losses: Losses, what: str) -> str:
+    faults = counted(len(index.faults), "fault")
+    shards = counted(len({fault.shard for fault in index.faults}), f"{what} shard")
+    text = f"{faults} in {shards} cost{'s' * (len(index.faults) == 1)} at least {losses.known} of "
+    text += counted(len(index) + losses.known, "pair")
+    if losses.no_measure:
         return f"{text}, and behind the end of a shard that was cut short may have stood any number"
-    if presumed := sum(pairs or 0 for pairs in cut_off.values()):
-        return f"{text}, and about {presumed} more if what was cut short was as long as the others"
+    if losses.presumed:
+        return f"{text}, and about {losses.presumed:,} more if what was cut short was as long as the others"
     return text
