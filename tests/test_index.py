@@ -185,6 +185,12 @@ def test_exclusions(tmp_path: Path) -> None:
         ("part-001.tar", "unknown_key", 0),
         ("other.tar", "unknown_key", 0),
     ]
+    # Where two shards end alike, the whole path tells them apart.
+    others = write_pairs(tmp_path / "b", 9, 3)
+    both = index_of(shards, others)
+    assert both.pair_id(1) == f"{shards[0]}/k00001" and both.pair_id(10) == f"{others[0]}/k00001"
+    one = index_of(shards, others, exclude=[(str(others[0]), "k00001")])
+    assert one.excluded == 1 and not one.faults and one.source_start_K1.tolist() == [0, 9, 17]
     # What is excluded is no fault any more.
     assert not referenced(tmp_path, reference("k", pos_id="gone"), exclude=[("a.tar", "k")]).faults
 

@@ -6,8 +6,8 @@ counts the lost pairs against ``data.max_bad_fraction`` before its first step.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 
+from farnear.data.remote import short_name
 from farnear.wording import printable
 
 KINDS = {
@@ -51,7 +51,7 @@ class Fault:
 
 def fault_table(faults: Sequence[Fault]) -> str:
     """The faults as lines of text: shard, offset, kind, pairs lost, detail."""
-    names = [PurePosixPath(fault.shard).name for fault in faults]
+    names = [short_name(fault.shard) for fault in faults]
     shard_width = max([len("shard"), *map(len, names)])
     kind_width = max([len("kind"), *(len(fault.kind) for fault in faults)])
     lines = [f"{'shard':<{shard_width}}  {'offset':>12}  {'kind':<{kind_width}}  {'pairs lost':>10}  detail"]

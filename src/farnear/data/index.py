@@ -13,7 +13,7 @@ N pairs, K sources.
 """
 
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from farnear.data.columns import ArrowStrings, DamagedFileError, open_columns, write_columns
 from farnear.data.faults import Fault
+from farnear.data.remote import short_name, shown
 from farnear.data.scan_rows import MODALITY_BITS
 from farnear.errors import UserError
 
@@ -101,8 +102,10 @@ class Index:
         return f"{self.shard_name(int(self.part_shard_M[part]))}/{self.part_name[part]}"
 
     def shard_name(self, shard: int) -> str:
-        """The last part of a shard's path or URL."""
-        return PurePosixPath(self.shards[shard]).name
+        """The last part of a shard's path or URL; all of it where another shard ends alike."""
+        name = short_name(self.shards[shard])
+        alike = {other for other in self.shards if name in other and short_name(other) == name}
+        return name if len(alike) == 1 else shown(self.shards[shard])
 
     def parts(self, row: int) -> range:
         """Part rows of an input."""

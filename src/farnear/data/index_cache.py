@@ -24,6 +24,7 @@ from farnear.data.columns import DamagedFileError, open_columns, write_columns
 from farnear.data.faults import WHOLE_SHARD, Fault
 from farnear.data.index import Index, open_index, write_index
 from farnear.data.join import MAX_IMAGE_PIXELS, Source, join_scans
+from farnear.data.remote import shown
 from farnear.data.scan import scan_shard
 from farnear.data.scan_rows import ShardScan, digest_of
 from farnear.data.shard_jobs import run_jobs
@@ -127,7 +128,7 @@ def refuse_useless(scans: dict[ScanKey, ShardScan]) -> None:
         if scan.faults:
             fault = scan.faults[0]
             raise UserError(
-                f"shard {shard} holds nothing that can be used: at byte {fault.offset} {fault.detail}"
+                f"shard {shown(shard)} holds nothing that can be used: at byte {fault.offset} {fault.detail}"
                 + (f" (and {counted(len(scan.faults) - 1, 'fault')} more)" if len(scan.faults) > 1 else "")
                 + (
                     ""
@@ -138,8 +139,8 @@ def refuse_useless(scans: dict[ScanKey, ShardScan]) -> None:
         wanted = "KEY.png or another document" if is_corpus else "KEY.json or KEY.query.txt with KEY.png, .jpg or .webp"
         ignored = f" (ignored: {', '.join(scan.ignored_examples)})" if scan.ignored_examples else ""
         raise UserError(
-            f"shard {shard} holds no {'page' if is_corpus else 'pair'}; its members must be named {wanted}, with a KEY "
-            f"that holds no dot{ignored}"
+            f"shard {shown(shard)} holds no {'page' if is_corpus else 'pair'}; its members must be named {wanted}, "
+            f"with a KEY that holds no dot{ignored}"
         )
 
 
@@ -178,10 +179,10 @@ def _scan_and_store(job: tuple[ShardFacts, bool, Path], store: ShardStore) -> No
             scan = scan_shard(file, facts.shard, is_corpus)
     except OSError as error:
         raise UserError(
-            f"shard {facts.shard} cannot be read ({error.strerror or error}); check its path and permissions"
+            f"shard {shown(facts.shard)} cannot be read ({error.strerror or error}); check its path and permissions"
         ) from None
     if scan.size != facts.size:
-        raise UserError(f"shard {facts.shard} changed while it was scanned; try again when it is written")
+        raise UserError(f"shard {shown(facts.shard)} changed while it was scanned; try again when it is written")
     header = {
         "shard": scan.shard,
         "corpus": scan.corpus,

@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -32,6 +31,7 @@ from farnear.data.joined import (
     strings_of,
     text_column,
 )
+from farnear.data.remote import short_name, shown
 from farnear.data.sample import IMAGE
 from farnear.data.scan import EXAMPLES_OF_IGNORED
 from farnear.data.scan_rows import ShardScan
@@ -62,7 +62,7 @@ def join_scans(
     Args:
         corpus: Shards of documents that the pairs of every source may name.
         etags: By shard, of those behind URLs.
-        exclude: (shard name, key) of pairs to leave out.
+        exclude: (shard name or whole path or URL, key) of pairs to leave out.
         max_image_pixels: Larger images are not used: their header alone says that they would fill the memory.
 
     Raises:
@@ -76,7 +76,7 @@ def join_scans(
     draft.leave_out_large_images(max_image_pixels)
     draft.leave_out_missing_pages()
     columns = {**joined.columns(), **draft.columns()}
-    examples = [f"{PurePosixPath(scan.shard).name}/{name}" for scan in scans for name in scan.ignored_examples]
+    examples = [f"{short_name(scan.shard)}/{name}" for scan in scans for name in scan.ignored_examples]
     return Index(
         shards=tuple(scan.shard for scan in scans),
         etags=tuple((etags or {}).get(scan.shard, "") for scan in scans),
@@ -156,7 +156,7 @@ class _Draft:
                 continue
             key = counts.filter(pc.greater(counts.field("counts"), 1))[0]["values"]
             first, second = rows[np.flatnonzero(pc.equal(keys, key).to_numpy(zero_copy_only=False))[:2]]
-            shards = [self.joined.scans[self.pair_shard_N[row]].shard for row in (first, second)]
+            shards = [shown(self.joined.scans[self.pair_shard_N[row]].shard) for row in (first, second)]
             raise UserError(
                 f"the key {key.as_py()!r} is used in shard {shards[0]} and again in shard {shards[1]}, so its pairs "
                 "cannot be told apart; give each sample a key of its own"
@@ -233,15 +233,13 @@ class _Draft:
         before = int(self.use_N.sum())
         found: set[tuple[str, str]] = set()
         for number, scan in enumerate(self.joined.scans):
-            name = PurePosixPath(scan.shard).name
-            if name not in keys_of_shard:
-                continue
-            rows = np.flatnonzero(self.pair_shard_N == number)
-            keys = self.pair_key.take(rows).column
-            hit = pc.is_in(keys, value_set=pa.array(keys_of_shard[name], pa.large_string()))
-            hit = hit.to_numpy(zero_copy_only=False)
-            self.use_N[rows[hit]] = False
-            found.update((name, self.pair_key[int(row)]) for row in rows[hit])
+            for name in {short_name(scan.shard), shown(scan.shard)} & keys_of_shard.keys():
+                rows = np.flatnonzero(self.pair_shard_N == number)
+                keys = self.pair_key.take(rows).column
+                hit = pc.is_in(keys, value_set=pa.array(keys_of_shard[name], pa.large_string()))
+                hit = hit.to_numpy(zero_copy_only=False)
+                self.use_N[rows[hit]] = False
+                found.update((name, self.pair_key[int(row)]) for row in rows[hit])
         for shard, key in wanted:
             if (shard, key) not in found:
                 detail = f"data.exclude names {key!r}, which is no pair of the shards"
@@ -294,7 +292,7 @@ def _fingerprint(
     sources: Sequence[Source], scans: Sequence[ShardScan], use_N: Bool, positives: Int64, negatives: Int64
 ) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    facts = [(PurePosixPath(scan.shard).name, scan.corpus, scan.size, scan.digest) for scan in scans]
+    facts = [(short_name(scan.shard), scan.corpus, scan.size, scan.digest) for scan in scans]
     digest.update(json.dumps([[len(source.shards) for source in sources], facts]).encode())
     # What was left out, by what is left.
     for rows in (np.flatnonzero(use_N), positives, negatives):

@@ -12,6 +12,7 @@ from typing import Any
 
 from farnear.data.index import Index
 from farnear.data.media import decode_audio, decode_image, decode_video, reason_of
+from farnear.data.remote import shown
 from farnear.data.sample import (
     AUDIO,
     IMAGE,
@@ -94,7 +95,7 @@ class InputReader:
 
     def _bad(self, part: int, reason: str) -> BadInputError:
         index = self.index
-        where = f"{index.part_name[part]!r} in shard {index.shards[int(index.part_shard_M[part])]}"
+        where = f"{index.part_name[part]!r} in shard {shown(index.shards[int(index.part_shard_M[part])])}"
         return BadInputError(
             f"the member {where} {reason}, so its pair cannot be used; write it again or drop its sample", reason
         )

@@ -28,6 +28,7 @@ from farnear.data.transfer import (
     find_facts,
     list_files,
     protocol_of,
+    short_name,
     shown,
     stream,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "read_pieces",
     "read_range",
     "remote_facts",
+    "short_name",
     "shown",
 ]
 

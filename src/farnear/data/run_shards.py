@@ -6,7 +6,7 @@ from pathlib import Path
 
 from farnear.config import DataConfig
 from farnear.data.index_cache import ShardSet, SourceShards
-from farnear.data.remote import is_remote
+from farnear.data.remote import is_remote, shown
 from farnear.data.shard_cache import ShardCache
 from farnear.data.shard_names import expand_shards
 from farnear.data.shard_store import ShardStore
@@ -48,7 +48,7 @@ def shard_sets(data: DataConfig) -> tuple[ShardSet, ShardSet | None]:
     shared = sorted(trained & {_resolved(shard) for shard in eval_shards})
     if shared:
         raise UserError(
-            f"shard {shared[0]} is in data.train and in data.eval, so the evaluation would measure what was "
+            f"shard {shown(shared[0])} is in data.train and in data.eval, so the evaluation would measure what was "
             "trained; name it on one side"
         )
     corpus = _optional(data.eval_corpus, "data.eval_corpus")
@@ -69,8 +69,8 @@ def _refuse_shared(shards: Sequence[str]) -> None:
     for shard in map(_resolved, shards):
         if shard in seen:
             raise UserError(
-                f"shard {shard} is in two of data.sources, so its pairs would count twice; name it in one and give "
-                "that more weight"
+                f"shard {shown(shard)} is in two of data.sources, so its pairs would count twice; name it in one and "
+                "give that more weight"
             )
         seen.add(shard)
 

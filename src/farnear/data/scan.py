@@ -18,6 +18,7 @@ from typing import BinaryIO
 
 from farnear.data.faults import Fault
 from farnear.data.media import TooManyPixelsError, image_size
+from farnear.data.remote import shown
 from farnear.data.sample import (
     IMAGE,
     JSON_MESSAGES,
@@ -83,7 +84,7 @@ def scan_shard(file: BinaryIO, shard: str, corpus: bool) -> ShardScan:
     try:
         scanner.read_members()
     except NotATarError as error:
-        scanner.faults.append(Fault(shard, 0, error.kind, f"{shard} {error}", 0))
+        scanner.faults.append(Fault(shard, 0, error.kind, f"{shown(shard)} {error}", 0))
     return scanner.finish()
 
 

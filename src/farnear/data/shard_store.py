@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from farnear.data.remote import RemoteFacts, is_remote, read_range, remote_facts
+from farnear.data.remote import RemoteFacts, is_remote, read_range, remote_facts, shown
 from farnear.data.shard_cache import ShardCache
 from farnear.errors import UserError
 
@@ -106,12 +106,13 @@ class OpenShards:
             while offset < end:  # one pread may return less than asked
                 piece = os.pread(file.fileno(), end - offset, offset)
                 if not piece:
-                    raise UserError(f"shard {facts.shard} ends at byte {offset} and its index says {end}, {CHANGED}")
+                    name = shown(facts.shard)
+                    raise UserError(f"shard {name} ends at byte {offset} and its index says {end}, {CHANGED}")
                 pieces.append(piece)
                 offset += len(piece)
         except OSError as error:
             raise UserError(
-                f"shard {facts.shard} cannot be read ({error.strerror or error}); check its path and its disk"
+                f"shard {shown(facts.shard)} cannot be read ({error.strerror or error}); check its path and its disk"
             ) from error
         return b"".join(pieces)
 

@@ -1,7 +1,6 @@
 """What is in the shards, as text for people: how much, of which kinds, what repeats, what is wrong, how it begins."""
 
 from collections.abc import Sequence
-from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -137,7 +136,7 @@ def _first_pairs(index: Index, store: ShardStore, count: int) -> Sequence[str]:
 
 
 def _named(reader: InputReader, row: int) -> str:
-    return f"{PurePosixPath(reader.index.input_id(row))}: {_shown(reader, row)}"
+    return f"{reader.index.input_id(row)}: {_shown(reader, row)}"
 
 
 def _shown(reader: InputReader, row: int) -> str:

@@ -21,6 +21,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -69,6 +70,11 @@ def shown(url: str) -> str:
         return url
     host, slash, path = re.split("[?#]", rest, maxsplit=1)[0].partition("/")
     return f"{protocol}{separator}{host.rpartition('@')[2]}{slash}{path}"
+
+
+def short_name(shard: str) -> str:
+    """The last part of a path or url, as messages name it."""
+    return PurePosixPath(shown(shard)).name
 
 
 def find_facts(url: str, seconds_stalled: float) -> RemoteFacts:

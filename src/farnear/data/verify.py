@@ -21,6 +21,7 @@ from farnear.data.faults import Fault
 from farnear.data.index import Index
 from farnear.data.index_cache import ShardSet, cached_index
 from farnear.data.media import decode_image, reason_of
+from farnear.data.remote import shown
 from farnear.data.sample import IMAGE, hash_bytes
 from farnear.data.shard_jobs import run_jobs
 from farnear.data.shard_store import ShardFacts, ShardStore
@@ -83,7 +84,7 @@ def _verify_shard(numbers: Sequence[int], index: Index, store: ShardStore) -> li
                     bad.append((Fault(shard, one.offset, one.kind, one.detail, 0), []))
     except OSError as error:
         raise UserError(
-            f"shard {shard} cannot be read ({error.strerror or error}); check its path and its disk"
+            f"shard {shown(shard)} cannot be read ({error.strerror or error}); check its path and its disk"
         ) from None
     return bad
 

@@ -31,6 +31,7 @@ from farnear.data.loader import TrainLoader
 from farnear.data.order import Order
 from farnear.data.plan import PlanSettings
 from farnear.data.quotas import Schedule
+from farnear.data.remote import shown
 from farnear.errors import UserError
 from farnear.files import replace_text
 from farnear.model.embedder import Embedder, Preprocessing
@@ -348,7 +349,8 @@ def prepare_folder(config: RunConfig, folder: RunFolder, step: int, faults: Sequ
             cut_after(records, step)
         else:
             records.unlink(missing_ok=True)
-    replace_text(folder.faults, "".join(json.dumps(asdict(fault)) + "\n" for fault in faults))
+    told = [{**asdict(fault), "shard": shown(fault.shard)} for fault in faults]
+    replace_text(folder.faults, "".join(json.dumps(record) + "\n" for record in told))
     folder.summary.unlink(missing_ok=True)
 
 

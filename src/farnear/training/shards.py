@@ -11,7 +11,7 @@ from farnear.data.faults import fault_table
 from farnear.data.index import Index
 from farnear.data.index_cache import ShardSet, cache_folder, cached_index
 from farnear.data.losses import Losses, losses_of
-from farnear.data.remote import is_remote
+from farnear.data.remote import is_remote, shown
 from farnear.data.run_shards import shard_sets, shard_store
 from farnear.data.shard_store import ShardStore
 from farnear.errors import UserError
@@ -69,10 +69,11 @@ def tell_faults(index: Index, what: str, max_bad_fraction: float) -> None:
     losses = losses_of(index)
     summary = _summary(index, losses, what)
     if losses.share(len(index)) > max_bad_fraction:
-        shown = next((one for one in index.faults if one.kind == "cut_short" or one.pairs_lost), index.faults[0])
+        first = next((one for one in index.faults if one.kind == "cut_short" or one.pairs_lost), index.faults[0])
         raise UserError(
-            f"{summary}, which is above data.max_bad_fraction ({max_bad_fraction:g}); the first: shard {shown.shard} "
-            f"at byte {shown.offset}: {shown.detail}. `farnear shards verify` lists them; mend the shards, or raise it"
+            f"{summary}, which is above data.max_bad_fraction ({max_bad_fraction:g}); the first: shard "
+            f"{shown(first.shard)} at byte {first.offset}: {first.detail}. `farnear shards verify` lists them; mend "
+            "the shards, or raise it"
         )
     print(f"{summary}; they are left out:")
     print(fault_table(index.faults[:FAULTS_SHOWN]), flush=True)
