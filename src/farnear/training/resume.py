@@ -88,20 +88,20 @@ def with_place(progress: Progress, order: Order, total_steps: int) -> Progress:
     return replace(progress, order=decided_by, epoch=epoch, plan_hash=plan_hash, total_steps=total_steps)
 
 
-def agree_on_order(parts: Parts, progress: Progress) -> None:
+def agree_on_order(config: RunConfig, order: Order, total_steps: int, progress: Progress) -> None:
     """Compare the plan that training starts with: between the ranks, and with the checkpoint's. A collective.
 
     Raises:
         UserError: The checkpoint's pairs came in another order, so its place in it means nothing.
         RuntimeError: Ranks have different plans.
     """
-    here = with_place(progress, parts.loader.order, parts.total_steps)
+    here = with_place(progress, order, total_steps)
     hashes = gather_objects(here.plan_hash)
     if len(set(hashes)) > 1:
         raise RuntimeError(f"the ranks have different plans of epoch {here.epoch} ({', '.join(hashes)})")
     if not progress.plan_hash:
         return
-    checkpoint = f"the newest checkpoint in {parts.config.output_dir} was made with"
+    checkpoint = f"the newest checkpoint in {config.output_dir} was made with"
     for name, saved in progress.order.items():
         # The plan of this epoch may be the same all the same, but those to come are not.
         if here.order[name] != saved:
@@ -127,14 +127,14 @@ def new_course(parts: Parts, progress: Progress) -> str:
     )
 
 
-def refuse_shorter_run(parts: Parts, progress: Progress) -> None:
+def refuse_shorter_run(config: RunConfig, total_steps: int, progress: Progress) -> None:
     """A checkpoint beyond the last step could only be evaluated again, as something that it is not.
 
     Raises:
         UserError: The run file asks for fewer steps than the checkpoint has taken.
     """
-    if progress.step > parts.total_steps:
+    if progress.step > total_steps:
         raise UserError(
-            f"the newest checkpoint in {parts.config.output_dir} has taken {progress.step} steps, but the run file "
-            f"asks for {parts.total_steps}; raise training.max_steps or num_train_epochs, or set another output_dir"
+            f"the newest checkpoint in {config.output_dir} has taken {progress.step} steps, but the run file "
+            f"asks for {total_steps}; raise training.max_steps or num_train_epochs, or set another output_dir"
         )

@@ -1,9 +1,10 @@
 """A run from its configuration to its export.
 
-    check the launch and the run folder -> index the shards -> load the model, and a checkpoint if there is one ->
-    say what follows from all this -> measure -> train -> measure -> export -> sum up
+    check the launch and the run folder -> index the shards -> find the place in their order -> load the model, and a
+    checkpoint if there is one -> say what follows from all this -> measure -> train -> measure -> export -> sum up
 
-Each line of that is a function here or in the module it names; `farnear.training.loop` is the middle.
+Each part of that is a function here or in the module it names; `farnear.training.loop` is the middle. What a run folder
+holds is not touched before everything that may refuse the run has been asked.
 """
 
 import json
@@ -23,9 +24,9 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 import farnear
-from farnear.config import RunConfig, dump_config, load_config
+from farnear.config import RunConfig, TrainingConfig, dump_config, load_config
 from farnear.data.dealing import Dealing
-from farnear.data.faults import Fault, pairs_lost
+from farnear.data.faults import Fault
 from farnear.data.index import modality_name
 from farnear.data.loader import TrainLoader
 from farnear.data.order import Order
@@ -76,6 +77,7 @@ class Run:
     """What the phases of a run share.
 
     Attributes:
+        total_steps: Of the whole run, from its first step.
         dims: Dimensions that are measured, the full one among them, largest first.
         shapes: Of every trained parameter.
     """
@@ -84,6 +86,8 @@ class Run:
     world: World
     folder: RunFolder
     data: RunData
+    order: Order
+    total_steps: int
     model: SentenceTransformer
     preprocess: Preprocessing
     strategy: Strategy
@@ -118,8 +122,6 @@ def _train(world: World, config: RunConfig, resume: Resume | None) -> dict[str, 
     started = perf_counter()
     run, progress = open_run(config, resume, world)
     parts = loop_parts(run)
-    refuse_shorter_run(parts, progress)
-    agree_on_order(parts, progress)
     if world.is_main:
         print(derived_numbers(parts, run.data, run.model, run.preprocess), flush=True)
         if progress.step:
@@ -138,9 +140,8 @@ def _train(world: World, config: RunConfig, resume: Resume | None) -> dict[str, 
     run.trackers.close()
     if world.is_main:
         print(f"exported {run.folder.export}", flush=True)
-    lost = pairs_lost(run.data.train.faults)
     return on_main_rank(
-        world, lambda: write_summary(config, run.folder, world.world_size, perf_counter() - started, lost)
+        world, lambda: write_summary(config, run.folder, world.world_size, perf_counter() - started, run.data.train)
     )
 
 
@@ -156,14 +157,20 @@ def open_run(config: RunConfig, resume: Resume | None, world: World) -> tuple[Ru
     checkpoint = find_checkpoint(folder.checkpoints) if resume else None
     data = open_data(config.data, config.evaluation, world)
     progress = first_progress(config, data, checkpoint)
-    if checkpoint is not None:
-        progress = with_best_that_compares(progress, config, data, folder, world)
+    # Plans lie beside the index, where every rank of the node finds them.
+    order = Order(data.train, plan_settings(config), data.train.path.parent if data.train.path else folder.path)
+    total_steps = steps_in_all(config.training, order.schedule)
+    refuse_shorter_run(config, total_steps, progress)
+    agree_on_order(config, order, total_steps, progress)
     model, preprocess, strategy, shapes = build(config, world, checkpoint)
     refuse_unsupported(model, config, data)
     dims = measured_dims(config, embedding_dimension(model))
+    if checkpoint is not None:
+        progress = with_best_that_compares(progress, config, data, folder, world)
     on_main_rank(world, lambda: prepare_folder(config, folder, progress.step, data.train.faults))
     trackers = Trackers(config.training.report_to if world.is_main else (), folder.path, config.model_dump(mode="json"))
-    return Run(config, world, folder, data, model, preprocess, strategy, dims, shapes, trackers), progress
+    run = Run(config, world, folder, data, order, total_steps, model, preprocess, strategy, dims, shapes, trackers)
+    return run, progress
 
 
 def prepare_workers() -> None:
@@ -202,10 +209,13 @@ def plan_settings(config: RunConfig) -> PlanSettings:
     )
 
 
-def steps_of_epochs(schedule: Schedule, epochs: float) -> int:
-    """Steps of so many epochs, the last of which may be a fraction."""
+def steps_in_all(training: TrainingConfig, schedule: Schedule) -> int:
+    """max_steps, or those of the epochs, the last of which may be a fraction; at least one."""
+    if training.max_steps > 0:
+        return training.max_steps
+    epochs = training.num_train_epochs
     before = schedule.steps_before(int(epochs))
-    return before + round((epochs - int(epochs)) * (schedule.steps_before(int(epochs) + 1) - before))
+    return max(1, before + round((epochs - int(epochs)) * (schedule.steps_before(int(epochs) + 1) - before)))
 
 
 def refuse_unsupported(model: SentenceTransformer, config: RunConfig, data: RunData) -> None:
@@ -224,12 +234,9 @@ def refuse_unsupported(model: SentenceTransformer, config: RunConfig, data: RunD
 
 def loop_parts(run: Run) -> Parts:
     """What the loop turns."""
-    config, world, training = run.config, run.world, run.config.training
-    # Beside the index, where every rank of the node finds them.
-    plans = run.data.train.path.parent if run.data.train.path else run.folder.path
-    order = Order(run.data.train, plan_settings(config), plans)
+    config, world, training, total_steps = run.config, run.world, run.config.training, run.total_steps
     loader = TrainLoader(
-        order,
+        run.order,
         Dealing(
             rank=world.rank,
             world_size=world.world_size,
@@ -246,8 +253,6 @@ def loop_parts(run: Run) -> Parts:
         prefetch_shards=config.data.remote_prefetch_shards,
         pin_memory=world.device.type == "cuda",
     )
-    by_epochs = max(1, steps_of_epochs(order.schedule, training.num_train_epochs))
-    total_steps = training.max_steps if training.max_steps > 0 else by_epochs
     lines = ProgressLines(total_steps, training.logging_steps)
 
     def record(figures: dict[str, Any]) -> None:
@@ -265,7 +270,7 @@ def loop_parts(run: Run) -> Parts:
         quarantine=Quarantine(run.folder.quarantine, run.data.train, config.data.max_bad_fraction, world),
         record=record,
         evaluate=lambda step: measure(run, "during", step),
-        save=lambda progress, as_best: save(run, with_place(progress, order, total_steps), as_best),
+        save=lambda progress, as_best: save(run, with_place(progress, run.order, total_steps), as_best),
         total_steps=total_steps,
         eval_steps=steps_of(config.evaluation.eval_steps, total_steps),
         save_steps=steps_of(training.save_steps, total_steps),

@@ -6,22 +6,25 @@ from statistics import median
 from typing import Any
 
 from farnear.config import RunConfig
+from farnear.data.index import Index
+from farnear.data.losses import losses_of
 from farnear.files import replace_text
 from farnear.run_folder import RunFolder
 from farnear.training.metrics import mean_loss
 
 
 def write_summary(
-    config: RunConfig, folder: RunFolder, world_size: int, seconds: float, lost_to_faults: int
+    config: RunConfig, folder: RunFolder, world_size: int, seconds: float, index: Index
 ) -> dict[str, Any]:
     """Write and return the summary.
 
     Args:
-        lost_to_faults: Pairs that the scan of the shards could not use, at least.
+        index: Of the training shards, for what of them could not be used.
         seconds: From the start of this process group's work to now, evaluations and export included.
     """
     steps = _lines(folder.metrics)
     evaluations = _lines(folder.evaluations)
+    losses = losses_of(index)
     summary: dict[str, Any] = {
         "strategy": config.strategy,
         "world_size": world_size,
@@ -30,7 +33,10 @@ def write_summary(
         "seconds": round(seconds, 1),
         "pairs_per_s": round(median(step["pairs_per_s"] for step in steps), 2) if steps else None,
         "masked": sum(step["masked"] for step in steps),
-        "lost_to_faults": lost_to_faults,
+        "lost_to_faults": losses.known,
+        "presumed_lost": losses.presumed,
+        "excluded": index.excluded,
+        "ignored_members": index.ignored_members,
         "quarantined": len({(pair["shard"], pair["key"]) for pair in _lines(folder.quarantine)}),
         "export": str(folder.export),
     }
