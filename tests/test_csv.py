@@ -126,7 +126,7 @@ GOOD = ("a", "photo.webp")
         ([("query", "image"), GOOD, (" ", "photo.webp")], r"pairs\.csv line 3 has an empty query"),
         ([("query", "image"), GOOD, ("b", "no.png")], r"line 3 names the image 'no\.png', but there is no file"),
         ([("query", "image"), ("b", "pairs.csv")], r"line 2 names the image 'pairs\.csv'.*not supported.*png, jpg"),
-        ([("query", "image"), ("b",)], "line 2 names the image ''"),
+        ([("query", "image"), ("b",)], "line 2 names no image"),
         ([("query", "image"), ("a", "b", "photo.webp")], "line 2 has more fields than the header's 2.*double quotes"),
     ],
 )

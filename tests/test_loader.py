@@ -282,7 +282,8 @@ def test_what_cannot_be_decoded_keeps_its_place_and_does_not_count(
     # Pair 2 with its hard negatives, and one hard negative of pair 3.
     assert sorted(owners[row] for row in bad) == [2, 2, 2, 3] and bad[0] == pairs.index(2) and bad[1] >= 4
     found = sorted((one.shard, one.key, one.input) for one in batch.quarantined)
-    assert found == [("a.tar", "k2", "a.tar/k2.png"), ("a.tar", "k3", "a.tar/k3.neg1.png")]
+    (shard,) = broken_index.shards
+    assert found == [(shard, "k2", "a.tar/k2.png"), (shard, "k3", "a.tar/k3.neg1.png")]
     assert all("cannot be decoded" in one.reason for one in batch.quarantined)
     documents = numbers_of(batch, "document")
     black = number_of_image(stand_in("image"))

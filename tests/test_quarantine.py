@@ -1,6 +1,7 @@
 """Pairs that cannot be used: counted before the first step, masked and named while training, too many stop the run."""
 
 import json
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,12 @@ from tiny_runs import make_inputs, run_config
 import farnear
 from farnear.data.loader import Quarantined
 from farnear.data.losses import Losses, losses_of
-from farnear.data.order import pair_facts
-from farnear.data.run_shards import read_exclusions
+from farnear.data.run_shards import read_exclusions, resolve_exclusions
 from farnear.errors import RunStoppedError, UserError
 from farnear.parallel.world import World, start_world, stop_world
 from farnear.training.quarantine import Quarantine
 from farnear.training.run import train_in
-from farnear.training.shards import tell_faults
+from farnear.training.shards import check_index, tell_faults
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -70,8 +70,8 @@ def test_ranks_go_on_without_what_cannot_be_decoded_or_stop_together(trained_by_
     folder = trained_by_two
     records = lines(folder / "ddp" / "quarantine.jsonl")
     assert {(one["shard"], one["key"]) for one in records} == {
-        ("train-0.tar", "train-000003"),
-        ("train-0.tar", "train-000011"),
+        (str(folder / "broken" / "train-0.tar"), "train-000003"),
+        (str(folder / "broken" / "train-0.tar"), "train-000011"),
     }
     assert len(records) == 2 and all("cannot be decoded" in one["reason"] for one in records)
     assert json.loads((folder / "ddp" / "summary.json").read_text())["quarantined"] == 2
@@ -140,12 +140,61 @@ def test_a_line_that_excludes_nothing_is_named(line: str, tmp_path: Path) -> Non
 
 def test_a_source_without_pairs_is_refused(tmp_path: Path) -> None:
     shards = write_pairs(tmp_path, 6, 2)
-    exclude = [("part-001.tar", f"k{number:05d}") for number in (3, 4, 5)]
+    exclude = [(str(shards[1]), f"k{number:05d}") for number in (3, 4, 5)]
     index = index_of([shards[0]], [shards[1]], exclude=exclude)
-    with pytest.raises(UserError, match=r"of source .* no pair is left to train on \(data.exclude names 3 pairs"):
-        pair_facts(index)
-    with pytest.raises(UserError, match=r"of source .* no pair is left to train on"):
-        pair_facts(index_of([shards[1]], exclude=exclude))
+    with pytest.raises(UserError, match=r"no training pair of source 's1' is left: data.exclude names 3 pairs"):
+        check_index(index, "training", 0.01)
+    with pytest.raises(UserError, match=r"no evaluation pair is left"):
+        check_index(index_of([shards[1]], exclude=exclude), "evaluation", 0.01)
+
+
+def test_an_exclusion_names_a_shard_by_its_path_or_by_a_name_that_no_other_has() -> None:
+    shards = ["/data/a/part-0.tar", "/data/b/part-0.tar", "/data/b/part-1.tar", "https://h/c.tar?signature=1"]
+    named = [("/data/b/part-0.tar", "k"), ("part-1.tar", "k"), ("https://h/c.tar", "k"), ("/elsewhere/part-1.tar", "k")]
+    assert [shard for shard, _ in resolve_exclusions(named, shards)] == [*shards[1:], "/elsewhere/part-1.tar"]
+    with pytest.raises(UserError, match=r"names 'k' of part-0.tar, but 2 shards are called so, /data/a/part-0.tar and"):
+        resolve_exclusions([("part-0.tar", "k")], shards)
+
+
+def test_pairs_of_the_evaluation_are_excluded_too(folder: Path, tmp_path: Path) -> None:
+    (shard,) = (folder / "data").glob("eval-*.tar")
+    with tarfile.open(shard) as tar:
+        members = [(member.name, tar.extractfile(member).read()) for member in tar]
+    name = next(name for name, _ in members if name.endswith(".png"))
+    broken = write_tar(
+        tmp_path / shard.name, [(one, data[: len(data) // 2] if one == name else data) for one, data in members]
+    )
+    keys: dict[str, Any] = {"data": {"eval": str(broken)}, "training": {"max_steps": 1}}
+    with pytest.raises(UserError, match=rf"the member '{name}' in shard .* or name the pair in a file of data.exclude"):
+        farnear.train(run_config(folder, "eval-stops", **keys))
+    exclude = tmp_path / "exclude.jsonl"
+    exclude.write_text(json.dumps({"shard": str(broken), "key": name.partition(".")[0]}) + "\n")
+    keys["data"]["exclude"] = str(exclude)
+    farnear.train(run_config(folder, "eval-excludes", **keys))
+    assert lines(folder / "eval-excludes" / "eval.jsonl")[-1]["queries"] == 7
+    assert lines(folder / "eval-excludes" / "faults.jsonl") == []
+
+
+def test_a_damaged_quarantine_is_named(tmp_path: Path) -> None:
+    pairs = index_of(write_pairs(tmp_path, 4, 1))
+    for line in ("{}", "[1]", '{"step": 1}', "\udcff"):
+        (tmp_path / "q.jsonl").write_bytes(b"\n".join([line.encode("utf-8", "surrogateescape"), b"{}"]))
+        with pytest.raises(UserError, match=r"q.jsonl line 1 names no pair"):
+            Quarantine(tmp_path / "q.jsonl", pairs, 0.1, ALONE)
+
+
+def test_two_pairs_that_are_called_alike_count_twice(folder: Path) -> None:
+    """As farnear's own writers call them: the first shard and the first keys of every folder have the same names."""
+    for name in ("one", "two"):
+        (folder / name).mkdir()
+        shutil.copy(folder / "broken" / "train-0.tar", folder / name / "train-0.tar")
+    sources = {name: {"train": str(folder / name / "*.tar")} for name in ("one", "two")}
+    config = run_config(folder, "alike", training={"max_steps": 11})  # two passes
+    tree = config.model_dump(mode="json")
+    tree["data"] = {**tree["data"], "train": [], "sources": sources, "max_bad_fraction": 0.2, "tail": "carry"}
+    farnear.train(type(config).model_validate(tree))
+    assert len({(one["shard"], one["key"]) for one in lines(folder / "alike" / "quarantine.jsonl")}) == 4
+    assert json.loads((folder / "alike" / "summary.json").read_text())["quarantined"] == 4
 
 
 def test_what_the_scan_loses_is_told_before_the_first_step(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -190,9 +239,19 @@ def test_a_shard_that_was_cut_short_counts_for_what_the_others_hold(
     assert "and about 16 more" in capsys.readouterr().out
     alone = index_of(shards[1:2])
     assert losses_of(alone) == Losses(known=1, presumed=0, no_measure=(str(shards[1]),))
-    with pytest.raises(UserError, match=r"may have stood any number, which is above data.max_bad_fraction \(0.99\)"):
+    with pytest.raises(UserError, match=r"may have stood any number, which may be above .* \(0.99\); .* or set it to 1"):
         tell_faults(alone, "training", 0.99)
     tell_faults(alone, "training", 1)
+    # Pairs that were excluded are no loss, and no measure of what a shard held.
+    exclude = [(str(shard), f"k{pair:05d}") for shard in shards for pair in range(60)]
+    assert losses_of(index_of(shards, exclude=[one for one in exclude if one[0] != str(shards[1])])).presumed == 16
+    assert losses_of(index_of(shards, exclude=[one for one in exclude if one[0] == str(shards[1])])).presumed == 16
+    # Garbage to the end leaves as little as a cut.
+    data = shards[2].read_bytes()
+    with tarfile.open(shards[2]) as tar:
+        place = list(tar)[10].offset
+    shards[2].write_bytes(data[:place] + bytes(range(1, 256)) * ((len(data) - place) // 255))
+    assert losses_of(index_of(shards[::2])).presumed == 20 - 5
     assert losses_of(index_of(shards[:1])) == Losses(0, 0, ())
     # Each source is its own measure.
     assert losses_of(index_of(shards[:1], shards[1:2])).no_measure == (str(shards[1]),)

@@ -528,7 +528,6 @@ def test_everything_left_out_is_counted(tmp_path: Path, write_answers: WriteAnsw
         "1 answers for pages that are not in the shards",
         "1 pages whose requests failed",
         "3 pages with answers but without a query that could be kept",
-        "1 pages without an answer",
         "1 queries: copied from the page's text",
         "2 queries: duplicates, written for several pages",
     )

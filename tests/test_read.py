@@ -11,12 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 from media_makers import video_bytes, wav_bytes
+from object_stores import object_server
 from PIL import Image
 from tar_makers import STORE, Members, image_bytes, index_of, number_of_image, pair_members, write_pairs, write_tar
 
 from farnear.data import media, shard_store
 from farnear.data.index import open_index, write_index
+from farnear.data.index_cache import ShardSet, SourceShards, cached_index
 from farnear.data.read import BadInputError, InputReader
+from farnear.data.shard_cache import ShardCache
+from farnear.data.shard_store import ShardStore
 from farnear.errors import UserError
 
 GREY_16 = np.full((4, 6), 0x80FF, np.uint16)
@@ -228,3 +232,26 @@ def test_a_worker_process_opens_its_own(tmp_path: Path) -> None:
     assert there.index.fingerprint == reader.index.fingerprint
     in_memory = InputReader(index_of(sorted(tmp_path.glob("*.tar"))), STORE)
     assert pickle.loads(pickle.dumps(in_memory))[row] == "query 1"
+
+
+def test_a_spoilt_copy_of_a_shard_is_fetched_again(tmp_path: Path) -> None:
+    shards = write_pairs(tmp_path / "data", 4, 1)
+    with object_server() as server:
+        url = server.put("a.tar", shards[0].read_bytes())
+        cache = ShardCache(tmp_path / "cache")
+        store = ShardStore(cache)
+        set_of_one = ShardSet((SourceShards("s", (url,)),))
+        index = cached_index(set_of_one, tmp_path / "cache", store)
+        (copy,) = (path for path in cache.folder.iterdir() if path.name.startswith("a.tar"))
+        copy.chmod(0o644)
+        copy.write_bytes(bytes(copy.stat().st_size))
+        reader = InputReader(index, store)
+        assert [reader[row] for row in index.query_N.tolist()] == [f"query {pair}" for pair in range(4)]
+        assert len(server.gets("a.tar")) == 2
+        # What is wrong where it comes from stays wrong, and is said to be.
+        server.put("a.tar", bytes(shards[0].stat().st_size))
+        copy.unlink()
+        reader.close()
+        with pytest.raises(UserError):
+            reader[int(index.query_N[0])]
+        reader.close()

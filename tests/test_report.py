@@ -145,7 +145,7 @@ def test_the_figures_of_the_run(run_folder: Path) -> None:
     assert "1,024 0.040 0.950 +0.910 128 0.030 0.800 +0.770 64 0.020 0.700 +0.680" in words
     assert "Dimensions nDCG@1 nDCG@10 Recall@10 1,024 0.100 0.950 0.500" in words
     assert "Pass one 6 s 30.0% 300 ms" in words
-    assert "Masked pairs 10 in all" in words
+    assert "Masked negatives 10 in all" in words
 
 
 def test_the_charts_hold_the_values(run_folder: Path) -> None:
@@ -258,7 +258,7 @@ def test_other_corpora_are_not_compared_in_silence(tmp_path: Path) -> None:
 
 def test_no_masked_pairs_draws_no_chart(tmp_path: Path) -> None:
     page = _read(_run(tmp_path / "clean", [_step(step, masked=0) for step in (1, 2)]))
-    assert "Masked pairs 0 in all" in page.words
+    assert "Masked negatives 0 in all" in page.words
     assert not any(found.get("aria-label", "").startswith("Masked") for _, found in page.tags)
 
 

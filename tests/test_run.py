@@ -230,6 +230,11 @@ def test_records_are_cut_back_to_a_step(tmp_path: Path) -> None:
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 2, "kind": "after"}\n{"step": 3}\n{"st')
     cut_after(path, 2)
     assert lines(path) == [{"step": 1}, {"step": 2}]
+    for damage in (b'{"st', b"{}", b"[1]", b"\xff"):
+        path.write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 2}\n')
+        with pytest.raises(UserError, match=r"metrics.jsonl line 2 is no record of a step"):
+            cut_after(path, 2)
+        assert path.read_bytes().count(b"\n") == 3
 
 
 def test_records_stand_once_after_a_second_start_and_a_second_end(folder: Path) -> None:
@@ -265,10 +270,23 @@ def test_weights_that_overflowed_are_neither_measured_nor_saved(folder: Path) ->
         encode(run.strategy, world, index, STORE, run.preprocess, tokens, "document", index.positives, **how)
 
 
-def test_fewer_steps_than_were_taken_are_refused(folder: Path) -> None:
-    farnear.train(run_config(folder, "long", training={"max_steps": 2}))
+def test_a_refused_resume_leaves_the_run_as_it_is(folder: Path) -> None:
+    keys: dict[str, Any] = {"data": {"eval": str(folder / "data" / "eval-*.tar")}}
+    farnear.train(run_config(folder, "long", **keys, training={"max_steps": 2}))
+
+    def content() -> dict[Path, bytes]:
+        files = [path for path in (folder / "long").rglob("*") if path.is_file() and path.name != "run.lock"]
+        return {path: path.read_bytes() for path in files}
+
+    before = content()
     with pytest.raises(UserError, match=r"has taken 2 steps, but the run file asks for 1; raise training\.max_steps"):
-        farnear.train(run_config(folder, "long", training={"max_steps": 1}), "newest")
+        farnear.train(run_config(folder, "long", **keys, training={"max_steps": 1}), "newest")
+    other = {"data": {**keys["data"], "tail": "drop"}, "training": {"max_steps": 4}}
+    with pytest.raises(UserError, match=r"made with another value of data\.tail"):
+        farnear.train(run_config(folder, "long", **other), "newest")
+    with pytest.raises(UserError, match=r"loss.matryoshka_dims names 4096, 2048, but"):
+        farnear.train(run_config(folder, "long", **keys, loss={"matryoshka_dims": [4096, 2048, 64]}), "newest")
+    assert content() == before
 
 
 def test_a_best_is_compared_with_its_like_only(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -218,7 +218,7 @@ def test_samples_that_are_not_whole_are_left_out(tmp_path: Path, fault: str) -> 
     found = scan(tmp_path, [*GOOD[0], *members, *GOOD[1]])
     assert list(found.columns["pair_key"]) == ["before", "behind"]
     (one,) = found.faults
-    assert (one.kind, one.pairs_lost, one.offset) == (kind, 1, 2048 + 512)
+    assert (one.kind, one.pairs_lost, one.offset) == (kind, 2 if fault == "one of several" else 1, 2048 + 512)
     assert re.search(message, one.detail), one.detail
     assert "\n" not in one.detail
 
@@ -226,6 +226,11 @@ def test_samples_that_are_not_whole_are_left_out(tmp_path: Path, fault: str) -> 
 def test_a_lost_sample_counts_its_queries(tmp_path: Path) -> None:
     found = scan(tmp_path, [("k.json", as_json(query=["a", "b", "c"])), ("k.png", b"")])
     assert [fault.pairs_lost for fault in found.faults] == [3]
+    found = scan(tmp_path, [("k.json", as_json(query=[*"abcde", ""])), PAGE])
+    assert [(fault.kind, fault.pairs_lost) for fault in found.faults] == [("bad_query", 6)]
+    sample = [("k.query.txt", b"q"), PAGE]
+    found = scan(tmp_path, [member for number in range(5) for member in (*sample, (f"l{number}.png", image_bytes(2)))])
+    assert ("split_sample", 5) in [(fault.kind, fault.pairs_lost) for fault in found.faults]
 
 
 def test_members_of_a_sample_stand_together(tmp_path: Path) -> None:
@@ -235,7 +240,7 @@ def test_members_of_a_sample_stand_together(tmp_path: Path) -> None:
     assert fault.kind == "split_sample" and "'k' is used at byte 512 and again at byte 3584" in fault.detail
     assert list(found.columns["pair_key"]) == ["l"]
     found = scan(tmp_path, [QUERY, page, *other, QUERY, page])
-    assert [(fault.kind, fault.pairs_lost) for fault in found.faults] == [("split_sample", 1)]
+    assert [(fault.kind, fault.pairs_lost) for fault in found.faults] == [("split_sample", 2)]
     found = scan(tmp_path, [page, *other, page], corpus=True)
     assert [fault.kind for fault in found.faults] == ["split_sample"]
     assert list(found.columns["corpus_key"]) == ["l"]

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,7 +60,10 @@ def test_verify_finds_what_breaks_off_and_what_changed_since(
     assert main([*words, "--write-exclude", str(exclude)]) == 2
     told = capsys.readouterr()
     assert "--write-exclude" not in told.err and f"3 pairs for data.exclude in {exclude}" in told.out
-    assert list(read_exclusions([str(exclude)])) == [(pairs.name, key) for key in ("k0", "k1", "k2")]
+    # The list may be the one that a run file names.
+    assert main([*words, "--write-exclude", str(exclude)]) == 2
+    assert "exists and is not replaced" in capsys.readouterr().err
+    assert list(read_exclusions([str(exclude)])) == [(str(pairs), key) for key in ("k0", "k1", "k2")]
 
 
 def test_whole_shards_pass_and_are_scanned_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,3 +138,25 @@ def test_inspect_tells_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixtu
     )
     assert main(["shards", "inspect", "--corpus", str(corpus)]) == 0
     assert "3 image" in capsys.readouterr().out
+
+
+def test_a_run_file_takes_overrides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (shard,) = write_pairs(tmp_path / "data", 3, 1)
+    run_file = tmp_path / "run.yaml"
+    run_file.write_text(yaml.safe_dump({"output_dir": "x", "model": {"name_or_path": "y"}, "data": {"train": "z.tar"}}))
+    exclude = tmp_path / "exclude.jsonl"
+    exclude.write_text(json.dumps({"shard": shard.name, "key": "k00001"}) + "\n")
+    words = [str(run_file), f"data.train={shard}", f"data.exclude={exclude}", "data.eval="]
+    assert main(["shards", "inspect", *words]) == 0
+    assert "1 pair by data.exclude" in capsys.readouterr().out
+
+
+def test_whoever_reads_may_stop_reading(tmp_path: Path) -> None:
+    (shard,) = write_pairs(tmp_path / "data", 3, 1)
+    program = "import sys; from farnear.cli import main; sys.exit(main(sys.argv[1:]))"
+    words = [sys.executable, "-c", program, "shards", "inspect", str(shard)]
+    running = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert running.stdout is not None
+    running.stdout.close()
+    _, err = running.communicate(timeout=60)
+    assert (running.returncode, err) == (141, "")

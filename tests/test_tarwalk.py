@@ -334,3 +334,17 @@ def test_many_joined_tars_take_no_time(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(write_tar(tmp_path / "one.tar", TWO_PAIRS).read_bytes() * 300)
     found = walk(tmp_path / "a.tar")
     assert len([one for one in found if isinstance(one, Break)]) == 1 and len(found) == 1201
+
+
+def test_zeros_to_the_end_of_the_file_are_no_end_of_an_archive(tmp_path: Path) -> None:
+    """What a preallocated download or a crash leaves. A tar fills up one record."""
+    path = write_tar(tmp_path / "a.tar", pair_members("a", "q", 1))
+    size = path.stat().st_size
+    with open(path, "ab") as file:
+        file.truncate(size + 50_000)
+    assert [type(found) for found in walk(path)] == [Member, Member]
+    with open(path, "ab") as file:
+        file.truncate(size + 100_000)
+    (broken,) = (found for found in walk(path) if isinstance(found, Break))
+    assert broken.kind == "cut_short" and "zero bytes to the end of the file" in broken.detail
+    assert len(walk(path)) == 3

@@ -122,6 +122,12 @@ def test_an_existing_run_folder_and_a_resume_of_nothing(folder: Path, capsys: py
     shutil.rmtree(folder / "run")
 
 
+def test_an_exclusion_that_the_run_itself_writes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = str(folder / "run" / "quarantine.jsonl")
+    line = mistake(folder, capsys, data={"exclude": own})
+    assert f"data.exclude: {own} lies in output_dir" in line
+
+
 def test_a_checkpoint_of_another_order(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_file = folder / "first.yaml"
     run_file.write_text(yaml.safe_dump(run_tree(folder, "run", training={"max_steps": 1})))

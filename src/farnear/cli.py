@@ -6,6 +6,7 @@ command needs is imported when it runs: `farnear --help` must not wait for torch
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,7 +26,13 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         arguments = parse(_farnear_parser(), sys.argv[1:] if words is None else words)
         command: Command = arguments.command
-        return command(arguments)
+        code = command(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # `farnear ... | head` has read enough. What Python still holds for the pipe would fail once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (UserError, OSError) as error:
         mistake = as_user_error(error)
     print(error_line(mistake), file=sys.stderr)

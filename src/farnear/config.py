@@ -61,7 +61,7 @@ class Section(BaseModel):
 
 def _patterns(value: Any) -> Any:
     """One pattern stands for a list of it, an empty one for none."""
-    return tuple(filter(None, [value])) if isinstance(value, str) else value
+    return tuple(filter(None, [value])) if value is None or isinstance(value, str) else value
 
 
 class ModelConfig(Section):
@@ -315,6 +315,13 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _combinations(self) -> "RunConfig":
+        own = Path(self.output_dir).absolute()
+        for path in self.data.exclude:
+            if Path(path).absolute().is_relative_to(own):
+                raise ValueError(
+                    f"data.exclude: {path} lies in output_dir, where the run writes such files anew; copy it "
+                    "elsewhere, or set another output_dir"
+                )
         if self.strategy == "single" and self.num_processes not in (None, 1):
             raise ValueError(f"strategy single is one process, but num_processes is {self.num_processes}; use ddp")
         if self.training.pure_bf16 and self.strategy.startswith("zero"):

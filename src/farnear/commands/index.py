@@ -65,7 +65,9 @@ def _add(
     epilog: str,
 ) -> Parser:
     parser = sources.add_parser(name, help=help, description=description, epilog=epilog)
-    parser.add_argument("shards", metavar="SHARDS", nargs="*", help="of pairs: paths, URLs, globs; or one RUN.yaml")
+    parser.add_argument(
+        "shards", metavar="SHARDS", nargs="*", help="of pairs: paths, URLs, globs; or RUN.yaml [key=value ...]"
+    )
     parser.add_argument(
         "--corpus", metavar="SHARDS", nargs="+", default=[], help="shards of pages that pairs name by pos_id"
     )
@@ -106,18 +108,26 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     from farnear.data.faults import fault_table, pairs_lost
+    from farnear.data.remote import shown
     from farnear.data.verify import verify_shards
     from farnear.files import replace_text
 
+    if arguments.write_exclude is not None and arguments.write_exclude.exists():
+        # It may be the very list that a run file excludes by, and holds what is not looked at any more.
+        raise UserError(
+            f"{arguments.write_exclude} exists and is not replaced; name another file, or move that one away"
+        )
     faults: list[Fault] = []
+    new_faults = 0
     exclusions: list[str] = []
     for name, shard_set, cache, store in _shard_sets(arguments):
         found = verify_shards(shard_set, cache, store, processes=arguments.processes)
         index = found.index
         of_set = [*index.faults, *found.faults]
         faults += of_set
+        new_faults += len(found.faults)
         for pair in found.lost:
-            shard = index.shard_name(int(index.pair_shard_N[pair]))
+            shard = shown(index.shards[index.pair_shard_N[pair]])
             exclusions.append(json.dumps({"shard": shard, "key": index.pair_key[pair]}) + "\n")
         size = int(index.shard_size_S.sum()) / 1e6
         print(
@@ -127,15 +137,19 @@ def _verify(arguments: argparse.Namespace) -> int:
         )
         if of_set:
             print(fault_table(of_set), flush=True)
-    if arguments.write_exclude:
+    if arguments.write_exclude is not None:
         replace_text(arguments.write_exclude, "".join(exclusions))
         print(f"{counted(len(exclusions), 'pair')} for data.exclude in {arguments.write_exclude}")
     if faults:
-        # What indexing found is left out by every run; the pairs of what was found now have to be named to it.
-        how = "" if arguments.write_exclude or not exclusions else " (--write-exclude FILE names them)"
+        # What indexing found every run leaves out by itself; what was found now it would meet on its way.
+        how = "raise data.max_bad_fraction, up to which a run leaves them out"
+        if new_faults:
+            how = "leave the pairs out with data.exclude"
+            if arguments.write_exclude is None:
+                how += " (--write-exclude FILE names them, but for those that indexing leaves out)"
         raise UserError(
             f"{counted(len(faults), 'fault')} cost at least {counted(pairs_lost(faults), 'pair')}; write or copy the "
-            f"shards again, or leave the pairs out with data.exclude{how}"
+            f"shards again, or {how}"
         )
     return 0
 
@@ -145,13 +159,13 @@ def _shard_sets(arguments: argparse.Namespace) -> "Iterator[tuple[str, ShardSet,
     from farnear.data.index_cache import ShardSet, SourceShards, cache_folder
     from farnear.data.shard_names import expand_shards
 
-    if len(arguments.shards) == 1 and Path(arguments.shards[0]).suffix in (".yaml", ".yml"):
+    if arguments.shards and Path(arguments.shards[0]).suffix in (".yaml", ".yml"):
         from farnear.config import load_config
         from farnear.data.run_shards import shard_sets, shard_store
 
         if arguments.corpus:
             raise UserError("--corpus goes with shards; a run file names its own: data.train_corpus, data.eval_corpus")
-        data = load_config(arguments.shards[0]).data
+        data = load_config(arguments.shards[0], arguments.shards[1:]).data
         cache = cache_folder(arguments.cache_dir or data.cache_dir)
         store = shard_store(data, cache)
         for name, shard_set in zip(("training", "evaluation"), shard_sets(data), strict=True):

@@ -51,19 +51,23 @@ def deal(cost_n: Int64, hands: int) -> list[Int64]:
 
 
 def cut(cost_n: Int64, max_size: int, max_cost: int | None) -> list[Int64]:
-    """Places 0 .. n - 1 in the fewest parts of even cost that hold ``max_size`` places and ``max_cost`` at most.
+    """Places 0 .. n - 1 in few parts of even cost that hold ``max_size`` places and ``max_cost`` at most.
 
     One place that costs more than ``max_cost`` is a part by itself. Parts are in rising order of their first place.
     """
     if len(cost_n) == 0:
         return []
-    parts = max(-(-len(cost_n) // max_size), -(-int(cost_n.sum()) // max_cost) if max_cost else 1)
+    parts = -(-len(cost_n) // max_size)
+    if max_cost:
+        # No two that cost more than half of it share a part.
+        parts = max(parts, -(-int(cost_n.sum()) // max_cost), int(np.count_nonzero(2 * cost_n > max_cost)))
     while True:
+        parts = min(parts, len(cost_n))
         cuts = _dealt(cost_n, [max_size] * parts)
         fits = max_cost is None or all(len(places) < 2 or cost_n[places].sum() <= max_cost for places in cuts)
         if fits or parts >= len(cost_n):
             return sorted((places for places in cuts if len(places)), key=lambda places: int(places[0]))
-        parts += 1
+        parts += max(1, parts // 32)  # one more at a time would make the work grow with the square of n
 
 
 def _dealt(cost_n: Int64, sizes: Sequence[int]) -> list[Int64]:

@@ -24,10 +24,11 @@ from farnear.data.faults import Fault
 from farnear.data.remote import short_name, shown
 from farnear.data.scan_rows import MODALITY_BITS
 from farnear.errors import UserError
+from farnear.wording import printable
 
 __all__ = ["FORMAT", "MODALITY_BITS", "Index", "modality_name", "open_index", "write_index"]
 
-FORMAT = "farnear index 3"
+FORMAT = "farnear index 4"
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
@@ -53,6 +54,8 @@ class Index:
     ignored_members: int  # members that belong to no pair or page, not counting directories
     ignored_examples: tuple[str, ...]  # a few of them, "shard name/member name"
     shard_size_S: Int64  # bytes
+    shard_source_S: Int32  # -1 for shards of documents
+    shard_pairs_S: Int64  # pairs that the scan met, be they usable, faulty or excluded
     part_shard_M: Int32
     part_offset_M: Int64
     part_size_M: Int64
@@ -94,12 +97,12 @@ class Index:
 
     def pair_id(self, pair: int) -> str:
         """How a pair is named to people: ``"train-000.tar/KEY"``."""
-        return f"{self.shard_name(int(self.pair_shard_N[pair]))}/{self.pair_key[pair]}"
+        return printable(f"{self.shard_name(int(self.pair_shard_N[pair]))}/{self.pair_key[pair]}")
 
     def input_id(self, row: int) -> str:
         """How a query or document is named to people, by its first part: ``"train-000.tar/KEY.png"``."""
         part = int(self.part_start_I1[row])
-        return f"{self.shard_name(int(self.part_shard_M[part]))}/{self.part_name[part]}"
+        return printable(f"{self.shard_name(int(self.part_shard_M[part]))}/{self.part_name[part]}")
 
     def shard_name(self, shard: int) -> str:
         """The last part of a shard's path or URL; all of it where another shard ends alike."""
@@ -154,13 +157,14 @@ def write_index(index: Index, path: Path) -> None:
     write_columns(path, {name: getattr(index, name) for name in _COLUMNS}, header, FORMAT)
 
 
-def open_index(path: Path) -> Index:
+def open_index(path: Path, *, check: bool = False) -> Index:
     """Map the file that ``write_index`` wrote; its arrays are views of the map, nothing is read until it is used.
 
-    Raises ``UserError`` for a file that is missing, is no index, or has another format version.
+    With ``check`` all of it is read once and compared with its digest. Raises ``UserError`` for a file that is missing,
+    damaged, no index, or of another format version.
     """
     try:
-        columns, header = open_columns(path, FORMAT)
+        columns, header = open_columns(path, FORMAT, check=check)
     except FileNotFoundError:
         raise UserError(
             f"index {path} does not exist, so the pairs cannot be found; build it from the shards"

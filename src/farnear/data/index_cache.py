@@ -26,14 +26,14 @@ from farnear.data.index import Index, open_index, write_index
 from farnear.data.join import MAX_IMAGE_PIXELS, Source, join_scans
 from farnear.data.remote import shown
 from farnear.data.scan import scan_shard
-from farnear.data.scan_rows import ShardScan, digest_of
+from farnear.data.scan_rows import ShardScan
 from farnear.data.shard_jobs import run_jobs
 from farnear.data.shard_store import ShardFacts, ShardStore
 from farnear.errors import UserError
 from farnear.files import locked
 from farnear.wording import counted
 
-SCAN_FORMAT = "farnear scan 3"
+SCAN_FORMAT = "farnear scan 4"
 INDEX_FILE = "index.arrow"
 
 ScanKey = tuple[str, bool]
@@ -55,7 +55,7 @@ class ShardSet:
 
     Attributes:
         corpus: Shards of documents that the pairs of every source may name.
-        exclude: (shard name, key) of pairs to leave out.
+        exclude: (shard, key) of pairs to leave out.
         max_image_pixels: Larger images are left out.
     """
 
@@ -73,7 +73,10 @@ class ShardSet:
 
 def cache_folder(configured: str | None) -> Path:
     """``data.cache_dir``, else what FARNEAR_CACHE names, else ``~/.cache/farnear``."""
-    return Path(configured or os.environ.get("FARNEAR_CACHE") or "~/.cache/farnear").expanduser().absolute()
+    folder = configured or os.environ.get("FARNEAR_CACHE") or "~/.cache/farnear"
+    if "\0" in folder:
+        raise UserError(f"the cache folder {folder!r} holds a zero byte, which no path can; correct it")
+    return Path(os.path.expanduser(folder)).absolute()
 
 
 def cached_index(shard_set: ShardSet, cache: Path, store: ShardStore, *, processes: int | None = None) -> Index:
@@ -198,10 +201,8 @@ def _scan_and_store(job: tuple[ShardFacts, bool, Path], store: ShardStore) -> No
 def _stored_scan(path: Path) -> ShardScan | None:
     """The scan in a file, None where there is none or a torn one."""
     try:
-        columns, header = open_columns(path, SCAN_FORMAT)
+        columns, header = open_columns(path, SCAN_FORMAT, check=True)
     except (FileNotFoundError, DamagedFileError):
-        return None
-    if digest_of(columns) != header["digest"]:
         return None
     faults = tuple(Fault(**fault) for fault in header.pop("faults"))
     examples = tuple(header.pop("ignored_examples"))
@@ -210,7 +211,7 @@ def _stored_scan(path: Path) -> ShardScan | None:
 
 def _opened(path: Path) -> Index | None:
     try:
-        return open_index(path)
+        return open_index(path, check=True)
     except UserError:
         return None
 

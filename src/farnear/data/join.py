@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from farnear.data.columns import ArrowStrings
-from farnear.data.faults import Fault
+from farnear.data.faults import Fault, pairs_lost
 from farnear.data.index import Index
 from farnear.data.joined import (
     Bool,
@@ -62,7 +62,7 @@ def join_scans(
     Args:
         corpus: Shards of documents that the pairs of every source may name.
         etags: By shard, of those behind URLs.
-        exclude: (shard name or whole path or URL, key) of pairs to leave out.
+        exclude: (shard, key) of pairs to leave out.
         max_image_pixels: Larger images are not used: their header alone says that they would fill the memory.
 
     Raises:
@@ -75,7 +75,7 @@ def join_scans(
     excluded = draft.leave_out(exclude)
     draft.leave_out_large_images(max_image_pixels)
     draft.leave_out_missing_pages()
-    columns = {**joined.columns(), **draft.columns()}
+    columns = {**joined.columns(), **draft.columns(), **_shard_columns(sources, corpora)}
     examples = [f"{short_name(scan.shard)}/{name}" for scan in scans for name in scan.ignored_examples]
     return Index(
         shards=tuple(scan.shard for scan in scans),
@@ -88,6 +88,15 @@ def join_scans(
         ignored_examples=tuple(examples[:EXAMPLES_OF_IGNORED]),
         **columns,
     )
+
+
+def _shard_columns(sources: Sequence[Source], corpora: Sequence[ShardScan]) -> dict[str, Any]:
+    shards = [(number, scan) for number, source in enumerate(sources) for scan in source.shards]
+    pairs = [len(scan.columns["pair_key"]) + pairs_lost(scan.faults) for _, scan in shards]
+    return {
+        "shard_source_S": np.array([number for number, _ in shards] + [-1] * len(corpora), np.int32),
+        "shard_pairs_S": np.array(pairs + [0] * len(corpora), np.int64),
+    }
 
 
 def _distinct(scans: Sequence[ShardScan]) -> list[ShardScan]:
@@ -119,16 +128,20 @@ class _Draft:
         pages_K = [_PagesByKey(_distinct([*corpus, *source.corpus]), joined) for source in sources]
         lists: dict[str, RowLists] = {}
         for which in ("positive", "negative"):
-            rows = []
-            for scan, source in zip(scans, source_S, strict=True):
-                row = np.asarray(scan.columns[which]).copy()
-                named = row < 0
-                row[~named] += joined.first_input_of(scan)
-                if named.any():
-                    row[named] = pages_K[source].rows_of(text_column(scan.columns[f"{which}_key"]), named)
-                rows.append(row)
+            size_S = np.array([len(scan.columns[which]) for scan in scans], np.int64)
+            rows = joined_numbers([np.asarray(scan.columns[which]) for scan in scans])
+            named = rows < 0
+            first_S = np.array([joined.first_input_of(scan) for scan in scans], np.int64)
+            rows = np.where(named, -1, rows + np.repeat(first_S, size_S))
+            keys = strings_of(scans, f"{which}_key")
+            # A corpus is searched once a source: to build its table of keys costs more than all the searches.
+            size_K = [sum(len(scan.columns[which]) for scan in source.shards) for source in sources]
+            bounds = starts_of(np.array(size_K, np.int64))
+            for pages, own in zip(pages_K, map(slice, bounds[:-1], bounds[1:]), strict=True):
+                if named[own].any():
+                    rows[own][named[own]] = pages.rows_of(keys[own], named[own])
             counts = [np.asarray(scan.columns[f"pair_{which}s"]) for scan in scans]
-            lists[which] = RowLists(starts_of(joined_numbers(counts)), joined_numbers(rows))
+            lists[which] = RowLists(starts_of(joined_numbers(counts)), rows)
         query = [np.asarray(scan.columns["pair_query"]) + joined.first_input_of(scan) for scan in scans]
         draft = cls(
             joined=joined,
@@ -201,10 +214,11 @@ class _Draft:
         self.use_N &= ~lost_N
         for number in np.unique(self.pair_shard_N[missing_N > 0]):
             pairs = np.flatnonzero((missing_N > 0) & (self.pair_shard_N == number))
-            page, corpus_is_named = self._missing_page_of(int(pairs[0]))
+            example = int(pairs[np.argmax(lost_N[pairs])])  # a lost one, if there is any
+            page, corpus_is_named = self._missing_page_of(example)
             detail = (
                 f"{len(pairs)} pairs name {missing_N[pairs].sum()} pages that stand in no corpus shard, {page!r} of "
-                f"{self.pair_key[int(pairs[0])]!r} the first; missing negatives are left out, pairs without a positive "
+                f"{self.pair_key[example]!r} for one; missing negatives are left out, pairs without a positive "
                 "are lost" + ("" if corpus_is_named else ": name the corpus shards (data.train_corpus, --corpus)")
             )
             shard = self.joined.scans[number].shard
@@ -233,16 +247,17 @@ class _Draft:
         before = int(self.use_N.sum())
         found: set[tuple[str, str]] = set()
         for number, scan in enumerate(self.joined.scans):
-            for name in {short_name(scan.shard), shown(scan.shard)} & keys_of_shard.keys():
-                rows = np.flatnonzero(self.pair_shard_N == number)
-                keys = self.pair_key.take(rows).column
-                hit = pc.is_in(keys, value_set=pa.array(keys_of_shard[name], pa.large_string()))
-                hit = hit.to_numpy(zero_copy_only=False)
-                self.use_N[rows[hit]] = False
-                found.update((name, self.pair_key[int(row)]) for row in rows[hit])
+            if scan.shard not in keys_of_shard:
+                continue
+            rows = np.flatnonzero(self.pair_shard_N == number)
+            keys = self.pair_key.take(rows).column
+            hit = pc.is_in(keys, value_set=pa.array(keys_of_shard[scan.shard], pa.large_string()))
+            hit = hit.to_numpy(zero_copy_only=False)
+            self.use_N[rows[hit]] = False
+            found.update((scan.shard, self.pair_key[int(row)]) for row in rows[hit])
         for shard, key in wanted:
             if (shard, key) not in found:
-                detail = f"data.exclude names {key!r}, which is no pair of the shards"
+                detail = f"data.exclude names {key!r} of {shard}, which is no pair of this run"
                 self.faults.append(Fault(shard, 0, "unknown_key", detail, 0))
         return before - int(self.use_N.sum())
 

@@ -33,7 +33,7 @@ from farnear.data.index import Index, modality_name
 from farnear.data.order import Order
 from farnear.data.prefetch import Prefetcher
 from farnear.data.read import InputReader
-from farnear.data.remote import RemoteFacts, is_remote
+from farnear.data.remote import RemoteFacts, is_remote, shown
 from farnear.data.shard_store import ShardStore
 from farnear.data.workers import Job, Preprocess, Result, Workers
 
@@ -57,7 +57,7 @@ class MiniBatch:
 
 @dataclass(frozen=True)
 class Quarantined:
-    """A pair with an input that could not be used: ``shard`` and ``key`` name the pair, ``reason`` says why."""
+    """A pair with an input that could not be used: named by ``shard``, a path or URL, and ``key``."""
 
     shard: str
     key: str
@@ -180,9 +180,9 @@ class TrainLoader:
                     valid_b[owner] = False
                     page_valid_p[rank_slice.owner_p == owner] = False
                 pair = int(pairs_b[owner])
-                shard = index.shard_name(int(index.pair_shard_N[pair]))
+                shard = index.shards[index.pair_shard_N[pair]]
                 quarantined.append(
-                    Quarantined(shard, index.pair_key[pair], index.input_id(int(job.rows[place])), reason)
+                    Quarantined(shown(shard), index.pair_key[pair], index.input_id(int(job.rows[place])), reason)
                 )
         mini_batches = tuple(
             MiniBatch(job.side, job.modality, rows, features)

@@ -1,16 +1,15 @@
 """How many pairs the faults of some shards cost: as far as it is known, and as far as it can be guessed.
 
-A scan counts what it sees. Of a shard that was cut short it sees the sample at the cut, and nothing tells what stood
-behind. A run that goes on with half of a shard must not count that as one pair, so such a shard is taken for as long as
-the whole shards of its source are on average.
+A scan counts what it sees. Of a shard that was cut short, or is garbage from some place on, it sees the sample at that
+place, and nothing tells what stood behind. A run that goes on with half of a shard must not count that as one pair, so
+such a shard is taken for as long as the whole shards of its source are on average.
 """
 
-import itertools
-from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 
+from farnear.data.faults import pairs_lost
 from farnear.data.index import Index
 
 
@@ -36,19 +35,22 @@ class Losses:
 
 def losses_of(index: Index) -> Losses:
     """What the faults of an index cost. Pairs that were excluded are no loss."""
-    known_of_shard: Counter[str] = Counter()
-    for fault in index.faults:
-        known_of_shard[fault.shard] += fault.pairs_lost
-    cut_short = {fault.shard for fault in index.faults if fault.kind == "cut_short"}
-    pairs_S = np.bincount(index.pair_shard_N, minlength=len(index.shards))
+    ends_unseen = {fault.shard for fault in index.faults if fault.kind == "cut_short"} | _without_an_end(index)
+    is_cut_S = np.array([shard in ends_unseen for shard in index.shards], np.bool_)
     presumed, no_measure = 0, []
-    for first, stop in itertools.pairwise(index.source_start_K1.tolist()) if cut_short else ():
-        numbers = np.unique(index.pair_shard_N[first:stop]).tolist()
-        whole = [pairs_S[number] for number in numbers if index.shards[number] not in cut_short]
-        for number in numbers:
-            shard = index.shards[number]
-            if shard in cut_short and whole:
-                presumed += max(0, round(np.mean(whole)) - int(pairs_S[number]) - known_of_shard[shard])
-            elif shard in cut_short:
-                no_measure.append(shard)
-    return Losses(sum(known_of_shard.values()), presumed, tuple(no_measure))
+    for number in np.flatnonzero(is_cut_S & (index.shard_source_S >= 0)).tolist():
+        whole_S = ~is_cut_S & (index.shard_source_S == index.shard_source_S[number])
+        if whole_S.any():
+            presumed += max(0, round(index.shard_pairs_S[whole_S].mean()) - int(index.shard_pairs_S[number]))
+        else:
+            no_measure.append(index.shards[number])
+    return Losses(pairs_lost(index.faults), presumed, tuple(no_measure))
+
+
+def _without_an_end(index: Index) -> set[str]:
+    """Shards with a damaged header behind which nothing usable was found: all the rest may have been lost with it."""
+    last_M = np.zeros(len(index.shards), np.int64)
+    np.maximum.at(last_M, index.part_shard_M, index.part_offset_M)
+    last_of_shard = dict(zip(index.shards, last_M.tolist(), strict=True))
+    damaged = [fault for fault in index.faults if fault.kind == "damaged_header"]
+    return {fault.shard for fault in damaged if fault.offset > last_of_shard[fault.shard]}

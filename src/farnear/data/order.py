@@ -6,11 +6,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from farnear.data.faults import pairs_lost
 from farnear.data.index import Index
 from farnear.data.plan import PairFacts, Plan, PlanSettings, drawn_positive, schedule_of
 from farnear.data.plan_store import stored_plan
-from farnear.errors import UserError
 
 Int64 = npt.NDArray[np.int64]
 
@@ -56,14 +54,7 @@ class Order:
 
 
 def pair_facts(index: Index) -> PairFacts:
-    """What a plan needs to know of an index's pairs. Raises ``UserError`` where a source has none."""
-    for source, pairs in zip(index.sources, np.diff(index.source_start_K1).tolist(), strict=True):
-        if pairs == 0:
-            raise UserError(
-                f"of source {source!r} no pair is left to train on (data.exclude names {index.excluded} pairs of all "
-                f"sources, {pairs_lost(index.faults)} are lost to faults); mend its shards, exclude fewer pairs, or "
-                "leave the source out"
-            )
+    """What a plan needs to know of an index's pairs, of which every source has one."""
     first_positive = index.positives[index.positive_start_N1[:-1]]
     return PairFacts(
         fingerprint=index.fingerprint,

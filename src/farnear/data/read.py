@@ -88,7 +88,11 @@ class InputReader:
         index = self.index
         shard = int(index.part_shard_M[part])
         facts = ShardFacts(index.shards[shard], int(index.shard_size_S[shard]), index.etags[shard])
-        data = self._shards.read(facts, int(index.part_offset_M[part]), int(index.part_size_M[part]))
+        place = int(index.part_offset_M[part]), int(index.part_size_M[part])
+        data = self._shards.read(facts, *place)
+        # The disk may have spoilt the copy of a shard that is right where it comes from.
+        if hash_bytes(data) != index.part_hash_M[part] and self._shards.fetch_again(facts):
+            data = self._shards.read(facts, *place)
         if hash_bytes(data) != index.part_hash_M[part]:
             raise self._bad(part, "has other bytes than when it was indexed")
         return data
@@ -97,7 +101,9 @@ class InputReader:
         index = self.index
         where = f"{index.part_name[part]!r} in shard {shown(index.shards[int(index.part_shard_M[part])])}"
         return BadInputError(
-            f"the member {where} {reason}, so its pair cannot be used; write it again or drop its sample", reason
+            f"the member {where} {reason}, so its pair cannot be used; write it again, or name the pair in a file of "
+            "data.exclude",
+            reason,
         )
 
 

@@ -1,12 +1,13 @@
 """The shards that a run file names, patterns expanded, and how they are read."""
 
 import json
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from farnear.config import DataConfig
 from farnear.data.index_cache import ShardSet, SourceShards
-from farnear.data.remote import is_remote, shown
+from farnear.data.remote import is_remote, short_name, shown
 from farnear.data.shard_cache import ShardCache
 from farnear.data.shard_names import expand_shards
 from farnear.data.shard_store import ShardStore
@@ -39,20 +40,24 @@ def shard_sets(data: DataConfig) -> tuple[ShardSet, ShardSet | None]:
         _refuse_shared([shard for source in sources for shard in source.shards])
     else:
         sources = (SourceShards(ONE_SOURCE, tuple(expand_shards(data.train, "data.train"))),)
-    exclude = tuple(read_exclusions(data.exclude))
-    train = ShardSet(sources, _optional(data.train_corpus, "data.train_corpus"), exclude, data.max_image_pixels)
-    if not data.eval:
-        return train, None
-    eval_shards = tuple(expand_shards(data.eval, "data.eval"))
-    trained = {_resolved(shard) for source in train.sources for shard in source.shards}
-    shared = sorted(trained & {_resolved(shard) for shard in eval_shards})
+    train_shards = [shard for source in sources for shard in source.shards]
+    eval_shards = expand_shards(data.eval, "data.eval") if data.eval else []
+    shared = sorted(set(map(_resolved, train_shards)) & set(map(_resolved, eval_shards)))
     if shared:
         raise UserError(
             f"shard {shown(shared[0])} is in data.train and in data.eval, so the evaluation would measure what was "
             "trained; name it on one side"
         )
+    exclude = resolve_exclusions(read_exclusions(data.exclude), [*train_shards, *eval_shards])
+    of_eval = set(eval_shards)
+    in_eval = tuple(pair for pair in exclude if pair[0] in of_eval)
+    # What is of no shard is told with the training's faults.
+    in_train = tuple(pair for pair in exclude if pair[0] not in of_eval)
+    train = ShardSet(sources, _optional(data.train_corpus, "data.train_corpus"), in_train, data.max_image_pixels)
+    if not eval_shards:
+        return train, None
     corpus = _optional(data.eval_corpus, "data.eval_corpus")
-    evaluated = ShardSet((SourceShards("eval", eval_shards),), corpus, (), data.max_image_pixels)
+    evaluated = ShardSet((SourceShards("eval", tuple(eval_shards)),), corpus, in_eval, data.max_image_pixels)
     return train, evaluated
 
 
@@ -75,12 +80,34 @@ def _refuse_shared(shards: Sequence[str]) -> None:
         seen.add(shard)
 
 
+def resolve_exclusions(exclusions: Iterable[tuple[str, str]], shards: Sequence[str]) -> list[tuple[str, str]]:
+    """The same (shard, key) with each shard as it stands in ``shards``; one that is not there stays as it is.
+
+    A shard is named by its path or URL, without what a URL has behind a ``?``, or by the last part of it. Raises
+    ``UserError`` where that is the last part of several.
+    """
+    of_whole = {shown(shard): shard for shard in shards}
+    of_name: dict[str, list[str]] = {}
+    for shard in shards:
+        of_name.setdefault(short_name(shard), []).append(shard)
+    found = []
+    for name, key in exclusions:
+        alike = [of_whole[name]] if name in of_whole else of_name.get(name, [name])
+        if len(alike) > 1:
+            raise UserError(
+                f"data.exclude names {key!r} of {name}, but {len(alike)} shards are called so, {shown(alike[0])} and "
+                f"{shown(alike[1])} among them; name the whole path"
+            )
+        found.append((alike[0], key))
+    return found
+
+
 def read_exclusions(paths: Sequence[str]) -> Iterator[tuple[str, str]]:
     """(shard name, key) of each line of the files. Raises ``UserError`` for a line that names no pair."""
     for path in paths:
         try:
-            lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+            lines = Path(os.path.expanduser(path)).read_text(encoding="utf-8").split("\n")
+        except (OSError, ValueError) as error:
             raise UserError(f"data.exclude: {path} cannot be read ({error}); check the path") from None
         for number, line in enumerate(lines, 1):
             if not line.strip():

@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from farnear.data.faults import Fault
 from farnear.data.media import TooManyPixelsError, image_size
@@ -52,6 +52,8 @@ class _Sample:
     key: str  # the same, but for hard negatives of a shard of pairs that is used as a corpus
     offset: int
     members: int = 1
+    asked: int = 0  # queries, usable or not
+    asked_before: int = 0  # in the places where its key began before: none, if all is well
     parts: dict[str, list[Part]] = field(default_factory=dict)
     places: dict[str, list[str]] = field(default_factory=dict)  # of media, in a slot's messages
     json_part: Part | None = None
@@ -152,6 +154,7 @@ class _Scanner:
         known = self.samples.get(key)
         sample = known or _Sample(name, key, offset)
         if known is not None:
+            known.asked_before, known.asked = known.asked_before + known.asked, 0
             detail = f"the key {key!r} is used at byte {known.offset} and again at byte {offset}"
             sample.fail("split_sample", f"{detail}; keep the members of a sample together, under a key of their own")
         if not self.current or self.current[0].name != name:
@@ -167,10 +170,11 @@ class _Scanner:
 
     def _add_json(self, sample: _Sample, member: Member) -> None:
         data = self.file.read(member.size)
-        if sample.json_part is not None:
-            return sample.fail("incomplete", f"{sample.key!r} has two members {member.name!r}")
         try:
             record = parse_json(data)
+            sample.asked = max(sample.asked, _queries_in(record))
+            if sample.json_part is not None:
+                return sample.fail("incomplete", f"{sample.key!r} has two members {member.name!r}")
             sample.positive_ids = ids_of(record, "pos_id", "pos_ids")
             sample.negative_ids = ids_of(record, "neg_ids")
         except ValueError as error:
@@ -188,6 +192,8 @@ class _Scanner:
 
     def _add_part(self, sample: _Sample, member: Member, slot: str, kind: int) -> None:
         data = self.file.read(member.size)
+        if slot == "query":
+            sample.asked = max(sample.asked, 1)
         parts = sample.parts.setdefault(slot, [])
         if any(part.kind == kind for part in parts):
             return sample.fail("incomplete", f"{sample.key!r} has two parts like {member.name!r}, and one must do")
@@ -219,7 +225,7 @@ class _Scanner:
             if sample.fault is None:
                 _require_whole(sample, self.corpus)
             if sample.fault is not None:
-                lost = 0 if self.corpus else max(1, len(sample.json_queries))
+                lost = 0 if self.corpus else max(1, sample.asked_before + sample.asked)
                 self.faults.append(Fault(self.shard, sample.offset, *sample.fault, lost))
             elif self.corpus:
                 rows.add_document(sample.key, sample.parts["positive"])
@@ -287,6 +293,16 @@ def _add_pairs(sample: _Sample, rows: Rows) -> None:
             (positives, sample.positive_ids),
             (negatives, sample.negative_ids),
         )
+
+
+def _queries_in(record: dict[str, Any]) -> int:
+    """How many queries a KEY.json holds, be they usable or not."""
+    if "query" not in record:
+        return 0
+    query = record["query"]
+    if not isinstance(query, list) or all(isinstance(one, dict) for one in query):
+        return 1
+    return len(query)
 
 
 def _one_line(error: Exception) -> str:

@@ -97,6 +97,10 @@ class ShardCache:
         """See that the shard is there. Arguments and errors as in ``open``."""
         self.open(url, facts, wanted).close()
 
+    def discard(self, url: str, facts: RemoteFacts) -> None:
+        """Delete the entry of a shard whose bytes are not right. Whoever has it open keeps what he has."""
+        (self.folder / _entry_name(url, facts)).unlink(missing_ok=True)
+
     def _download(
         self, part: io.BufferedRandom, entry: Path, url: str, facts: RemoteFacts, wanted: Callable[[], bool]
     ) -> io.FileIO:

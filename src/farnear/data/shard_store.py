@@ -116,6 +116,15 @@ class OpenShards:
             ) from error
         return b"".join(pieces)
 
+    def fetch_again(self, facts: ShardFacts) -> bool:
+        """Throw away the copy of a shard behind a URL, so that the next read brings another; False if there is none."""
+        if not is_remote(facts.shard) or self.store.ranged:
+            return False
+        if file := self._file_of_shard.pop(facts.shard, None):
+            file.close()
+        self.store.cache.discard(facts.shard, RemoteFacts(facts.size, facts.etag))
+        return True
+
     def close(self) -> None:
         """Close the open shards. They are opened again when they are needed."""
         while self._file_of_shard:

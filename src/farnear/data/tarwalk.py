@@ -41,6 +41,7 @@ _NOT_A_MEMBER = (*_PAX_TYPES, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK
 _BLOCK = tarfile.BLOCKSIZE
 _CHUNK_BYTES = 1 << 20
 _LARGEST_NAME_BYTES = 1 << 20
+_LARGEST_END = 1 << 16  # bytes of zeros; tar fills up a record, of 10 kB unless it is told otherwise
 _LARGEST_SIZE_IN_HEADER = 8**11 - 1
 _MAGIC = (b"ustar", bytes(5))  # the second in v7's headers
 _HeaderError = tarfile.HeaderError
@@ -107,6 +108,10 @@ def walk_members(file: BinaryIO) -> Iterator[Member | Refused | Break]:
                 yield Break(position, "damaged_header", "the archive ends after a name without its member")
                 long_name = _LongName()
             if not _has_bytes(file, position, shard_size):
+                if shard_size - position > _LARGEST_END and not behind_end:
+                    zeros = shard_size - position
+                    detail = f"{zeros} zero bytes to the end of the file, where an archive ends with a few thousand"
+                    yield Break(position, "cut_short", detail)
                 return
             detail = "the archive ends here but more bytes follow (two tars joined, or a damaged header)"
             broken = Break(position, "bytes_after_end", detail)

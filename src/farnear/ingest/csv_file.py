@@ -90,8 +90,8 @@ def read_rows(source: Path, required: Sequence[str]) -> tuple[list[str], list[tu
         required: names that must each head one column; others may be there too.
 
     Returns:
-        The names of all columns, and each row with the number of the line that it ends on, texts without the white
-        space around them.
+        The names of all columns, in lower case, and each row with the number of the line that it ends on, texts without
+        the white space around them.
 
     Raises:
         UserError: the file cannot be read, lacks a column, or has a row with more fields than columns.
@@ -105,7 +105,7 @@ def read_rows(source: Path, required: Sequence[str]) -> tuple[list[str], list[tu
             delimiter = max(_SEPARATORS, key=header.count)
             stream.seek(0)
             reader = csv.DictReader(stream, skipinitialspace=True, delimiter=delimiter)
-            columns = [name.strip() for name in reader.fieldnames or ()]
+            columns = [name.strip().lower() for name in reader.fieldnames or ()]
             reader.fieldnames = columns
             rows = [(reader.line_num, row) for row in reader]
     except (UnicodeDecodeError, csv.Error) as error:
@@ -122,11 +122,17 @@ def read_rows(source: Path, required: Sequence[str]) -> tuple[list[str], list[tu
                 f"{source} line {line} has more fields than the header's {len(columns)}, so they cannot be told "
                 f"apart; put double quotes around texts that hold {_SEPARATORS[delimiter]}"
             )
-    return columns, [(line, {name: (text or "").strip() for name, text in row.items()}) for line, row in rows]
+    stripped = [(line, {name: (text or "").strip() for name, text in row.items()}) for line, row in rows]
+    # A line of separators only is what spreadsheets leave of a row that was emptied: no row, like an empty line.
+    return columns, [(line, row) for line, row in stripped if any(row.values())]
 
 
 def _image_path(source: Path, line: int, place: str) -> Path:
     image = source.parent / place
+    if not place:
+        raise UserError(
+            f"{source} line {line} names no image, so there is no page to find; name one or delete the line"
+        )
     if image.suffix.lower().lstrip(".") not in IMAGE_EXTENSIONS:
         raise UserError(
             f"{source} line {line} names the image {place!r}, whose type is not supported; convert it to one of "

@@ -15,7 +15,7 @@ from farnear.errors import UserError
 QUERY_NAMES = (("query", "queries", "question", "questions", "anchor"), ("text", "caption"))
 PAGE_NAMES = (
     ("image", "page", "page_image", "positive", "pos", "pos_image", "positive_image", "positive_page", "screenshot"),
-    ("document", "doc", "passage", "image_path", "image_url", "url"),
+    ("document", "doc", "passage", "text", "image_path", "image_url", "url"),
 )
 NEGATIVE_NAME = re.compile(
     r"(?:hard_?)?neg(?:ative)?s?(?:_?(?:image|page|doc|document|passage)s?)?_?\d*", re.IGNORECASE

@@ -79,14 +79,14 @@ def import_answers(
         given = _texts(texts)
         left_out["texts of pages that are not in the shards"] += len(given.keys() - pages.keys())
         text_of_page |= {name: text for name, text in given.items() if name in pages}
-    queries_of_page = _answered(answers, pages, left_out)
+    queries_of_page, answered = _answered(answers, pages, left_out)
     asked = sum(map(len, queries_of_page.values()))
     kept = choose(queries_of_page, text_of_page, left_out)
     if not kept:
         reasons = "; ".join(_told(left_out)) or "there are no answers"
         raise UserError(f"no query of {asked} remains for {len(pages)} pages ({reasons}); look at the answers")
     left_out["pages with answers but without a query that could be kept"] += len(queries_of_page.keys() - kept.keys())
-    left_out["pages without an answer"] += len(pages.keys() - queries_of_page.keys())
+    left_out["pages without an answer"] += len(pages.keys() - answered)
     documents = {pages[name].document for name in kept}
     records, page_of_key = [], {}
     for number, (name, page) in enumerate(pages.items()):
@@ -193,10 +193,13 @@ def _unquoted(line: str) -> str:
     return line.strip()
 
 
-def _answered(answers: Sequence[Path], pages: Mapping[str, StoredPage], left_out: Counter[str]) -> dict[str, list[str]]:
-    """All queries written for each page that was answered; several answers for one page are taken together."""
+def _answered(
+    answers: Sequence[Path], pages: Mapping[str, StoredPage], left_out: Counter[str]
+) -> tuple[dict[str, list[str]], set[str]]:
+    """All queries written for each page, several answers for one page together; and all pages that were asked for."""
     queries_of_page: dict[str, list[str]] = {}
     failed: set[str] = set()
+    answered: set[str] = set()
     for path in answers:
         try:
             data = path.read_bytes()
@@ -204,6 +207,7 @@ def _answered(answers: Sequence[Path], pages: Mapping[str, StoredPage], left_out
             raise UserError(f"{path} cannot be read ({error.strerror}); check the path") from error
         for line in read_lines(path, data):
             name = line["custom_id"]
+            answered.add(name)
             if name not in pages:
                 left_out["answers for pages that are not in the shards"] += 1
             elif not is_answer(line):
@@ -213,7 +217,7 @@ def _answered(answers: Sequence[Path], pages: Mapping[str, StoredPage], left_out
             else:
                 queries_of_page.setdefault(name, []).extend(queries)
     left_out["pages whose requests failed"] += len(failed - queries_of_page.keys())
-    return queries_of_page
+    return queries_of_page, answered
 
 
 def _content(line: Mapping[str, Any]) -> str:

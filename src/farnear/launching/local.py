@@ -83,9 +83,14 @@ def launch(
         environment = threads_of_a_rank(config.num_processes)
     print(shlex.join(shown), flush=True)
     code = supervise(run, environment)
-    published = published_checkpoints(RunFolder(Path(config.output_dir)).checkpoints)
-    if code > 128 and published:
-        print(f"farnear: the same command with --resume continues from {published[-1].name}", file=sys.stderr)
+    if code > 128:
+        published = published_checkpoints(RunFolder(Path(config.output_dir)).checkpoints)
+        how = (
+            f"with --resume continues from {published[-1].name}"
+            if published
+            else "starts anew: no checkpoint was saved"
+        )
+        print(f"farnear: the same command {how}", file=sys.stderr)
     return code
 
 

@@ -209,12 +209,14 @@ def training_charts(steps: Sequence[Step]) -> list[Chart]:
 
 
 def masked_pairs(steps: Sequence[Step]) -> Chart | None:
-    """Masked pairs over steps; None where there are no steps. A run without any has a note and no drawing."""
+    """Masked negatives over steps; None where there are no steps. A run without any has a note and no drawing."""
     if not steps:
         return None
     total = _sum_of_finite([step.masked for step in steps])
-    chart = _chart_of("Masked pairs", steps, [step.masked for step in steps], "bars")
-    note = "Pairs in a batch with their own query or page, kept out of the negatives."
+    chart = _chart_of("Masked negatives", steps, [step.masked for step in steps], "bars")
+    note = (
+        "Pages in a batch, of other pairs or hard negatives, that answer a query too: they are none of its negatives."
+    )
     return Chart(chart.title, f"{number(total, 6)} in all", chart.drawing if total else Markup(""), note)
 
 

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from farnear.errors import UserError
+
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
     """Add one JSON object as a line; nan and inf become null, which JSON lacks."""
@@ -27,18 +29,28 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def cut_after(path: Path, step: int) -> None:
-    """Drop what will be written again: lines of steps beyond ``step``, the evaluation at the end, half a last line."""
+    """Drop what will be written again: lines of steps beyond ``step``, the evaluation at the end, half a last line.
+
+    Raises ``UserError`` for any other line that is no record.
+    """
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    lines = path.read_bytes().splitlines()
+    for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-        except ValueError:  # a kill came in the middle of it
-            break
-        if record["step"] <= step and record.get("kind") != "after":
+            is_kept = record["step"] <= step and record.get("kind") != "after"
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            if number == len(lines):  # a kill came in the middle of it
+                break
+            raise UserError(
+                f"{path} line {number} is no record of a step, so the run's figures would be wrong; remove the line or "
+                "restore the file from a copy"
+            ) from error
+        if is_kept:
             kept.append(line)
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    path.write_bytes(b"".join(line + b"\n" for line in kept))
 
 
 def mean_loss(records: Iterable[Mapping[str, Any]]) -> float | None:

@@ -14,9 +14,11 @@ from pathlib import Path
 from farnear.data.index import Index
 from farnear.data.loader import Quarantined
 from farnear.data.losses import losses_of
-from farnear.errors import RunStoppedError
+from farnear.data.remote import short_name
+from farnear.errors import RunStoppedError, UserError
 from farnear.parallel.collectives import gather_objects
 from farnear.parallel.world import World, on_main_rank
+from farnear.wording import printable
 
 
 class Quarantine:
@@ -45,7 +47,8 @@ class Quarantine:
             with open(self._path, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps({"step": step, **asdict(one)}) + "\n" for one in new)
             for one in new:
-                print(f"step {step}: {one.shard}/{one.key} is left out: {one.input} {one.reason}", flush=True)
+                pair = printable(f"{short_name(one.shard)}/{one.key}")
+                print(f"step {step}: {pair} is left out: {one.input} {one.reason}", flush=True)
 
     def stop_if_too_many(self, step: int) -> None:
         """Raise RunStoppedError, on every rank, when more is lost than the run file allows."""
@@ -61,6 +64,12 @@ class Quarantine:
 def _read(path: Path) -> Iterable[Quarantined]:
     if not path.exists():
         return
-    for line in path.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        yield Quarantined(*(record[name] for name in ("shard", "key", "input", "reason")))
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            record = json.loads(line)
+            yield Quarantined(*(record[name] for name in ("shard", "key", "input", "reason")))
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(
+                f"{path} line {number} names no pair, so the limit could not be kept; remove the line or restore the "
+                "file from a copy"
+            ) from error

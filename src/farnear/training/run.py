@@ -333,8 +333,8 @@ def measured_dims(config: RunConfig, full: int) -> tuple[int, ...]:
     dims: Sequence[int] = config.loss.matryoshka_dims or ()
     if dims and max(dims) > full:
         raise UserError(
-            f"loss.matryoshka_dims names {max(dims)}, but the embeddings of {config.model.name_or_path} have {full} "
-            "dimensions; take it out"
+            f"loss.matryoshka_dims names {', '.join(str(dim) for dim in dims if dim > full)}, but the embeddings of "
+            f"{config.model.name_or_path} have {full} dimensions; take out what is above"
         )
     return tuple(sorted({*dims, full}, reverse=True))
 

@@ -6,8 +6,10 @@ a shard to a broken copy must not learn so from its results.
 
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from farnear.config import DataConfig, EvaluationConfig
-from farnear.data.faults import fault_table
+from farnear.data.faults import fault_table, pairs_lost
 from farnear.data.index import Index
 from farnear.data.index_cache import ShardSet, cache_folder, cached_index
 from farnear.data.losses import Losses, losses_of
@@ -48,7 +50,7 @@ def open_data(data: DataConfig, evaluation: EvaluationConfig, world: World) -> R
 
     def index(shard_set: ShardSet, what: str) -> Index:
         # Rank 0 first, alone, so that an error is told once; a node with a cache of its own scans for itself.
-        on_main_rank(world, lambda: tell_faults(cached_index(shard_set, cache, store), what, data.max_bad_fraction))
+        on_main_rank(world, lambda: check_index(cached_index(shard_set, cache, store), what, data.max_bad_fraction))
         return cached_index(shard_set, cache, store)
 
     train_index = index(train, "training")
@@ -56,6 +58,23 @@ def open_data(data: DataConfig, evaluation: EvaluationConfig, world: World) -> R
         return RunData(store, train_index, None, None)
     whole = build_task(index(evaluated, "evaluation"), store)
     return RunData(store, train_index, whole, sample_task(whole, evaluation.sample_queries, evaluation.sample_pages))
+
+
+def check_index(index: Index, what: str, max_bad_fraction: float) -> None:
+    """Print what the scan could not use.
+
+    Raises:
+        UserError: It is more than ``max_bad_fraction`` of the pairs, or all of a source.
+    """
+    tell_faults(index, what, max_bad_fraction)
+    for source, pairs in zip(index.sources, np.diff(index.source_start_K1).tolist(), strict=True):
+        if pairs == 0:
+            of_source = f" of source {source!r}" if len(index.sources) > 1 else ""
+            raise UserError(
+                f"no {what} pair{of_source} is left: data.exclude names {counted(index.excluded, 'pair')}, and "
+                f"{counted(pairs_lost(index.faults), 'pair')} in all are lost to faults; mend the shards, or leave "
+                f"{'the source' if of_source else 'them'} out"
+            )
 
 
 def tell_faults(index: Index, what: str, max_bad_fraction: float) -> None:
@@ -71,9 +90,10 @@ def tell_faults(index: Index, what: str, max_bad_fraction: float) -> None:
     if losses.share(len(index)) > max_bad_fraction:
         first = next((one for one in index.faults if one.kind == "cut_short" or one.pairs_lost), index.faults[0])
         raise UserError(
-            f"{summary}, which is above data.max_bad_fraction ({max_bad_fraction:g}); the first: shard "
-            f"{shown(first.shard)} at byte {first.offset}: {first.detail}. `farnear shards verify` lists them; mend "
-            "the shards, or raise it"
+            f"{summary}, which {'may be' if losses.no_measure else 'is'} above data.max_bad_fraction "
+            f"({max_bad_fraction:g}); the first: shard {shown(first.shard)} at byte {first.offset}: {first.detail}. "
+            "`farnear shards verify` lists them; mend the shards, or "
+            + ("set it to 1" if losses.no_measure else "raise it")
         )
     print(f"{summary}; they are left out:")
     print(fault_table(index.faults[:FAULTS_SHOWN]), flush=True)
