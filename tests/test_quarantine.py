@@ -239,7 +239,9 @@ def test_a_shard_that_was_cut_short_counts_for_what_the_others_hold(
     assert "and about 16 more" in capsys.readouterr().out
     alone = index_of(shards[1:2])
     assert losses_of(alone) == Losses(known=1, presumed=0, no_measure=(str(shards[1]),))
-    with pytest.raises(UserError, match=r"may have stood any number, which may be above .* \(0.99\); .* or set it to 1"):
+    with pytest.raises(
+        UserError, match=r"may have stood any number, which may be above .* \(0.99\); .* or set it to 1"
+    ):
         tell_faults(alone, "training", 0.99)
     tell_faults(alone, "training", 1)
     # Pairs that were excluded are no loss, and no measure of what a shard held.

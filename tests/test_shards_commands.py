@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -160,3 +162,20 @@ def test_whoever_reads_may_stop_reading(tmp_path: Path) -> None:
     running.stdout.close()
     _, err = running.communicate(timeout=60)
     assert (running.returncode, err) == (141, "")
+
+
+@pytest.mark.timeout(60)
+def test_ctrl_c_is_one_line(tmp_path: Path) -> None:
+    program = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    program += f"import farnear.data.shard_store as store\nopen({str(tmp_path / 'ready')!r}, 'w').close()\n"
+    program += "import time; store.ShardStore.facts = lambda self, shard: time.sleep(60)\n"
+    program += "from farnear.cli import main; sys.exit(main(sys.argv[1:]))"
+    (shard,) = write_pairs(tmp_path / "data", 3, 1)
+    words = [sys.executable, "-c", program, "shards", "index", str(shard)]
+    running = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.05)
+    time.sleep(1.0)
+    running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=30)
+    assert (running.returncode, err) == (130, "farnear: stopped by SIGINT\n")

@@ -29,6 +29,9 @@ def main(words: Sequence[str] | None = None) -> int:
         code = command(arguments)
         sys.stdout.flush()
         return code
+    except KeyboardInterrupt:
+        print("farnear: stopped by SIGINT", file=sys.stderr)
+        return 128 + signal.SIGINT
     except BrokenPipeError:
         # `farnear ... | head` has read enough. What Python still holds for the pipe would fail once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

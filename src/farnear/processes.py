@@ -36,7 +36,7 @@ def end_with_starter() -> None:
     """Have this process, started by multiprocessing, end as soon as the one that asked for it is gone, however it went.
 
     That is not its parent where a fork server stands between them, and a killed process tells its children nothing. But
-    the pipe that it held open to this one ends.
+    the pipe that it held open to this one ends. A terminal's Ctrl-C, which reaches both, is the starter's to answer.
     """
     starter = multiprocessing.parent_process()
     assert starter is not None, "this process was not started by multiprocessing"
@@ -45,6 +45,7 @@ def end_with_starter() -> None:
         starter.join()
         os._exit(1)
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=watch, name="end with starter", daemon=True).start()
 
 
