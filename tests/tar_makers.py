@@ -46,6 +46,15 @@ def write_tar(path: Path, members: Members, tar_format: int = tarfile.GNU_FORMAT
     return path
 
 
+def members_of(shards: Iterable[Path]) -> dict[str, bytes]:
+    """The members of some tars by name, read by tarfile."""
+    members: dict[str, bytes] = {}
+    for shard in shards:
+        with tarfile.open(shard) as tar:
+            members |= {member.name: tar.extractfile(member).read() for member in tar}
+    return members
+
+
 def write_pairs(
     folder: Path, pairs: int, shards: int, *, negatives_of_pair: int = 0, copies_of_page: int = 1
 ) -> list[Path]:

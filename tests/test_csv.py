@@ -2,13 +2,12 @@
 
 import csv
 import json
-import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from tar_makers import image_bytes
+from tar_makers import image_bytes, members_of
 
 from farnear.errors import UserError
 from farnear.ingest.csv_file import import_csv
@@ -28,14 +27,6 @@ def write_csv(folder: Path, rows: Sequence[Sequence[str]], encoding: str = "utf-
     with path.open("w", newline="", encoding=encoding) as stream:
         csv.writer(stream).writerows(rows)
     return path
-
-
-def members_of(shards: Sequence[Path]) -> dict[str, bytes]:
-    members: dict[str, bytes] = {}
-    for shard in shards:
-        with tarfile.open(shard) as tar:
-            members |= {member.name: tar.extractfile(member).read() for member in tar}
-    return members
 
 
 def documents_of(shards: Sequence[Path]) -> set[str]:

@@ -3,7 +3,6 @@
 import http.server
 import io
 import json
-import tarfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 import webdataset
 from datasets import Array3D, Dataset, DatasetDict, Features, List, Value
 from PIL import Image
-from tar_makers import image_bytes
+from tar_makers import image_bytes, members_of
 
 from farnear import cli
 from farnear.errors import UserError
@@ -45,14 +44,6 @@ def import_rows(tmp_path: Path) -> ImportRows:
         return import_table(table, choose_columns(table.rows.features, **given), tmp_path / out, **options)
 
     return run
-
-
-def members_of(shards: Sequence[Path]) -> dict[str, bytes]:
-    members: dict[str, bytes] = {}
-    for shard in shards:
-        with tarfile.open(shard) as tar:
-            members |= {member.name: tar.extractfile(member).read() for member in tar}
-    return members
 
 
 def contents_inline(shards: Sequence[Path]) -> dict[str, tuple[Any, bytes, list[bytes]]]:

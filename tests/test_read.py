@@ -19,6 +19,7 @@ from farnear.data import media, shard_store
 from farnear.data.index import open_index, write_index
 from farnear.data.index_cache import ShardSet, SourceShards, cached_index
 from farnear.data.read import BadInputError, InputReader
+from farnear.data.remote import Patience
 from farnear.data.shard_cache import ShardCache
 from farnear.data.shard_store import ShardStore
 from farnear.errors import UserError
@@ -238,7 +239,7 @@ def test_a_spoilt_copy_of_a_shard_is_fetched_again(tmp_path: Path) -> None:
     shards = write_pairs(tmp_path / "data", 4, 1)
     with object_server() as server:
         url = server.put("a.tar", shards[0].read_bytes())
-        cache = ShardCache(tmp_path / "cache")
+        cache = ShardCache(tmp_path / "cache", patience=Patience(attempts=2, seconds_first_wait=0.01))
         store = ShardStore(cache)
         set_of_one = ShardSet((SourceShards("s", (url,)),))
         index = cached_index(set_of_one, tmp_path / "cache", store)
@@ -247,6 +248,13 @@ def test_a_spoilt_copy_of_a_shard_is_fetched_again(tmp_path: Path) -> None:
         copy.write_bytes(bytes(copy.stat().st_size))
         reader = InputReader(index, store)
         assert [reader[row] for row in index.query_N.tolist()] == [f"query {pair}" for pair in range(4)]
+        assert len(server.gets("a.tar")) == 2
+        # Once is enough: a shard that is wrong where it comes from must not be fetched for each of its pairs.
+        reader.close()
+        copy.chmod(0o644)
+        copy.write_bytes(bytes(copy.stat().st_size))
+        with pytest.raises(BadInputError, match="has other bytes than when it was indexed"):
+            reader[int(index.query_N[0])]
         assert len(server.gets("a.tar")) == 2
         # What is wrong where it comes from stays wrong, and is said to be.
         server.put("a.tar", bytes(shards[0].stat().st_size))

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from farnear.data.index import Index
+from farnear.data.ranges import ranges
 from farnear.data.sample import AUDIO, IMAGE, VIDEO
 
 Int64 = npt.NDArray[np.int64]
@@ -31,7 +32,7 @@ def input_cost(index: Index, rows: Int64, page_tokens: PageTokens) -> Int64:
     """Tokens that each input will cost, about: exact for images, by the bytes for everything else. int64 [n]."""
     start, stop = index.part_start_I1[rows], index.part_start_I1[rows + 1]
     counts = stop - start
-    part = np.repeat(start - np.append(0, np.cumsum(counts)[:-1]), counts) + np.arange(counts.sum())
+    part = ranges(start, counts)
     kind, size = index.part_kind_M[part], index.part_size_M[part]
     cost = size // _BYTES_PER_TEXT_TOKEN
     is_image = kind == IMAGE

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from farnear.data.columns import ArrowStrings, DamagedFileError, open_columns, write_columns
 from farnear.data.faults import Fault
+from farnear.data.ranges import ranges
 from farnear.data.remote import short_name, shown
 from farnear.data.scan_rows import MODALITY_BITS
 from farnear.errors import UserError
@@ -114,6 +115,12 @@ class Index:
         """Part rows of an input."""
         return range(int(self.part_start_I1[row]), int(self.part_start_I1[row + 1]))
 
+    def is_part_of(self, rows: Int64) -> npt.NDArray[np.bool_]:
+        """Which parts the inputs ``rows`` are made of. [M]"""
+        is_asked_I = np.zeros(len(self.input_hash_I), np.bool_)
+        is_asked_I[rows] = True
+        return np.repeat(is_asked_I, np.diff(self.part_start_I1))
+
     def positives_of(self, pair: int) -> Int64:
         """Input rows of a pair's positive documents."""
         return self.positives[self.positive_start_N1[pair] : self.positive_start_N1[pair + 1]]
@@ -128,8 +135,7 @@ class Index:
         first, last = (np.searchsorted(self.query_hash_N, wanted, side, sorter=by_query) for side in ("left", "right"))
         alike = by_query[first:last]  # a query may be asked of a hundred thousand pages
         start, size = self.positive_start_N1[alike], np.diff(self.positive_start_N1)[alike]
-        places = np.repeat(start - np.cumsum(size) + size, size) + np.arange(size.sum())
-        return np.unique(self.input_hash_I[self.positives[places]])
+        return np.unique(self.input_hash_I[self.positives[ranges(start, size)]])
 
 
 _HEADER_FIELDS = (

@@ -49,8 +49,10 @@ def losses_of(index: Index) -> Losses:
 
 def _without_an_end(index: Index) -> set[str]:
     """Shards with a damaged header behind which nothing usable was found: all the rest may have been lost with it."""
-    last_M = np.zeros(len(index.shards), np.int64)
-    np.maximum.at(last_M, index.part_shard_M, index.part_offset_M)
-    last_of_shard = dict(zip(index.shards, last_M.tolist(), strict=True))
     damaged = [fault for fault in index.faults if fault.kind == "damaged_header"]
+    if not damaged:  # nearly always, and the parts of all shards are many
+        return set()
+    last_S = np.zeros(len(index.shards), np.int64)
+    np.maximum.at(last_S, index.part_shard_M, index.part_offset_M)
+    last_of_shard = dict(zip(index.shards, last_S.tolist(), strict=True))
     return {fault.shard for fault in damaged if fault.offset > last_of_shard[fault.shard]}

@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from farnear.data.quotas import Mixing, Schedule, Stretch, Tail, make_schedule
+from farnear.data.ranges import ranges
 from farnear.data.repair import Layout, part_copies, window_number
 from farnear.errors import UserError
 
@@ -179,7 +180,7 @@ def _draw_rows(facts: PairFacts, settings: PlanSettings, stretches: list[Stretch
     for source, stretch in enumerate(stretches):
         pairs = int(facts.source_start_K1[source + 1] - facts.source_start_K1[source])
         size_C = stretch.stop_C - stretch.start_C
-        position = np.repeat(stretch.start_C - np.cumsum(size_C) + size_C, size_C) + np.arange(size_C.sum())
+        position = ranges(stretch.start_C, size_C)
         for number in range(int(position[0]) // pairs, int(position[-1]) // pairs + 1) if len(position) else ():
             of_pass = slice(*np.searchsorted(position, (number * pairs, (number + 1) * pairs)))
             row_n, window_n = _pass_of_source(facts, settings, source, number)

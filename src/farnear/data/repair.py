@@ -27,6 +27,8 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from farnear.data.ranges import ranges
+
 Int64 = npt.NDArray[np.int64]
 UInt64 = npt.NDArray[np.uint64]
 Bool = npt.NDArray[np.bool_]
@@ -129,8 +131,7 @@ class _Groups:
     def members_of(self, groups: Int64) -> tuple[Int64, Int64]:
         """The members of several groups one after the other, and the group of each."""
         start, size = self.start_K1[groups], self.start_K1[groups + 1] - self.start_K1[groups]
-        skipped = start - np.cumsum(size) + size
-        return self.member[np.repeat(skipped, size) + np.arange(size.sum())], np.repeat(groups, size)
+        return self.member[ranges(start, size)], np.repeat(groups, size)
 
 
 def _find_groups(query_hash_X: Int64, page_hash_X: Int64) -> _Groups:

@@ -90,6 +90,7 @@ class OpenShards:
     def __init__(self, store: ShardStore) -> None:
         self.store = store
         self._file_of_shard: OrderedDict[str, io.FileIO] = OrderedDict()
+        self._fetched_again: set[str] = set()
 
     def __reduce__(self) -> tuple[type["OpenShards"], tuple[ShardStore]]:
         # Open files stay where they are.
@@ -117,9 +118,13 @@ class OpenShards:
         return b"".join(pieces)
 
     def fetch_again(self, facts: ShardFacts) -> bool:
-        """Throw away the copy of a shard behind a URL, so that the next read brings another; False if there is none."""
-        if not is_remote(facts.shard) or self.store.ranged:
+        """Throw away the copy of a shard behind a URL, so that the next read brings another.
+
+        False if there is none, or if that was done already: what is wrong then is wrong where it comes from.
+        """
+        if not is_remote(facts.shard) or self.store.ranged or facts.shard in self._fetched_again:
             return False
+        self._fetched_again.add(facts.shard)
         if file := self._file_of_shard.pop(facts.shard, None):
             file.close()
         self.store.cache.discard(facts.shard, RemoteFacts(facts.size, facts.etag))

@@ -77,9 +77,7 @@ def _modalities(index: Index, rows: Numbers) -> str:
 
 def _page_sizes(index: Index, rows: Numbers) -> str:
     """Of the images among documents: percentiles by their pixels, each with the size of one such page."""
-    is_used_I = np.zeros(len(index.input_hash_I), np.bool_)
-    is_used_I[rows] = True
-    is_used_M = np.repeat(is_used_I, np.diff(index.part_start_I1)) & (index.part_kind_M == IMAGE)
+    is_used_M = index.is_part_of(rows) & (index.part_kind_M == IMAGE)
     if not is_used_M.any():
         return "no images"
     width, height = index.part_width_M[is_used_M], index.part_height_M[is_used_M]

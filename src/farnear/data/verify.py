@@ -28,6 +28,8 @@ from farnear.data.shard_store import ShardFacts, ShardStore
 from farnear.data.tarwalk import Break, NotATarError, walk_members
 from farnear.errors import UserError
 
+Int64 = npt.NDArray[np.int64]
+
 
 @dataclass(frozen=True)
 class Verified:
@@ -46,10 +48,17 @@ def verify_shards(shard_set: ShardSet, cache: Path, store: ShardStore, *, proces
     pairs only is not looked at. Errors as ``cached_index``, and as ``run_jobs``.
     """
     index = cached_index(shard_set, cache, store, processes=processes)
-    numbers_of_shard: dict[str, list[int]] = defaultdict(list)
-    for number, shard in enumerate(index.shards):
-        numbers_of_shard[shard].append(number)  # twice where it is a shard of pairs and of documents
-    jobs = [(tuple(numbers), int(index.shard_size_S[numbers[0]])) for numbers in numbers_of_shard.values()]
+    used = np.flatnonzero(
+        index.is_part_of(np.concatenate([index.query_N, index.positives, index.negatives, index.corpus_C]))
+    )
+    # Parts lie shard after shard.
+    rows_S = np.split(used, np.searchsorted(index.part_shard_M[used], np.arange(1, len(index.shards))))
+    size_of_shard: dict[str, int] = {}
+    rows_of_shard: dict[str, list[Int64]] = defaultdict(list)
+    for shard, size, rows in zip(index.shards, index.shard_size_S.tolist(), rows_S, strict=True):
+        size_of_shard[shard] = size
+        rows_of_shard[shard].append(rows)  # twice where it is a shard of pairs and of documents
+    jobs = [((shard, np.concatenate(rows)), size_of_shard[shard]) for shard, rows in rows_of_shard.items()]
     check = partial(_verify_shard, index=index, store=store)
     bad = [one for _, found in run_jobs(check, jobs, "verifying shards", processes) for one in found]
     faults, lost = _with_lost_pairs(index, sorted(bad, key=lambda one: (one[0].shard, one[0].offset)))
@@ -60,16 +69,13 @@ _Bad = tuple[Fault, list[int]]
 """A fault, and the part rows that it is about."""
 
 
-def _verify_shard(numbers: Sequence[int], index: Index, store: ShardStore) -> list[_Bad]:
-    number = numbers[0]
-    shard = index.shards[number]
+def _verify_shard(job: tuple[str, Int64], index: Index, store: ShardStore) -> list[_Bad]:
+    """What is wrong with a shard and with those part rows of it that are used."""
+    shard, used = job
+    number = index.shards.index(shard)
     facts = ShardFacts(shard, int(index.shard_size_S[number]), index.etags[number])
     rows_of_place: dict[int, list[int]] = defaultdict(list)
-    is_used_I = np.zeros(len(index.input_hash_I), np.bool_)
-    for rows_of_inputs in (index.query_N, index.positives, index.negatives, index.corpus_C):
-        is_used_I[rows_of_inputs] = True
-    is_used_M = np.repeat(is_used_I, np.diff(index.part_start_I1))
-    for row in np.flatnonzero(np.isin(index.part_shard_M, numbers) & is_used_M).tolist():
+    for row in used.tolist():
         rows_of_place[int(index.part_offset_M[row])].append(row)
     bad: list[_Bad] = []
     try:

@@ -61,10 +61,10 @@ def open_data(data: DataConfig, evaluation: EvaluationConfig, world: World) -> R
 
 
 def check_index(index: Index, what: str, max_bad_fraction: float) -> None:
-    """Print what the scan could not use.
+    """``tell_faults``, and whether anything is left.
 
     Raises:
-        UserError: It is more than ``max_bad_fraction`` of the pairs, or all of a source.
+        UserError: More than ``max_bad_fraction`` of the pairs is lost, or all of a source.
     """
     tell_faults(index, what, max_bad_fraction)
     for source, pairs in zip(index.sources, np.diff(index.source_start_K1).tolist(), strict=True):
