@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 
 from farnear.config import ModelConfig
 from farnear.data.columns import ArrowStrings
-from farnear.data.dealing import Dealing
+from farnear.data.dealing import SIDES, Dealing
 from farnear.data.index import Index, open_index, write_index
 from farnear.data.index_cache import ShardSet, SourceShards, cached_index
 from farnear.data.loader import TrainLoader
@@ -159,7 +159,7 @@ def loader_of(index: Index, store: ShardStore, folder: Path, workers: int) -> Tr
     """Ours, with one epoch in its plan."""
     return TrainLoader(
         Order(index, PlanSettings(0, GLOBAL_BATCH, tail="drop"), folder),
-        Dealing(rank=0, world_size=1, page_tokens=page_tokens, mini_batch_size=MINI_BATCH),
+        Dealing(rank=0, world_size=1, page_tokens=page_tokens, mini_batch_size=dict.fromkeys(SIDES, MINI_BATCH)),
         store,
         preprocess,
         num_workers=workers,

@@ -44,7 +44,7 @@ from farnear.model.load import load_model
 from farnear.model.tiny import save_tiny_model
 from farnear.parallel.strategy import Strategy, build_strategy
 from farnear.parallel.world import World
-from farnear.training.cache import StepFigures, cached_gradient, turn_seed
+from farnear.training.cache import CachedStep, StepFigures, turn_seed
 
 BOUND_FP32 = 1e-5
 # bf16 has 8 bits of mantissa; this is the rounding of the forward and backward, measured and then committed.
@@ -204,6 +204,7 @@ def rank_batch(case: Case, batch: GlobalBatch, model: SentenceTransformer, world
         mine = np.array([0])
     preprocess = Preprocessing(model)
     negatives = [page for i in mine for page in batch.negatives[i] if not borrowed]
+    owner_of_negatives = [place for place, i in enumerate(mine) for _ in batch.negatives[i] if not borrowed]
     inputs = {"document": [batch.pages[i] for i in mine] + negatives, "query": [batch.queries[i] for i in mine]}
     mini_batches = []
     for side in ("document", "query"):
@@ -211,7 +212,7 @@ def rank_batch(case: Case, batch: GlobalBatch, model: SentenceTransformer, world
             chosen = inputs[side][start : start + case.mini_batch_size]
             rows = np.arange(start, start + len(chosen))
             modality = "text" if side == "query" else "image"
-            mini_batches.append(MiniBatch(side, modality, rows, preprocess(chosen, side)))
+            mini_batches.append(MiniBatch(side, modality, rows, preprocess(chosen, side), len(chosen)))
     valid_b = np.zeros(1, dtype=bool) if borrowed else batch.valid_G[mine]
     negative_hash = np.array([1000 + 100 * world.rank + j for j in range(len(negatives))], dtype=np.int64)
     page_hash_p = np.concatenate([batch.page_hash_G[mine], negative_hash])
@@ -222,6 +223,7 @@ def rank_batch(case: Case, batch: GlobalBatch, model: SentenceTransformer, world
         valid_b=valid_b,
         query_hash_b=batch.query_hash_G[mine],
         page_hash_p=page_hash_p,
+        owner_p=np.concatenate([np.arange(len(mine)), np.array(owner_of_negatives, dtype=np.int64)]),
         page_valid_p=np.concatenate([valid_b, np.ones(len(negatives), dtype=bool)]),
         answers_bm=batch.page_hash_G[mine, None],
         mini_batches=tuple(mini_batches),
@@ -272,7 +274,7 @@ def cached_update(
         strategy = build_strategy(run_config(strategy_name, model_path, clip), module, optimizer, world)
     strategy.train(True)
     counts.update(calls=0, elements=0)
-    cached_gradient(strategy, mine, case.loss, StepFigures(), seed=SEED, world=world)
+    CachedStep(strategy, world, case.loss, SEED).gradient(mine, StepFigures(), scale=case.loss.scale)
     elements = sum(p.numel() for p in before.values())
     reduced = {"calls": counts["calls"], "passes": round(counts["elements"] / elements, 3)}
     strategy.step(lr)

@@ -22,6 +22,7 @@ from farnear.training.checkpoint import (
     retain,
     save_checkpoint,
 )
+from farnear.training.scale import TrainedState
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -37,13 +38,14 @@ def trained_module(seed: int) -> tuple[nn.Module, Replicated]:
     return module, strategy
 
 
-def shapes_of(module: nn.Module) -> dict[str, torch.Size]:
-    return {name: parameter.shape for name, parameter in module.named_parameters()}
+def state_of(strategy: Replicated, module: nn.Module) -> TrainedState:
+    shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
+    return TrainedState(strategy, shapes, None, is_main=True)
 
 
 def save_step(folder: Path, step: int, seed: int = 0, **about: bool) -> Path:
     module, strategy = trained_module(seed)
-    return save_checkpoint(folder / "checkpoints", strategy, shapes_of(module), Progress(step, 1, 2, "f"), ALONE, about)
+    return save_checkpoint(folder / "checkpoints", state_of(strategy, module), Progress(step, 1, 2, "f"), ALONE, about)
 
 
 @pytest.fixture
@@ -54,7 +56,7 @@ def published(tmp_path: Path) -> Path:
 def load_all(folder: Path) -> tuple[nn.Module, Replicated]:
     checkpoint = open_checkpoint(folder)
     module, strategy = trained_module(seed=9)
-    load_state(checkpoint, strategy, shapes_of(module))
+    load_state(checkpoint, state_of(strategy, module))
     return module, strategy
 
 
@@ -135,7 +137,7 @@ def test_another_model_is_refused(published: Path) -> None:
     _, strategy = trained_module(seed=0)
     other = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
     with pytest.raises(UserError, match=r"another model: parameter 0\.bias differs"):
-        load_state(open_checkpoint(published), strategy, shapes_of(other))
+        load_state(open_checkpoint(published), state_of(strategy, other))
 
 
 def test_leftovers_of_a_killed_save_are_removed_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

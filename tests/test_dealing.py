@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tar_makers import image_bytes, index_of, write_tar
 
-from farnear.data.dealing import Dealing
+from farnear.data.dealing import SIDES, Dealing
 from farnear.data.index import Index
 from farnear.data.order import Order
 from farnear.data.plan import PlanSettings
@@ -73,7 +73,9 @@ def test_ranks_share_every_pair_of_every_step_once(
         assert sources == 3 and "global_batch_size" in str(error)
         return
     ranks = [
-        Dealing(rank=rank, world_size=world_size, page_tokens=page_tokens, mini_batch_size=mini_batch)
+        Dealing(
+            rank=rank, world_size=world_size, page_tokens=page_tokens, mini_batch_size=dict.fromkeys(SIDES, mini_batch)
+        )
         for rank in range(world_size)
     ]
     shown = np.zeros(len(index), np.int64)

@@ -15,7 +15,7 @@ from PIL import Image
 from tar_makers import STORE, index_of, number_of_image, pair_members, write_pairs, write_tar
 
 from farnear.data import order as order_module
-from farnear.data.dealing import Dealing
+from farnear.data.dealing import SIDES, Dealing
 from farnear.data.index import Index
 from farnear.data.loader import RankBatch, TrainLoader, load_features
 from farnear.data.order import Order
@@ -63,6 +63,7 @@ def loader_of(plans: Path) -> Any:
         deal = {"page_tokens": page_tokens, "mini_batch_size": 3, "num_negatives": None, "rank": 0, "world_size": 1}
         for name in set(changes) & {*deal, "same_modalities"}:
             deal[name] = changes.pop(name)
+        deal["mini_batch_size"] = dict.fromkeys(SIDES, deal["mini_batch_size"])
         options: dict[str, Any] = {"preprocess": preprocess, "num_workers": 0, **changes}
         order = Order(index, PlanSettings(1, global_batch_size, tail=tail), plans)
         return TrainLoader(order, Dealing(**deal), STORE, **options)

@@ -14,17 +14,21 @@ line of text under each field is its documentation.
 """
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from farnear.errors import UserError
 from farnear.yaml_text import read_yaml
 
+Side = Literal["query", "document"]
+NumTokens = PositiveInt | Literal["auto"]
+Direction = Literal["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"]
 Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3"]
 
 # What users of other trainers write, and what to write here instead.
@@ -57,6 +61,21 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
     )
+
+
+# Keys of the loss section that a user's own function does not read; it gets what it needs from its own code.
+_OF_INFONCE = (
+    "learn_scale",
+    "directions",
+    "partition_mode",
+    "hardness_mode",
+    "margin",
+)
+
+
+def _of_sides(value: Any) -> dict[str, Any]:
+    """One value stands for both sides; a side that is not named has none."""
+    return {side: value.get(side) if isinstance(value, dict) else value for side in ("document", "query")}
 
 
 def _patterns(value: Any) -> Any:
@@ -179,14 +198,73 @@ class DataConfig(Section):
 
 
 class LossConfig(Section):
-    """The objective: InfoNCE over the whole global batch, summed over Matryoshka dimensions."""
+    """The objective: InfoNCE over the whole global batch, summed over Matryoshka dimensions, or a function of yours."""
 
+    function: str | None = None
+    """A loss of your own as package.module:function, in place of InfoNCE; see farnear.training.own_loss."""
+    gather: bool = True
+    """Whether your own function is given the embeddings of all ranks or those of its rank alone."""
     scale: float = Field(default=20.0, gt=0)
     """Factor on the cosine similarities: the inverse of the temperature."""
+    learn_scale: bool = False
+    """Whether the scale is trained, beginning at `scale`, by its logarithm and with an optimizer of its own."""
+    scale_learning_rate: float | None = Field(default=None, gt=0)
+    """Learning rate of the trained scale's logarithm; unset: training.learning_rate. It has the same schedule."""
+    max_scale: float = Field(default=100.0, gt=0)
+    """Bound of a trained scale, as in CLIP."""
+    directions: tuple[Direction, ...] = ("query_to_doc",)
+    """Which similarities take part: query_to_doc, and any of query_to_query, doc_to_query, doc_to_doc."""
+    partition_mode: Literal["joint", "per_direction"] = "joint"
+    """One softmax over all directions, or one for each, averaged (for query_to_doc with doc_to_query)."""
+    hardness_mode: Literal["in_batch_negatives", "hard_negatives", "all_negatives"] | None = None
+    """Which negatives count more the more similar they are to the query; unset: none."""
+    hardness_strength: float = Field(default=0.0, ge=0)
+    """Factor on the cosine that hardness_mode adds to a negative's score; 5 to 9 in the literature."""
+    margin: float | None = Field(default=None, ge=-1, le=1)
+    """Leave out negatives more similar than the positive less this margin, as likely false negatives; unset: none."""
+    margin_strategy: Literal["absolute", "relative"] = "absolute"
+    """Whether the margin is taken from the positive's cosine or is a share of it."""
     matryoshka_dims: tuple[int, ...] | None = Field(default=None, min_length=1)
     """Prefixes of the embedding that are trained to work alone. The losses of all dims are summed."""
     matryoshka_weights: tuple[float, ...] | None = None
     """Weight of each dim's loss, in the order of matryoshka_dims; unset means 1 for each."""
+
+    @model_validator(mode="after")
+    def _directions_make_a_loss(self) -> "LossConfig":
+        if "query_to_doc" not in self.directions:
+            raise ValueError("directions needs query_to_doc: it holds the pairs that are pulled together")
+        if len(set(self.directions)) != len(self.directions):
+            raise ValueError("directions names one twice")
+        without_positive = {"query_to_query", "doc_to_doc"} & set(self.directions)
+        if self.partition_mode == "per_direction" and without_positive:
+            raise ValueError(
+                f"partition_mode per_direction takes a softmax for each direction, and {min(without_positive)} has no "
+                "positive in it; use joint"
+            )
+        if (self.hardness_mode is None) != (self.hardness_strength == 0):
+            raise ValueError("hardness_mode and a hardness_strength above 0 belong together; set both or neither")
+        return self
+
+    @model_validator(mode="after")
+    def _scale_is_learned_in_bounds(self) -> "LossConfig":
+        if self.learn_scale and self.scale > self.max_scale:
+            raise ValueError(
+                f"scale {self.scale} is above max_scale {self.max_scale}, where a trained scale may not go"
+            )
+        if self.scale_learning_rate is not None and not self.learn_scale:
+            raise ValueError("scale_learning_rate is set, but learn_scale is not")
+        return self
+
+    @model_validator(mode="after")
+    def _own_function_decides_alone(self) -> "LossConfig":
+        if self.function is None:
+            return self
+        if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", self.function):
+            raise ValueError(f"function is package.module:function, not {self.function!r}")
+        defaults = LossConfig()
+        if odd := [name for name in _OF_INFONCE if getattr(self, name) != getattr(defaults, name)]:
+            raise ValueError(f"{odd[0]} belongs to InfoNCE, but function {self.function} takes its place; take it out")
+        return self
 
     @model_validator(mode="after")
     def _weights_match_dims(self) -> "LossConfig":
@@ -213,10 +291,16 @@ class TrainingConfig(Section):
 
     global_batch_size: int = Field(default=64, ge=2, le=2**20)
     """Pairs in one optimizer step, over all ranks. Every pair is a negative for every other."""
-    mini_batch_size: int = Field(default=8, ge=1)
-    """Queries or pages that go through the model at once on one rank. It sets memory and speed, never the result."""
-    mini_batch_tokens: int | None = Field(default=None, ge=1)
-    """Tokens that go through the model at once, about: mini-batches of large pages hold fewer. Unset: no bound."""
+    mini_batch_size: PositiveInt | dict[Side, PositiveInt] | None = None
+    """Most inputs in a mini-batch, or {query: N, document: N}; unset: 8, or no bound where there are num_tokens."""
+    mini_batch_num_tokens: NumTokens | dict[Side, NumTokens] | None = None
+    """Most tokens in one, visual ones and padding too, or {query: N, document: N}; auto: what memory and speed say."""
+    no_grad_mini_batch_factor: int = Field(default=4, ge=1)
+    """Mini-batches that go through the pass without graph together. Dropout, which has to be replayed, turns it off."""
+    keep_graphs: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = 0.0
+    """Share of the mini-batches that keep their graph and are computed once; auto: as many as memory has room for."""
+    frozen_cache_gb: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    """Host memory a rank, in 10^9 bytes, to keep outputs of frozen parts in; auto: a quarter of the free; 0: off."""
     learning_rate: float = Field(default=2e-5, gt=0, le=100)
     """Peak learning rate of AdamW."""
     weight_decay: float = Field(default=0.0, ge=0, le=100)
@@ -262,6 +346,17 @@ class TrainingConfig(Section):
         if isinstance(value, str):
             return () if value == "none" else (value,)
         return value
+
+    @property
+    def mini_batch_size_of(self) -> dict[str, int | None]:
+        """Most inputs of a mini-batch of each side; None for no bound."""
+        given, tokens = _of_sides(self.mini_batch_size), self.mini_batch_num_tokens_of
+        return {side: given[side] or (None if tokens[side] else 8) for side in given}
+
+    @property
+    def mini_batch_num_tokens_of(self) -> dict[str, NumTokens | None]:
+        """Most tokens of a mini-batch of each side; None for no bound."""
+        return _of_sides(self.mini_batch_num_tokens)
 
     @model_validator(mode="after")
     def _one_meaning_of_bf16(self) -> "TrainingConfig":

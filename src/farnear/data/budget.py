@@ -3,13 +3,14 @@
 A step takes as long as its longest rank, and a mini-batch as much memory as its largest page. Both are known from the
 index: an image's size gives the tokens it will cost, a text's length about those of a text. So pairs are dealt with the
 most expensive first, each to the rank with the least so far (LPT; Graham 1969, SIAM J. Appl. Math. 17), among those
-that have not got their share of pairs yet. The same rule cuts a rank's documents into mini-batches of equal cost.
+that have not got their share of pairs yet. Mini-batches are runs of inputs in order of their cost, so that hardly any
+of what goes through the model is padding.
 
 Everything here is a function of the index and the batch, the same on every rank.
 """
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -48,37 +49,46 @@ def input_cost(index: Index, rows: Int64, page_tokens: PageTokens) -> Int64:
 def deal(cost_n: Int64, hands: int) -> list[Int64]:
     """Places 0 .. n - 1 in ``hands`` parts of even cost whose lengths differ by one at most, each in rising order."""
     sizes = [len(cost_n) // hands + (hand < len(cost_n) % hands) for hand in range(hands)]
-    return _dealt(cost_n, sizes)
-
-
-def cut(cost_n: Int64, max_size: int, max_cost: int | None) -> list[Int64]:
-    """Places 0 .. n - 1 in few parts of even cost that hold ``max_size`` places and ``max_cost`` at most.
-
-    One place that costs more than ``max_cost`` is a part by itself. Parts are in rising order of their first place.
-    """
-    if len(cost_n) == 0:
-        return []
-    parts = -(-len(cost_n) // max_size)
-    if max_cost:
-        # No two that cost more than half of it share a part.
-        parts = max(parts, -(-int(cost_n.sum()) // max_cost), int(np.count_nonzero(2 * cost_n > max_cost)))
-    while True:
-        parts = min(parts, len(cost_n))
-        cuts = _dealt(cost_n, [max_size] * parts)
-        fits = max_cost is None or all(len(places) < 2 or cost_n[places].sum() <= max_cost for places in cuts)
-        if fits or parts >= len(cost_n):
-            return sorted((places for places in cuts if len(places)), key=lambda places: int(places[0]))
-        parts += max(1, parts // 32)  # one more at a time would make the work grow with the square of n
-
-
-def _dealt(cost_n: Int64, sizes: Sequence[int]) -> list[Int64]:
-    """Give each place, the most expensive first, to the hand with the least cost that has room left."""
-    hands: list[list[int]] = [[] for _ in sizes]
+    dealt: list[list[int]] = [[] for _ in sizes]
     heap = [(0, hand) for hand, size in enumerate(sizes) if size]
     costs = cost_n.tolist()
     for place in np.argsort(-cost_n, kind="stable").tolist():
         cost, hand = heapq.heappop(heap)
-        hands[hand].append(place)
-        if len(hands[hand]) < sizes[hand]:
+        dealt[hand].append(place)
+        if len(dealt[hand]) < sizes[hand]:
             heapq.heappush(heap, (cost + costs[place], hand))
-    return [np.array(sorted(places), np.int64) for places in hands]
+    return [np.array(sorted(places), np.int64) for places in dealt]
+
+
+def cut(cost_n: Int64, max_size: int | None, max_cost: int | None) -> list[Int64]:
+    """Places 0 .. n - 1 in as few parts as possible that hold ``max_size`` places and ``max_cost`` at most, padded.
+
+    A part's inputs are padded to its most expensive one, so a part is a run of places in falling order of their cost
+    and costs its first times its length. One place that costs more than ``max_cost`` is a part by itself. Among the
+    ways to make so few parts it is the one whose most expensive part is cheapest: parts of like cost take like time.
+    """
+    if len(cost_n) == 0:
+        return []
+    order_n = np.argsort(-cost_n, kind="stable")
+    falling_n = np.maximum(cost_n[order_n], 1)
+    most = int(falling_n[0]) * len(cost_n) if max_cost is None else max_cost
+    starts = _runs(falling_n, max_size, most)
+    # The cheapest bound that needs no more parts, by bisection: with a lower bound there are never fewer.
+    low, high = 0, most
+    while high - low > 1:
+        middle = (low + high) // 2
+        if len(_runs(falling_n, max_size, middle)) == len(starts):
+            high = middle
+        else:
+            low = middle
+    return np.split(order_n, _runs(falling_n, max_size, high)[1:])
+
+
+def _runs(falling_n: Int64, max_size: int | None, max_cost: int) -> list[int]:
+    """Where the parts begin when each takes as many places as it may."""
+    starts, start = [], 0
+    while start < len(falling_n):
+        starts.append(start)
+        fits = max(1, max_cost // int(falling_n[start]))
+        start += fits if max_size is None else min(fits, max_size)
+    return starts

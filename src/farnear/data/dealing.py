@@ -5,8 +5,8 @@ All of it follows from the index, before anything is read, and every rank could 
 Shapes: G pairs in the global batch, b pairs of this rank, p its documents (b positives, then hard negatives).
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,8 @@ from farnear.data.order import Order
 from farnear.data.workers import Job
 
 Int64 = npt.NDArray[np.int64]
+
+SIDES = ("document", "query")
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,8 +49,8 @@ class Dealing:
 
     Attributes:
         page_tokens: What a page costs, by its size.
-        mini_batch_size: Most queries, or documents, in a mini-batch.
-        mini_batch_tokens: Most that a mini-batch may cost; None for no bound.
+        mini_batch_size: Most inputs in a mini-batch of each side; None for no bound.
+        mini_batch_num_tokens: Most that a mini-batch of each side may cost, padding included; None for no bound.
         num_negatives: Most hard negatives of a pair; None for all.
         same_modalities: Whether a rank borrows a mini-batch of every kind that another rank has, where a forward needs
             all ranks.
@@ -57,8 +59,8 @@ class Dealing:
     rank: int
     world_size: int
     page_tokens: PageTokens
-    mini_batch_size: int
-    mini_batch_tokens: int | None = None
+    mini_batch_size: Mapping[str, int | None]
+    mini_batch_num_tokens: Mapping[str, int | None] = field(default_factory=lambda: dict.fromkeys(SIDES))
     num_negatives: int | None = None
     same_modalities: bool = False
 
@@ -96,7 +98,7 @@ class Dealing:
             name = modality_name(int(modality))
             places = np.flatnonzero(own_modality == modality)
             cost = input_cost(index, own[places], self.page_tokens)
-            for part in cut(cost, self.mini_batch_size, self.mini_batch_tokens):
+            for part in cut(cost, self.mini_batch_size[side], self.mini_batch_num_tokens[side]):
                 yield Job(side, name, own[places[part]]), places[part]
             if len(places) == 0 and self.same_modalities:
                 yield Job(side, name, of_all_ranks[any_modality == modality][:1]), places

@@ -53,6 +53,7 @@ class MiniBatch:
     modality: str  # "image", "text", "image+text", ...: a mini-batch holds inputs of one kind
     rows: Int64
     features: dict[str, Any]
+    inputs: int  # in the features, those that count for nothing among them
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class RankBatch:
     valid_b: Bool  # False for a pair that must not count in the loss
     query_hash_b: Int64
     page_hash_p: Int64  # the b positives in the order of the pairs, then all hard negatives
+    owner_p: Int64  # position in pairs_b of each document's pair
     page_valid_p: Bool  # False for a document that must not count in the loss
     answers_bm: Int64  # hashes of the batch's documents that answer each query, filled up with the row's own positive
     mini_batches: tuple[MiniBatch, ...]  # the document ones first
@@ -185,7 +187,7 @@ class TrainLoader:
                     Quarantined(shown(shard), index.pair_key[pair], index.input_id(int(job.rows[place])), reason)
                 )
         mini_batches = tuple(
-            MiniBatch(job.side, job.modality, rows, features)
+            MiniBatch(job.side, job.modality, rows, features, len(job.rows))
             for (job, rows), (features, _) in zip(rank_slice.jobs, done, strict=True)
         )
         return RankBatch(
@@ -195,6 +197,7 @@ class TrainLoader:
             valid_b=valid_b,
             query_hash_b=index.query_hash_N[pairs_b],
             page_hash_p=index.input_hash_I[rank_slice.documents_p],
+            owner_p=rank_slice.owner_p,
             page_valid_p=page_valid_p,
             answers_bm=self._answers(rank_slice),
             mini_batches=mini_batches,

@@ -3,20 +3,25 @@
 The objective is the mean of the losses of all valid rows of the global batch. Three factors make the distributed
 gradient equal to its gradient, whatever W is and however unevenly rows or valid rows lie on the ranks:
 
-1. a rank sums its rows' losses and divides the sum by ``(valid rows of the global batch) / W`` (`rank_loss_divisor`);
-2. the backward of `gather_rows` **sums** over ranks what each rank's loss says about a row, and hands the sum to the
-   rank that owns the row;
+1. a rank weights each of its valid rows with W / (valid rows of the global batch) (`row_weight`);
+2. `reduce_to_owners` **sums** over ranks what each rank's loss says about a row, and hands the sum to the rank that
+   owns the row;
 3. the strategy **averages** the parameter gradients over ranks.
 
 A rank's parameter gradient then is W times its part of the wanted one, and the average of those over W ranks is their
 sum over W times W: the wanted one. A rank without valid rows contributes a zero loss, but its columns still receive
 gradient through (2). `benchmarks/exactness.py` compares with a single process; a factor W put in anywhere turns it red.
 
+A step has three of these exchanges, whatever its batch, tiles and dimensions: `exchange_ints`, by which every rank
+knows how much each has; `gather_together`, in which all that a rank has to show travels as bytes of one buffer; and
+`reduce_to_owners`, which carries the sums over ranks along. The strategy's own reduction comes after them.
+
 Without a process group (strategy single) every function is the identity of one rank.
 
-Shapes: n rows of this rank, N rows of all ranks in rank order, D columns.
+Shapes: W ranks, n rows of this rank, N rows of all ranks in rank order, D columns.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,43 +30,87 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def rank_loss_divisor(valid_rows: int, device: torch.device) -> float:
-    """What a rank divides the sum of its rows' losses by: the valid rows of all ranks over W (factor 1 above)."""
-    total = int(all_reduce_sum(torch.tensor([valid_rows], dtype=torch.int64, device=device)).item())
-    return max(total, 1) / world_size()
+def row_weight(valid_rows_of_all: int) -> float:
+    """What a rank multiplies the loss of each valid row by (factor 1 above)."""
+    return world_size() / max(valid_rows_of_all, 1)
 
 
-def gather_rows(x_nD: Tensor) -> tuple[Tensor, int]:
-    """Rows of every rank, in rank order, and where this rank's begin. Differentiable (factor 2 above).
+def exchange_ints(values: Sequence[int], device: torch.device) -> list[list[int]]:
+    """The integers of each rank, in rank order; every rank gives equally many."""
+    own_n = torch.tensor(list(values), dtype=torch.int64, device=device)
+    if world_size() == 1:
+        return [own_n.tolist()]
+    every = own_n.new_empty(world_size() * len(own_n))
+    dist.all_gather_into_tensor(every, own_n)
+    of_rank: list[list[int]] = every.view(world_size(), -1).tolist()
+    return of_rank
+
+
+def gather_together(tensors: Sequence[Tensor], rows_Wt: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Rows of every rank, in rank order, of several tensors of any types, in one exchange. Not differentiable.
 
     Args:
-        x_nD: This rank's rows; n may differ between ranks. One dimension is accepted too.
+        tensors: This rank's; each differs from other ranks' in its number of rows only.
+        rows_Wt: Rows of each tensor on each rank, as every rank knows them.
 
     Returns:
-        ``(x_ND, offset)``. The backward sums the gradients of all ranks for this rank's rows.
+        Of each tensor the [N, ...] of all ranks.
     """
     if world_size() == 1:
-        return x_nD, 0
-    rows_of_rank = gather_ints(x_nD.shape[0], x_nD.device)
-    offset = sum(rows_of_rank[: dist.get_rank()])
-    return _GatherRows.apply(x_nD, rows_of_rank, offset), offset
+        return list(tensors)
+    # Equal lengths are what every backend gathers; short ranks pad, and the padding is never looked at.
+    row_bytes = [math.prod(tensor.shape[1:]) * tensor.element_size() for tensor in tensors]
+    longest = max(sum(r * b for r, b in zip(rows, row_bytes, strict=True)) for rows in rows_Wt)
+    # Types of eight bytes come first, or their views would not be aligned.
+    order = sorted(range(len(tensors)), key=lambda t: -tensors[t].element_size())
+    longest += -longest % 8
+    own = torch.zeros(longest, dtype=torch.uint8, device=tensors[0].device)
+    start = 0
+    for t in order:
+        flat = tensors[t].contiguous().view(-1).view(torch.uint8)
+        own[start : start + len(flat)] = flat
+        start += len(flat)
+    every = own.new_empty(world_size() * longest)
+    dist.all_gather_into_tensor(every, own)
+    parts: list[list[Tensor]] = [[] for _ in tensors]
+    for of_rank, rows in zip(every.view(world_size(), longest), rows_Wt, strict=True):
+        start = 0
+        for t in order:
+            stop = start + rows[t] * row_bytes[t]
+            parts[t].append(of_rank[start:stop].view(tensors[t].dtype).view(rows[t], *tensors[t].shape[1:]))
+            start = stop
+    return [torch.cat(part) for part in parts]
 
 
-def gather_ints(value: int, device: torch.device) -> list[int]:
-    """One integer of each rank, in rank order."""
+def reduce_to_owners(
+    gradients: Sequence[Tensor], rows_Wt: Sequence[Sequence[int]], sums: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """Sum over ranks what each says about all rows; every rank keeps its own rows' (factor 2 above).
+
+    Args:
+        gradients: float32 [N, D] each, about the rows that `gather_together` brought.
+        rows_Wt: As there.
+        sums: float32 [s], some numbers that are summed over ranks on the way.
+
+    Returns:
+        Of each gradient this rank's [n, D], and the sums.
+    """
     if world_size() == 1:
-        return [value]
-    values_W = torch.zeros(world_size(), dtype=torch.int64, device=device)
-    values_W[dist.get_rank()] = value
-    return [int(number) for number in all_reduce_sum(values_W)]
-
-
-def gather_values(values: Sequence[float], device: torch.device) -> list[list[float]]:
-    """A few numbers of each rank, in rank order."""
-    values_Wn = torch.zeros((world_size(), len(values)), dtype=torch.float64, device=device)
-    values_Wn[dist.get_rank() if world_size() > 1 else 0] = torch.tensor(values, dtype=torch.float64)
-    of_rank: list[list[float]] = all_reduce_sum(values_Wn).tolist()
-    return of_rank
+        return list(gradients), sums
+    of_rank = [torch.split(gradient, [rows[t] for rows in rows_Wt]) for t, gradient in enumerate(gradients)]
+    lengths = [[part[rank].numel() for part in of_rank] for rank in range(world_size())]
+    chunk = max(map(sum, lengths)) + len(sums)
+    sent_Wc = sums.new_zeros((world_size(), chunk))
+    for rank, sent_c in enumerate(sent_Wc):
+        sent_c[: len(sums)] = sums
+        torch.cat([part[rank].flatten() for part in of_rank], out=sent_c[len(sums) : len(sums) + sum(lengths[rank])])
+    received_c = sums.new_empty(chunk)
+    dist.reduce_scatter_tensor(received_c, sent_Wc.view(-1), op=dist.ReduceOp.SUM)
+    total, own, start = received_c[: len(sums)], [], len(sums)
+    for part, length in zip(of_rank, lengths[dist.get_rank()], strict=True):
+        own.append(received_c[start : start + length].view_as(part[dist.get_rank()]))
+        start += length
+    return own, total
 
 
 def gather_objects(value: Any) -> list[Any]:
@@ -88,31 +137,6 @@ def agree_on_max(values: Sequence[int], device: torch.device) -> list[int]:
     return [int(number) for number in agreed]
 
 
-def barrier() -> None:
-    """Wait for every rank."""
-    if world_size() > 1:
-        dist.barrier()
-
-
 def world_size() -> int:
     """Ranks in the process group; 1 without one."""
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_nD: Tensor, rows_of_rank: list[int], offset: int) -> Tensor:
-        ctx.slice = slice(offset, offset + x_nD.shape[0])
-        # Equal shapes are what every backend gathers; short ranks pad, and the padding is cut off again.
-        longest = max(rows_of_rank)
-        padded = x_nD.new_zeros((longest, *x_nD.shape[1:]))
-        padded[: x_nD.shape[0]] = x_nD
-        gathered = [torch.empty_like(padded) for _ in rows_of_rank]
-        dist.all_gather(gathered, padded)
-        return torch.cat([part[:rows] for part, rows in zip(gathered, rows_of_rank, strict=True)])
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        gradient_ND = gradients[0].contiguous().clone()
-        dist.all_reduce(gradient_ND, op=dist.ReduceOp.SUM)
-        return gradient_ND[ctx.slice], None, None

@@ -18,7 +18,7 @@ from farnear.data.shard_store import ShardStore
 from farnear.data.workers import Preprocess
 from farnear.errors import RunStoppedError
 from farnear.model.embedder import to_device
-from farnear.parallel.collectives import agree_on_max, gather_rows
+from farnear.parallel.collectives import agree_on_max, exchange_ints, gather_together
 from farnear.parallel.strategy import Strategy
 from farnear.parallel.world import World
 
@@ -77,8 +77,9 @@ def encode(
             places.append(torch.from_numpy(share[positions][: len(own)]).to(world.device))
         for _ in range(turns - batches):
             strategy.embed(to_device(features, world.device))
-    e_ND, _ = gather_rows(torch.cat(parts))
-    place_N, _ = gather_rows(torch.cat(places))
+    e_nD, place_n = torch.cat(parts), torch.cat(places)
+    rows_W = [(n, n) for (n,) in exchange_ints([len(e_nD)], world.device)]
+    e_ND, place_N = gather_together([e_nD, place_n], rows_W)
     if bad := int((~e_ND.isfinite().all(dim=1)).sum()):
         raise RunStoppedError(
             f"{bad} of {len(e_ND)} embeddings ({side}) are not finite, so nothing can be ranked: the weights have gone "

@@ -13,31 +13,40 @@ The sum of pass two's gradients is the gradient of the whole batch. It is exact 
 - all backwards of a step add up on the rank before one reduction (`Strategy.accumulate`);
 - each mini-batch's dropout is drawn from a seed of its own, (seed, step, rank, position), set before it in both passes:
   nothing is recorded, nothing can be forgotten, and a resumed run draws what the uninterrupted one would have drawn;
-- where a forward is a collective (ZeRO-3), ranks agree on the number of mini-batches of each side beforehand, and a
-  short rank repeats one of its own with gradient zero. Pages come before queries on every rank, so that all ranks
-  visit the same modules in the same order.
+- where a forward is a collective (ZeRO-3, FSDP2), ranks agree on the number of mini-batches of each side beforehand,
+  and a short rank repeats one of its own with gradient zero. Pages come before queries on every rank, so that all
+  ranks visit the same modules in the same order.
 
-The scale of the gradient is decided in `farnear.parallel.collectives`.
+With the forward as 1 and the backward as 2 this costs 4 where an uncached step costs 3. Three things bring it down:
+
+- the last mini-batches of pass one may keep their graph, as many as fit in memory, and are not embedded again: with a
+  fraction f of them the step costs 4 - f;
+- without dropout several mini-batches go through pass one together (`farnear.model.features`);
+- what a frozen part of the model gives in pass one is kept for pass two (`farnear.model.frozen`).
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import groupby
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from farnear.config import LossConfig
+from farnear.data.dealing import SIDES
 from farnear.data.loader import MiniBatch, RankBatch
-from farnear.loss.contrastive import Columns, contrastive_loss, false_negatives
+from farnear.loss.own import OwnLoss
 from farnear.model.embedder import to_device
-from farnear.parallel.collectives import agree_on_max, all_reduce_sum, gather_rows, rank_loss_divisor
+from farnear.model.frozen import FrozenOutputs
+from farnear.parallel.collectives import exchange_ints
 from farnear.parallel.strategy import Strategy
 from farnear.parallel.world import World
-
-SIDES = ("document", "query")
+from farnear.training.objective import EmbeddingGradient, Sizes, embedding_gradient, own_loss_gradient
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -46,83 +55,203 @@ class NonFiniteLossError(ArithmeticError):
 
 @dataclass
 class StepFigures:
-    """What one step tells about itself.
+    """What one step tells about itself; counts are of all ranks.
 
     Attributes:
         loss: Mean over the valid rows of the global batch.
         pairs: Valid rows of the global batch.
-        masked: Places of the score matrix, over all ranks, that were left out as false negatives.
-        tokens: Tokens in this rank's mini-batches, image placeholders included and padding left out.
+        masked: Places of the score matrix that were left out as false negatives.
+        beyond_margin: Places left out by loss.margin.
+        tokens: In the mini-batches, image placeholders included and padding left out.
+        padding: Tokens of padding.
+        quarantined: Pairs that could not be used.
         seconds: Of this rank, by phase.
-        own_seconds: This rank's forwards and backwards, without waiting for others in the reduction.
+        longest_rank: Pass one on the rank where it took longest, over the mean.
+        kept_graphs: Mini-batches of this rank that were not embedded twice.
+        frozen_bytes: Outputs of frozen parts that this rank kept.
     """
 
     loss: float = float("nan")
     pairs: int = 0
     masked: int = 0
+    beyond_margin: int = 0
     tokens: int = 0
+    padding: int = 0
+    quarantined: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
-    own_seconds: float = 0.0
+    longest_rank: float = 1.0
+    kept_graphs: int = 0
+    frozen_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class Turn:
     """One mini-batch's place in both passes; ``counts`` is False where the rank only keeps step with others."""
 
+    position: int
     mini_batch: MiniBatch
     seed: int
     counts: bool
 
+    @property
+    def group(self) -> tuple[str, str]:
+        """Turns of one group visit the same modules."""
+        return self.mini_batch.side, self.mini_batch.modality
 
-def cached_gradient(
-    strategy: Strategy, batch: RankBatch, loss: LossConfig, figures: StepFigures, *, seed: int, world: World
-) -> None:
-    """Leave the gradient of the global batch's mean loss, reduced over ranks, in the strategy.
 
-    Args:
-        figures: Filled on the way, so that what is known stands there when the step fails.
+@dataclass(frozen=True)
+class CachedStep:
+    """What every step has in common.
 
-    Raises:
-        NonFiniteLossError: On every rank, before pass two.
+    Attributes:
+        loss: The objective.
+        own_loss: What ``loss.function`` names.
+        seed: Of every dropout mask.
+        keep_graphs: Share of the mini-batches that keep their graph from pass one.
+        together: Most mini-batches that go through pass one at once; 1 where dropout has to be replayed.
+        merge: Makes one mini-batch's features of several; needed where ``together`` is above 1.
+        frozen: Keeps outputs of frozen parts.
     """
-    turns = agree_on_turns(strategy, batch, seed, world)
-    with _timed(figures, "pass_one"), torch.no_grad():
-        embedding = _embed_all(strategy, batch, turns, world)
-    with _timed(figures, "loss"):
-        gradient = _gradient_of_embeddings(embedding, batch, loss, world, figures)
-    with _timed(figures, "pass_two"), strategy.accumulate():
-        started = perf_counter()
-        for turn in turns:
-            e_nD = _embed(strategy, turn, world)
-            if turn.counts:
-                rows = torch.from_numpy(turn.mini_batch.rows).to(world.device)
-                strategy.backward((e_nD.float() * gradient[turn.mini_batch.side][rows]).sum())
-            else:
-                strategy.backward(e_nD.float().sum() * 0.0)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        figures.own_seconds = figures.seconds["pass_one"] + perf_counter() - started
 
+    strategy: Strategy
+    world: World
+    loss: LossConfig
+    seed: int
+    own_loss: OwnLoss | None = None
+    keep_graphs: float = 0.0
+    together: int = 1
+    merge: Callable[[Sequence[dict[str, Any]]], dict[str, Any]] | None = None
+    frozen: FrozenOutputs | None = None
+    # Whether a gradient reaches the weights from a group: not where everything that it goes through is frozen.
+    _trains: dict[tuple[str, str], bool] = field(default_factory=dict)
 
-def agree_on_turns(strategy: Strategy, batch: RankBatch, seed: int, world: World) -> list[Turn]:
-    """The order of this rank's mini-batches, padded where every rank must take the same number of turns."""
-    # In the loader's order, which is the same on every rank: pages before queries, one modality after the other.
-    groups = list(dict.fromkeys((mini_batch.side, mini_batch.modality) for mini_batch in batch.mini_batches))
-    of_group = {
-        group: [mini_batch for mini_batch in batch.mini_batches if (mini_batch.side, mini_batch.modality) == group]
-        for group in groups
-    }
-    counts = [len(of_group[group]) for group in groups]
-    if strategy.forward_is_collective:
-        counts = agree_on_max(counts, world.device)
-    turns: list[Turn] = []
-    for group, count in zip(groups, counts, strict=True):
-        own = of_group[group]
-        for position in range(count):
-            mini_batch = own[position] if position < len(own) else own[0]
-            counts_here = position < len(own) and len(mini_batch.rows) > 0
-            turns.append(Turn(mini_batch, turn_seed(seed, batch.step, world.rank, len(turns)), counts_here))
-    return turns
+    def gradient(self, batch: RankBatch, figures: StepFigures, *, scale: float) -> EmbeddingGradient:
+        """Leave the gradient of the global batch's mean loss, reduced over ranks, in the strategy.
+
+        Args:
+            figures: Filled on the way, so that what is known stands there when the step fails.
+            scale: Factor on the cosine similarities.
+
+        Raises:
+            NonFiniteLossError: On every rank, before pass two.
+        """
+        turns, sizes = self._agree(batch, figures)
+        with _timed(figures, "pass_one"):
+            embedding, graphs = self._pass_one(turns)
+        figures.kept_graphs, figures.frozen_bytes = len(graphs), self.frozen.kept_bytes if self.frozen else 0
+        with _timed(figures, "loss"):
+            outcome = self._loss(embedding, batch, sizes, figures, scale)
+        with _timed(figures, "pass_two"):
+            self._pass_two(turns, graphs, outcome.of_side)
+        return outcome
+
+    def _agree(self, batch: RankBatch, figures: StepFigures) -> tuple[list[Turn], Sizes]:
+        """What this rank does in both passes, and what each rank holds. One exchange."""
+        groups = _groups(batch.mini_batches)
+        # Ranks have the same groups where it matters, and then they take the same number of turns in each.
+        counts = [len(group) for group in groups] if self.strategy.forward_is_collective else []
+        held = [len(batch.pairs_b), len(batch.page_hash_p), batch.answers_bm.shape[1], len(batch.quarantined)]
+        of_rank = exchange_ints([*held, *_tokens(batch.mini_batches), *counts], self.world.device)
+        pairs_W, documents_W, answers_W, quarantined_W, tokens_W, padding_W, *counts_W = zip(*of_rank, strict=True)
+        figures.quarantined, figures.tokens, figures.padding = sum(quarantined_W), sum(tokens_W), sum(padding_W)
+        turns_of_groups = [max(of_group) for of_group in counts_W] or [len(group) for group in groups]
+        turns = list(_turns(groups, turns_of_groups, (self.seed, batch.step, self.world.rank)))
+        return turns, Sizes(pairs_W, documents_W, answers_W)
+
+    def _pass_one(self, turns: Sequence[Turn]) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
+        """Embeddings of each side in the order of their rows, and by its position each embedding that has a graph."""
+        if self.frozen is not None:
+            self.frozen.forget()
+        first_with_graph = len(turns) - int(self.keep_graphs * len(turns))
+        graphs: dict[int, Tensor] = {}
+        embedded: dict[str, list[Tensor]] = {side: [] for side in SIDES}
+        rows: dict[str, list[Tensor]] = {side: [] for side in SIDES}
+        for bundle in self._bundles(turns, first_with_graph):
+            keeps_graph = bundle[0].position >= first_with_graph and self._trains.get(bundle[0].group, True)
+            for turn, e_nD in zip(bundle, self._embed_bundle(bundle, keeps_graph), strict=True):
+                if keeps_graph and e_nD.requires_grad:
+                    graphs[turn.position] = e_nD
+                if turn.counts:
+                    embedded[turn.mini_batch.side].append(e_nD.detach())
+                    rows[turn.mini_batch.side].append(torch.from_numpy(turn.mini_batch.rows))
+        # Mini-batches are cut by cost, so their rows interleave.
+        place = {side: torch.cat(rows[side]).argsort().to(self.world.device) for side in SIDES}
+        return {side: torch.cat(embedded[side])[place[side]] for side in SIDES}, graphs
+
+    def _bundles(self, turns: Sequence[Turn], first_with_graph: int) -> Iterator[list[Turn]]:
+        """Turns that go through pass one together: of one group, and those whose graph or outputs are kept alone."""
+        for _, of_group in groupby(turns, key=lambda turn: turn.group):
+            waiting: list[Turn] = []
+            for turn in of_group:
+                is_alone = turn.position >= first_with_graph or turn.group not in self._trains or self._records(turn)
+                if waiting and (is_alone or len(waiting) == self.together):
+                    yield waiting
+                    waiting = []
+                if is_alone:
+                    yield [turn]
+                else:
+                    waiting.append(turn)
+            if waiting:
+                yield waiting
+
+    def _embed_bundle(self, bundle: Sequence[Turn], keeps_graph: bool) -> Sequence[Tensor]:
+        if len(bundle) > 1:
+            assert self.merge is not None
+            features = self.merge([turn.mini_batch.features for turn in bundle])
+            with torch.no_grad():
+                e_nD = self._embed(features, bundle[0].seed)
+            return e_nD.split([turn.mini_batch.inputs for turn in bundle])
+        turn = bundle[0]
+        # The first of a group shows whether its embeddings have a gradient.
+        needs_graph = keeps_graph or turn.group not in self._trains
+        records = self._records(turn) and not needs_graph
+        context = self.frozen.recording(turn.position, turn.seed) if self.frozen and records else nullcontext()
+        with torch.set_grad_enabled(needs_graph), context:
+            e_nD = self._embed(turn.mini_batch.features, turn.seed)
+        if turn.group not in self._trains:
+            self._trains[turn.group] = e_nD.requires_grad
+        return [e_nD]
+
+    def _records(self, turn: Turn) -> bool:
+        # Text alone goes through no tower.
+        has_frozen = self.frozen is not None and bool(self.frozen.names)
+        return has_frozen and turn.mini_batch.modality != "text" and self._trains.get(turn.group, True)
+
+    def _loss(
+        self, embedding: dict[str, Tensor], batch: RankBatch, sizes: Sizes, figures: StepFigures, scale: float
+    ) -> EmbeddingGradient:
+        seconds = figures.seconds["pass_one"]
+        if self.own_loss is None:
+            outcome = embedding_gradient(embedding, batch, sizes, self.loss, self.world, scale=scale, seconds=seconds)
+        else:
+            outcome = own_loss_gradient(self.own_loss, embedding, batch, sizes, self.loss, self.world, seconds=seconds)
+        figures.loss, figures.pairs = outcome.loss, outcome.pairs
+        figures.masked, figures.beyond_margin = outcome.masked, outcome.beyond_margin
+        figures.longest_rank = max(outcome.seconds_W) * len(outcome.seconds_W) / max(sum(outcome.seconds_W), 1e-9)
+        if not math.isfinite(outcome.loss):
+            raise NonFiniteLossError
+        return outcome
+
+    def _pass_two(self, turns: Sequence[Turn], graphs: dict[int, Tensor], gradient: dict[str, Tensor]) -> None:
+        training = [turn for turn in turns if self._trains[turn.group]]
+        # Kept graphs first: each backward frees the memory that the next forward may need.
+        training.sort(key=lambda turn: turn.position not in graphs)
+        with self.strategy.accumulate():
+            for turn in training:
+                e_nD = graphs.pop(turn.position, None)
+                if e_nD is None:
+                    context = self.frozen.replaying(turn.position, turn.seed) if self.frozen else nullcontext()
+                    with context:
+                        e_nD = self._embed(turn.mini_batch.features, turn.seed)
+                if turn.counts:
+                    rows = torch.from_numpy(turn.mini_batch.rows).to(self.world.device)
+                    self.strategy.backward((e_nD.float() * gradient[turn.mini_batch.side][rows]).sum())
+                else:
+                    self.strategy.backward(e_nD.float().sum() * 0.0)
+
+    def _embed(self, features: dict[str, Any], seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return self.strategy.embed(to_device(features, self.world.device))
 
 
 def turn_seed(*scope: int) -> int:
@@ -131,77 +260,30 @@ def turn_seed(*scope: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def _embed(strategy: Strategy, turn: Turn, world: World) -> Tensor:
-    torch.manual_seed(turn.seed)
-    return strategy.embed(to_device(turn.mini_batch.features, world.device))
+def _groups(mini_batches: Sequence[MiniBatch]) -> list[list[MiniBatch]]:
+    """In the loader's order, which is the same on every rank: pages before queries, one modality after the other."""
+    groups: dict[tuple[str, str], list[MiniBatch]] = {}
+    for mini_batch in mini_batches:
+        groups.setdefault((mini_batch.side, mini_batch.modality), []).append(mini_batch)
+    return list(groups.values())
 
 
-def _embed_all(strategy: Strategy, batch: RankBatch, turns: Sequence[Turn], world: World) -> dict[str, Tensor]:
-    parts: dict[str, list[Tensor]] = {side: [] for side in SIDES}
-    rows: dict[str, list[Tensor]] = {side: [] for side in SIDES}
-    for turn in turns:
-        e_nD = _embed(strategy, turn, world)
-        if turn.counts:
-            parts[turn.mini_batch.side].append(e_nD)
-            rows[turn.mini_batch.side].append(torch.from_numpy(turn.mini_batch.rows))
-    # Mini-batches are cut by cost, so their rows interleave.
-    place = {side: torch.cat(rows[side]).argsort().to(world.device) for side in SIDES}
-    return {side: torch.cat(parts[side])[place[side]] for side in SIDES}
+def _turns(groups: Sequence[Sequence[MiniBatch]], counts: Sequence[int], scope: tuple[int, ...]) -> Iterator[Turn]:
+    """As many turns of each group as ``counts`` says; a rank with fewer mini-batches repeats its first for nothing."""
+    position = 0
+    for own, count in zip(groups, counts, strict=True):
+        for place in range(count):
+            mini_batch = own[place] if place < len(own) else own[0]
+            counts_here = place < len(own) and len(mini_batch.rows) > 0
+            yield Turn(position, mini_batch, turn_seed(*scope, position), counts_here)
+            position += 1
 
 
-def _gradient_of_embeddings(
-    embedding: dict[str, Tensor], batch: RankBatch, loss: LossConfig, world: World, figures: StepFigures
-) -> dict[str, Tensor]:
-    # fp32 from here to the surrogate, whatever the model computed in.
-    leaf = {side: e.float().requires_grad_() for side, e in embedding.items()}
-    k_ND, offset = gather_rows(leaf["document"])
-    columns = _gather_columns(batch, world.device)
-    rows = slice(offset, offset + len(batch.valid_b))
-    mask_bN = false_negatives(columns, rows, torch.from_numpy(batch.answers_bm).to(world.device))
-    valid_b = columns.valid_N[rows]
-    loss_b = contrastive_loss(
-        leaf["query"],
-        k_ND,
-        mask_bN,
-        offset,
-        scale=loss.scale,
-        dims=loss.matryoshka_dims,
-        dim_weights=loss.matryoshka_weights,
-    )
-    loss_sum = torch.where(valid_b, loss_b, 0.0).sum()
-    divisor = rank_loss_divisor(int(valid_b.sum()), world.device)
-    figures.pairs = int((columns.is_positive_N & columns.valid_N).sum())
-    mean_loss = all_reduce_sum(loss_sum.detach().clone()) / (divisor * world.world_size)
-    figures.loss = float(mean_loss)
-    if not torch.isfinite(mean_loss):
-        raise NonFiniteLossError
-    masked = (mask_bN & columns.valid_N[None, :])[valid_b].sum()
-    figures.masked = int(all_reduce_sum(masked))
-    figures.tokens = sum(_tokens(mini_batch) for mini_batch in batch.mini_batches)
-    (loss_sum / divisor).backward()
-    return {side: _gradient(tensor) for side, tensor in leaf.items()}
-
-
-def _gather_columns(batch: RankBatch, device: torch.device) -> Columns:
-    """One exchange of what the mask needs of every page: [p, 4] int64 a rank."""
-    pairs, pages = len(batch.valid_b), len(batch.page_hash_p)
-    facts_p4 = torch.zeros((pages, 4), dtype=torch.int64)
-    facts_p4[:, 0] = torch.from_numpy(batch.page_hash_p)
-    facts_p4[:pairs, 1] = torch.from_numpy(batch.query_hash_b)
-    facts_p4[:pairs, 2] = 1
-    facts_p4[:, 3] = torch.from_numpy(batch.page_valid_p)
-    facts_N4, _ = gather_rows(facts_p4.to(device))
-    page_hash_N, query_hash_N, is_positive_N, valid_N = facts_N4.unbind(1)
-    return Columns(page_hash_N, query_hash_N, is_positive_N.bool(), valid_N.bool())
-
-
-def _gradient(leaf: Tensor) -> Tensor:
-    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-
-
-def _tokens(mini_batch: MiniBatch) -> int:
-    mask = mini_batch.features.get("attention_mask")
-    return 0 if mask is None else int(mask.sum())
+def _tokens(mini_batches: Sequence[MiniBatch]) -> tuple[int, int]:
+    """Tokens, and how many of padding beside them."""
+    masks = [mini_batch.features.get("attention_mask") for mini_batch in mini_batches]
+    tokens = sum(int(mask.sum()) for mask in masks if mask is not None)
+    return tokens, sum(mask.numel() for mask in masks if mask is not None) - tokens
 
 
 @contextmanager

@@ -35,9 +35,10 @@ from torch import Tensor
 from farnear.errors import RunStoppedError, UserError
 from farnear.files import give_usual_mode, replace_text, sync_folder
 from farnear.parallel.collectives import gather_objects
-from farnear.parallel.strategy import ParameterSlice, Strategy
+from farnear.parallel.strategy import ParameterSlice
 from farnear.parallel.world import World, on_main_rank
 from farnear.run_folder import published_checkpoints
+from farnear.training.scale import TrainedState
 
 FORMAT = 1
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
@@ -54,6 +55,7 @@ class Progress:
         epoch, plan_hash: Of the last step done: another order of pairs is noticed by its hash.
         best_metric, best_step: The best evaluation so far, if any.
         total_steps: Of the run file then: the learning rate's course depends on it.
+        choices: What the run chose by the memory that it found (`farnear.training.choices`).
         measured_by: What `best_metric` is a value of: another measure or another sample does not compare with it.
     """
 
@@ -68,6 +70,7 @@ class Progress:
     best_metric: float | None = None
     best_step: int | None = None
     measured_by: str = ""
+    choices: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,7 @@ class Checkpoint:
 
 def save_checkpoint(
     checkpoints: Path,
-    strategy: Strategy,
-    shapes: Mapping[str, torch.Size],
+    state: TrainedState,
     progress: Progress,
     world: World,
     about: Mapping[str, Any],
@@ -95,21 +97,20 @@ def save_checkpoint(
 
     Args:
         checkpoints: The run's `checkpoints` folder.
-        shapes: Of every trained parameter.
         about: Further facts for the manifest: strategy, versions, saved_as_best (see `retain`).
 
     Raises:
         UserError: A rank could not write (on all ranks, naming the first).
         RunStoppedError: A weight is not finite.
     """
-    _refuse_non_finite(strategy, progress.step)
+    _refuse_non_finite(state, progress.step)
     final = checkpoints / folder_name(progress.step)
     save_id = on_main_rank(world, lambda: _open_save(checkpoints, final))
     draft = checkpoints / f".saving-{save_id}"
     name = f"rank-{world.rank:05d}.safetensors"
     failure, facts = None, {}
     try:
-        pieces = strategy.slices(owned=True)
+        pieces = state.slices(owned=True)
         facts = _write_pieces(draft / name, pieces, {"save_id": save_id, "step": str(progress.step)})
         steps = {piece.name: int(piece.step) for piece in pieces}
     except (OSError, SafetensorError) as error:
@@ -128,7 +129,7 @@ def save_checkpoint(
         "save_id": save_id,
         "world_size": world.world_size,
         "progress": asdict(progress),
-        "parameters": {n: {"shape": list(shape), "step": step_of_parameter[n]} for n, shape in shapes.items()},
+        "parameters": {n: {"shape": list(shape), "step": step_of_parameter[n]} for n, shape in state.shapes.items()},
         "files": {report[1]: report[2] for report in reports},
         **about,
     }
@@ -136,23 +137,23 @@ def save_checkpoint(
     return final
 
 
-def load_state(checkpoint: Checkpoint, strategy: Strategy, shapes: Mapping[str, torch.Size]) -> None:
+def load_state(checkpoint: Checkpoint, state: TrainedState) -> None:
     """Bring weights and AdamW's state to what a checkpoint holds. A collective; each rank reads for itself.
-
-    Args:
-        shapes: Of every trained parameter.
 
     Raises:
         UserError: The checkpoint is torn, mixed or short, or belongs to another model.
     """
     parameters = checkpoint.manifest["parameters"]
-    saved, held = {name: facts["shape"] for name, facts in parameters.items()}, {n: list(s) for n, s in shapes.items()}
+    saved, held = (
+        {name: facts["shape"] for name, facts in parameters.items()},
+        {n: list(s) for n, s in state.shapes.items()},
+    )
     if odd := sorted(name for name in held.keys() | saved.keys() if held.get(name) != saved.get(name)):
         raise UserError(
             f"checkpoint {checkpoint.folder} is of another model: parameter {odd[0]} differs; "
             "set model.name_or_path to the model the run was started with"
         )
-    pieces = strategy.slices(owned=False)
+    pieces = state.slices(owned=False)
     # One kind after the other: only a third of the state is whole in memory at a time.
     for kind in KINDS:
         whole = _assemble(checkpoint, kind)
@@ -161,7 +162,7 @@ def load_state(checkpoint: Checkpoint, strategy: Strategy, shapes: Mapping[str, 
             target.copy_(whole[piece.name][piece.start : piece.start + target.numel()])
     for piece in pieces:
         piece.step.fill_(parameters[piece.name]["step"])
-    strategy.spread_weights()
+    state.spread_weights()
 
 
 def find_checkpoint(checkpoints: Path) -> Checkpoint | None:
@@ -233,8 +234,8 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def _refuse_non_finite(strategy: Strategy, step: int) -> None:
-    pieces = strategy.slices(owned=True)
+def _refuse_non_finite(state: TrainedState, step: int) -> None:
+    pieces = state.slices(owned=True)
     bad = [piece.name for piece in pieces if not piece.weight_n.isfinite().all()]
     if all_bad := [name for names in gather_objects(bad) for name in names]:
         raise RunStoppedError(

@@ -22,7 +22,6 @@ def derived_numbers(parts: Parts, data: RunData, model: SentenceTransformer, pre
     # The first batch is as full as any; ranks differ by one pair at most.
     batch = len(parts.loader.order.global_batch(0))
     pairs_per_rank = -(-batch // world.world_size)
-    mini_batches = -(-pairs_per_rank // training.mini_batch_size)
     pooling = next((str(module.pooling_mode) for module in model if isinstance(module, Pooling)), "its own")
     parameters = sum(shape.numel() for shape in (getattr(p, "ds_shape", p.shape) for p in model.parameters()))
     precision = "bf16 weights" if training.pure_bf16 else f"fp32 weights, {'bf16' if training.bf16 else 'fp32'} compute"
@@ -47,10 +46,10 @@ def derived_numbers(parts: Parts, data: RunData, model: SentenceTransformer, pre
         ("inputs", _inputs(data)),
         (
             "batch",
-            f"{batch} pairs{all_there_are if batch < training.global_batch_size else ''}, {pairs_per_rank} a rank in "
-            f"{counted(mini_batches, 'mini-batch', 'mini-batches')} of up to {training.mini_batch_size}; "
+            f"{batch} pairs{all_there_are if batch < training.global_batch_size else ''}, {pairs_per_rank} a rank; "
             f"negatives a query: {batch - 1}{' and the hard ones' if hard else ''}",
         ),
+        ("cache", _cache(parts)),
         (
             "duplicates",
             f"first epoch: {plan.moved} pairs moved to another batch, {plan.masked} masked where they could not be",
@@ -65,6 +64,26 @@ def derived_numbers(parts: Parts, data: RunData, model: SentenceTransformer, pre
         ("evaluates", _evaluation(parts, data)),
     ]
     return "\n".join(f"{name:>10}  {text}" for name, text in lines)
+
+
+def _cache(parts: Parts) -> str:
+    """How the batch goes through the model."""
+    training, choices = parts.config.training, parts.choices
+    sizes = []
+    for side, name in (("query", "queries"), ("document", "pages")):
+        size, tokens = training.mini_batch_size_of[side], choices.mini_batch_num_tokens[side]
+        bounds = [f"{size}" if size else "", f"{tokens:,} tokens" if tokens else ""]
+        sizes.append(f"{name} {' or '.join(filter(None, bounds))}")
+    frozen = parts.step.frozen
+    kept = (
+        f", frozen parts kept in {choices.frozen_bytes / 1e9:.1f} GB: {', '.join(sorted(frozen.names))}"
+        if frozen
+        else ""
+    )
+    return (
+        f"mini-batches of up to {', '.join(sizes)}; {counted(choices.together, 'mini-batch', 'mini-batches')} at once "
+        f"without graph; graphs kept {choices.keep_graphs:.0%}{kept}"
+    )
 
 
 def _inputs(data: RunData) -> str:

@@ -12,13 +12,14 @@ from typing import Any
 from farnear.config import RunConfig
 from farnear.data.loader import RankBatch, TrainLoader
 from farnear.errors import RunStoppedError
-from farnear.parallel.collectives import gather_values
 from farnear.parallel.strategy import NonFiniteGradientError, Strategy
 from farnear.parallel.world import World
-from farnear.training.cache import NonFiniteLossError, StepFigures, cached_gradient
+from farnear.training.cache import CachedStep, NonFiniteLossError, StepFigures
 from farnear.training.checkpoint import Progress
+from farnear.training.choices import Choices
 from farnear.training.metrics import peak_memory_bytes
 from farnear.training.quarantine import Quarantine
+from farnear.training.scale import LearnedScale
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,9 @@ class Parts:
     """What the loop turns.
 
     Attributes:
+        step: The gradient of a batch.
+        choices: Made for it by the memory that was found.
+        scale: Trained beside the model, if it is.
         learning_rate: Of a 0-based step.
         quarantine: Takes the pairs that could not be used.
         record: Takes the figures of each step.
@@ -38,6 +42,9 @@ class Parts:
     world: World
     strategy: Strategy
     loader: TrainLoader
+    step: CachedStep
+    choices: Choices
+    scale: LearnedScale | None
     learning_rate: Callable[[int], float]
     quarantine: Quarantine
     record: Callable[[dict[str, Any]], None]
@@ -76,10 +83,13 @@ def train_step(parts: Parts, batch: RankBatch) -> dict[str, Any]:
     started = perf_counter()
     figures = StepFigures()
     learning_rate = parts.learning_rate(batch.step)
+    scale = parts.config.loss.scale if parts.scale is None else parts.scale.value
     try:
-        cached_gradient(parts.strategy, batch, parts.config.loss, figures, seed=parts.config.seed, world=parts.world)
-        before_step = perf_counter()
+        outcome = parts.step.gradient(batch, figures, scale=scale)
+        before_update = perf_counter()
         grad_norm = parts.strategy.step(learning_rate)
+        if parts.scale is not None:
+            parts.scale.step(outcome.dlog_scale, learning_rate / parts.config.training.learning_rate)
     except (NonFiniteLossError, NonFiniteGradientError) as error:
         what = "loss" if isinstance(error, NonFiniteLossError) else "gradient"
         keys = parts.loader.keys_of_batch(batch.step)
@@ -88,10 +98,8 @@ def train_step(parts: Parts, batch: RankBatch) -> dict[str, Any]:
             f"training.learning_rate, or look at the pairs of the batch: {' '.join(keys)}"
         ) from error
     now = perf_counter()
-    seconds = {"data": batch.seconds_waited, **figures.seconds, "optimizer": now - before_step}
-    of_rank = gather_values((figures.own_seconds, figures.tokens, len(batch.quarantined)), parts.world.device)
-    own_seconds_W, tokens_W, quarantined_W = zip(*of_rank, strict=True)
-    if sum(quarantined_W):
+    seconds = {"data": batch.seconds_waited, **figures.seconds, "optimizer": now - before_update}
+    if figures.quarantined:
         parts.quarantine.add(batch.step + 1, batch.quarantined)
     return {
         "step": batch.step + 1,
@@ -99,12 +107,17 @@ def train_step(parts: Parts, batch: RankBatch) -> dict[str, Any]:
         "loss": figures.loss,
         "lr": learning_rate,
         "grad_norm": grad_norm,
+        "scale": scale,
         "pairs": figures.pairs,
         "pairs_per_s": figures.pairs / (batch.seconds_waited + now - started),
         "masked": figures.masked,
-        "quarantined": int(sum(quarantined_W)),
-        "tokens": int(sum(tokens_W)),
-        "longest_rank": max(own_seconds_W) * len(own_seconds_W) / max(sum(own_seconds_W), 1e-9),
+        "beyond_margin": figures.beyond_margin,
+        "quarantined": figures.quarantined,
+        "tokens": figures.tokens,
+        "padding_share": figures.padding / max(figures.tokens + figures.padding, 1),
+        "kept_graphs": figures.kept_graphs,
+        "frozen_bytes": figures.frozen_bytes,
+        "longest_rank": figures.longest_rank,
         "peak_memory_bytes": peak_memory_bytes(parts.world.device),
         "seconds": {phase: round(value, 4) for phase, value in seconds.items()},
     }

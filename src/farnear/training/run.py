@@ -12,7 +12,7 @@ import multiprocessing
 import platform
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from multiprocessing import forkserver
 from pathlib import Path
@@ -35,8 +35,10 @@ from farnear.data.quotas import Schedule
 from farnear.data.remote import shown
 from farnear.errors import UserError
 from farnear.files import replace_text
+from farnear.loss.own import load_own_loss
 from farnear.model.embedder import Embedder, Preprocessing
 from farnear.model.export import export_model
+from farnear.model.frozen import FrozenOutputs
 from farnear.model.load import embedding_dimension, load_model
 from farnear.model.pixels import page_tokens
 from farnear.parallel.strategy import Strategy, build_strategy
@@ -44,8 +46,8 @@ from farnear.parallel.trackers import Trackers
 from farnear.parallel.world import World, on_main_rank, start_world, stop_world
 from farnear.retrieve.evaluate import evaluate
 from farnear.run_folder import Resume, RunFolder, check_start, claimed
+from farnear.training.cache import CachedStep
 from farnear.training.checkpoint import (
-    Checkpoint,
     Progress,
     find_checkpoint,
     folder_name,
@@ -54,7 +56,9 @@ from farnear.training.checkpoint import (
     retain,
     save_checkpoint,
 )
+from farnear.training.choices import Choices
 from farnear.training.describe import derived_numbers
+from farnear.training.engine import build_step
 from farnear.training.loop import Parts, train
 from farnear.training.metrics import ProgressLines, append_line, cut_after
 from farnear.training.optim import build_optimizer, learning_rate_schedule, steps_of
@@ -67,6 +71,7 @@ from farnear.training.resume import (
     with_best_that_compares,
     with_place,
 )
+from farnear.training.scale import LearnedScale, TrainedState
 from farnear.training.shards import RunData, open_data
 from farnear.training.summary import write_summary
 from farnear.wording import counted
@@ -78,8 +83,11 @@ class Run:
 
     Attributes:
         total_steps: Of the whole run, from its first step.
+        step: The gradient of a batch.
+        choices: Made for it by the memory that was found.
+        scale: Trained beside the model, if it is.
+        state: What a checkpoint holds.
         dims: Dimensions that are measured, the full one among them, largest first.
-        shapes: Of every trained parameter.
     """
 
     config: RunConfig
@@ -91,8 +99,11 @@ class Run:
     model: SentenceTransformer
     preprocess: Preprocessing
     strategy: Strategy
+    step: CachedStep
+    choices: Choices
+    scale: LearnedScale | None
+    state: TrainedState
     dims: tuple[int, ...]
-    shapes: dict[str, torch.Size]
     trackers: Trackers
 
 
@@ -134,7 +145,7 @@ def _train(world: World, config: RunConfig, resume: Resume | None) -> dict[str, 
     progress = train(parts, progress)
     if config.training.load_best_model_at_end and progress.best_step is not None:
         best = run.folder.checkpoints / folder_name(progress.best_step)
-        load_state(open_checkpoint(best), run.strategy, run.shapes)
+        load_state(open_checkpoint(best), run.state)
     measure(run, "after", progress.step)
     export(run)
     run.trackers.close()
@@ -162,14 +173,37 @@ def open_run(config: RunConfig, resume: Resume | None, world: World) -> tuple[Ru
     total_steps = steps_in_all(config.training, order.schedule)
     refuse_shorter_run(config, total_steps, progress)
     agree_on_order(config, order, total_steps, progress)
-    model, preprocess, strategy, shapes = build(config, world, checkpoint)
+    own_loss = load_own_loss(config.loss.function) if config.loss.function else None
+    model, preprocess, strategy, frozen, shapes = build(config, world)
+    scale = LearnedScale(config.loss, config.training) if config.loss.learn_scale else None
+    state = TrainedState(strategy, shapes, scale, is_main=world.is_main)
+    if checkpoint is not None:
+        load_state(checkpoint, state)
     refuse_unsupported(model, config, data)
     dims = measured_dims(config, embedding_dimension(model))
     if checkpoint is not None:
         progress = with_best_that_compares(progress, config, data, folder, world)
     on_main_rank(world, lambda: prepare_folder(config, folder, progress.step, data.train.faults))
     trackers = Trackers(config.training.report_to if world.is_main else (), folder.path, config.model_dump(mode="json"))
-    run = Run(config, world, folder, data, order, total_steps, model, preprocess, strategy, dims, shapes, trackers)
+    step, choices = build_step(config, data.train, model, preprocess, strategy, frozen, own_loss, progress, world)
+    progress = replace(progress, choices=asdict(choices))
+    run = Run(
+        config,
+        world,
+        folder,
+        data,
+        order,
+        total_steps,
+        model,
+        preprocess,
+        strategy,
+        step,
+        choices,
+        scale,
+        state,
+        dims,
+        trackers,
+    )
     return run, progress
 
 
@@ -180,9 +214,9 @@ def prepare_workers() -> None:
 
 
 def build(
-    config: RunConfig, world: World, checkpoint: Checkpoint | None
-) -> tuple[SentenceTransformer, Preprocessing, Strategy, dict[str, torch.Size]]:
-    """Model, preprocessing, strategy, in the state of a checkpoint if given one, and the shapes of what is trained."""
+    config: RunConfig, world: World
+) -> tuple[SentenceTransformer, Preprocessing, Strategy, FrozenOutputs | None, dict[str, torch.Size]]:
+    """Model, preprocessing, strategy, what keeps outputs of frozen parts, and the shapes of what is trained."""
     training = config.training
     model = load_model(config.model, dtype=torch.bfloat16 if training.pure_bf16 else torch.float32)
     preprocess = Preprocessing(model)
@@ -191,10 +225,10 @@ def build(
     module = Embedder(model, bf16=training.bf16).to(world.device)
     # Taken now: ZeRO-3 leaves parameters without a shape.
     shapes = {name: parameter.shape for name, parameter in module.named_parameters() if parameter.requires_grad}
+    # Before the strategy hangs hooks on the modules.
+    frozen = FrozenOutputs(module) if training.frozen_cache_gb else None
     strategy = build_strategy(config, module, build_optimizer(module, training), world)
-    if checkpoint is not None:
-        load_state(checkpoint, strategy, shapes)
-    return model, preprocess, strategy, shapes
+    return model, preprocess, strategy, frozen, shapes
 
 
 def plan_settings(config: RunConfig) -> PlanSettings:
@@ -241,8 +275,8 @@ def loop_parts(run: Run) -> Parts:
             rank=world.rank,
             world_size=world.world_size,
             page_tokens=page_tokens(run.model),
-            mini_batch_size=training.mini_batch_size,
-            mini_batch_tokens=training.mini_batch_tokens,
+            mini_batch_size=training.mini_batch_size_of,
+            mini_batch_num_tokens=run.choices.mini_batch_num_tokens,
             num_negatives=config.data.num_negatives,
             same_modalities=run.strategy.forward_is_collective,
         ),
@@ -266,6 +300,9 @@ def loop_parts(run: Run) -> Parts:
         world=world,
         strategy=run.strategy,
         loader=loader,
+        step=run.step,
+        choices=run.choices,
+        scale=run.scale,
         learning_rate=learning_rate_schedule(training, total_steps),
         quarantine=Quarantine(run.folder.quarantine, run.data.train, config.data.max_bad_fraction, world),
         record=record,
@@ -310,7 +347,7 @@ def save(run: Run, progress: Progress, as_best: bool = False) -> None:
         as_best: Whether it is saved only because it is the best, and goes when it is no more.
     """
     about = {"strategy": run.config.strategy, "versions": library_versions(), "saved_as_best": as_best}
-    path = save_checkpoint(run.folder.checkpoints, run.strategy, run.shapes, progress, run.world, about)
+    path = save_checkpoint(run.folder.checkpoints, run.state, progress, run.world, about)
     if run.world.is_main:
         if progress.best_step is not None:
             replace_text(run.folder.path / "best", folder_name(progress.best_step) + "\n")

@@ -1,0 +1,86 @@
+"""A loss of the user's own: embeddings in, one scalar out, through the same gradient cache.
+
+The run file names it, ``loss: package.module:function``, and it is called as
+
+    function(query_BD, document_ND, batch) -> loss
+
+with float32 embeddings and a `BatchFacts` that says which document is which query's positive or hard negative, what is
+quarantined, and by hashes what is alike. It may use autograd as it likes: the embeddings are leaves.
+
+With ``loss.gather``, the default, the embeddings are those of all ranks. Every rank then computes the same number, so
+the training does not depend on how many ranks there are; what it must not do is to draw random numbers of its own.
+Without, they are the rank's own, and the objective is the mean over the ranks of what each computed.
+
+Matryoshka dimensions are taken as sentence-transformers' MatryoshkaLoss takes them: the function is called with each
+prefix, normalised, and the results are weighted and summed.
+"""
+
+import importlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from farnear.config import LossConfig
+from farnear.errors import UserError
+from farnear.loss.false_negatives import BatchFacts
+
+OwnLoss = Callable[[Tensor, Tensor, BatchFacts], Tensor]
+
+
+def load_own_loss(name: str) -> OwnLoss:
+    """The function that ``package.module:function`` names.
+
+    Raises:
+        UserError: It cannot be imported, or is nothing that can be called.
+    """
+    module_name, _, function_name = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # whatever the user's module raises
+        raise UserError(
+            f"loss.function: {module_name} cannot be imported ({type(error).__name__}: {error}); put its folder on "
+            "PYTHONPATH, or install it"
+        ) from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise UserError(f"loss.function: {module_name} has no function {function_name}; name one that it defines")
+    return function
+
+
+def own_gradient(
+    function: OwnLoss, query_BD: Tensor, document_ND: Tensor, facts: BatchFacts, loss: LossConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, its gradient by the queries, by the documents), all float32.
+
+    Raises:
+        UserError: The function gave something else than one number that depends on the embeddings.
+    """
+    query_BD, document_ND = (x.detach().requires_grad_() for x in (query_BD, document_ND))
+    if loss.matryoshka_dims is None:
+        total = function(query_BD, document_ND, facts)
+    else:
+        weights = loss.matryoshka_weights or (1.0,) * len(loss.matryoshka_dims)
+        total = torch.stack(
+            [
+                weight
+                * function(normalize(query_BD[:, :dim], dim=1), normalize(document_ND[:, :dim], dim=1), facts).float()
+                for dim, weight in zip(loss.matryoshka_dims, weights, strict=True)
+            ]
+        ).sum()
+    if not isinstance(total, Tensor) or total.numel() != 1 or not total.requires_grad:
+        raise UserError(
+            f"loss.function: {loss.function} gave {_shown(total)}, not one number that depends on the embeddings; "
+            "return a scalar tensor computed from them"
+        )
+    gradients = torch.autograd.grad(total.sum(), (query_BD, document_ND), allow_unused=True)
+    dq_BD, dk_ND = (
+        torch.zeros_like(x) if gradient is None else gradient
+        for x, gradient in zip((query_BD, document_ND), gradients, strict=True)
+    )
+    return total.detach().float().sum(), dq_BD, dk_ND
+
+
+def _shown(total: object) -> str:
+    return f"a tensor of shape {list(total.shape)}" if isinstance(total, Tensor) else f"a {type(total).__name__}"

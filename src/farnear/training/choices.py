@@ -1,0 +1,243 @@
+"""What a run chooses by the memory and the model that it finds, rather than by the run file.
+
+    mini-batches    `mini_batch_num_tokens: auto`: grown until their graph takes its share of memory, or until larger
+                    ones are no faster
+    kept graphs     `keep_graphs: auto`: as many as fit beside them
+    frozen parts    `frozen_cache_gb: auto`: a quarter of the free host memory
+    pass one        how many mini-batches go through it together: as many as the run file says, where the model has no
+                    dropout to be replayed and gives the same embeddings for them together as apart
+
+All of it is tried with the model itself, on blank pages as large as the largest of the index and texts as long as its
+longest, before anything is read. A graph is measured by what autograd saves for the backward pass. Ranks take the worst
+of what they measured, so that they choose alike, and a checkpoint holds the choice: a resumed run does as before, and
+rounds as before.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from farnear.config import TrainingConfig
+from farnear.data.budget import PageTokens, input_cost
+from farnear.data.dealing import SIDES
+from farnear.data.index import Index, modality_name
+from farnear.data.workers import Preprocess, stand_in
+from farnear.model.embedder import to_device
+from farnear.model.features import CannotMergeError, FeatureMerger
+from farnear.parallel.collectives import exchange_ints
+from farnear.parallel.strategy import Strategy
+from farnear.parallel.world import World
+
+# Of the free device memory: what graphs may take in all, and what one mini-batch may.
+_SHARE_OF_GRAPHS = 0.6
+_SHARE_OF_A_MINI_BATCH = 0.25
+# A mini-batch twice as large is worth its memory if a token takes at least this much less time.
+_WORTHWHILE_GAIN = 0.05
+_MOST_INPUTS = 256
+# Of embeddings of length 1, in fp32 and in bf16.
+_SAME_EMBEDDING, _SAME_IN_BF16 = 1e-4, 3e-2
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What was chosen. A checkpoint keeps it.
+
+    Attributes:
+        mini_batch_num_tokens: Of each side; None for no bound.
+        keep_graphs: Share of a step's mini-batches.
+        together: Mini-batches in pass one.
+        frozen_bytes: Host memory of this rank for outputs of frozen parts.
+    """
+
+    mini_batch_num_tokens: Mapping[str, int | None]
+    keep_graphs: float
+    together: int
+    frozen_bytes: int
+
+
+def choose(
+    training: TrainingConfig,
+    saved: Mapping[str, Any] | None,
+    strategy: Strategy,
+    preprocess: Preprocess,
+    merger: FeatureMerger,
+    index: Index,
+    page_tokens: PageTokens,
+    world: World,
+    *,
+    inputs_per_rank: Mapping[str, int],
+    has_dropout: bool,
+    has_frozen_parts: bool,
+) -> Choices:
+    """What the run file says, and what it leaves open as measured or as ``saved`` in a checkpoint. A collective.
+
+    Args:
+        inputs_per_rank: Of each side, about the most in a step.
+        has_dropout: Whether the model draws random numbers when it trains.
+        has_frozen_parts: Whether there is anything to keep outputs of.
+    """
+    saved = saved or {}
+    trial = _Trial(strategy, preprocess, index, page_tokens, world)
+    num_tokens: dict[str, int | None] = {}
+    for side, wanted in training.mini_batch_num_tokens_of.items():
+        if wanted != "auto":
+            num_tokens[side] = wanted
+        elif (before := saved.get("mini_batch_num_tokens", {}).get(side)) is not None:
+            num_tokens[side] = before
+        else:
+            num_tokens[side] = trial.grown(side, inputs_per_rank[side])
+    keep_graphs = training.keep_graphs
+    if keep_graphs == "auto":
+        before = saved.get("keep_graphs")
+        keep_graphs = before if before is not None else trial.graphs_that_fit(training, num_tokens, inputs_per_rank)
+    together = training.no_grad_mini_batch_factor
+    if has_dropout or keep_graphs == 1.0:
+        together = 1
+    elif saved.get("together") is not None:
+        together = min(together, saved["together"])
+    elif together > 1 and not trial.same_together(merger, _SAME_IN_BF16 if training.bf16 else _SAME_EMBEDDING):
+        together = 1
+    frozen_bytes = 0
+    if has_frozen_parts:
+        limit = training.frozen_cache_gb
+        host = psutil.virtual_memory().available // (4 * _ranks_of_node())
+        frozen_bytes = int(host if limit == "auto" else limit * 1e9)
+        frozen_bytes = saved.get("frozen_bytes", frozen_bytes) if limit == "auto" else frozen_bytes
+    return Choices(num_tokens, float(keep_graphs), together, frozen_bytes)
+
+
+class _Trial:
+    """Forwards with graph of made-up inputs, as large as the largest of the index. Every method is a collective."""
+
+    def __init__(
+        self, strategy: Strategy, preprocess: Preprocess, index: Index, page_tokens: PageTokens, world: World
+    ) -> None:
+        self._strategy, self._preprocess, self._world = strategy, preprocess, world
+        rows_of_side = {
+            "document": np.unique(np.concatenate([index.positives, index.negatives])),
+            "query": np.unique(index.query_N),
+        }
+        self._largest: dict[str, tuple[Any, int]] = {}
+        for side, rows in rows_of_side.items():
+            cost = input_cost(index, rows, page_tokens)
+            row = int(rows[cost.argmax()])
+            self._largest[side] = _blank_like(index, row), int(cost.max())
+
+    def grown(self, side: str, most_inputs: int) -> int:
+        """Tokens of a mini-batch: doubled while its graph has the memory and a larger one is worth it."""
+        limit_bytes = self._free_memory() * _SHARE_OF_A_MINI_BATCH
+        inputs = 1
+        size, seconds_each = self._measure(side, inputs)
+        while 2 * inputs <= min(most_inputs, _MOST_INPUTS) and 2 * size <= limit_bytes:
+            next_size, next_seconds_each = self._measure(side, 2 * inputs)
+            if next_size > limit_bytes or next_seconds_each > (1.0 - _WORTHWHILE_GAIN) * seconds_each:
+                break
+            inputs, size, seconds_each = 2 * inputs, next_size, next_seconds_each
+        return inputs * self._largest[side][1]
+
+    def graphs_that_fit(
+        self, training: TrainingConfig, num_tokens: Mapping[str, int | None], inputs_per_rank: Mapping[str, int]
+    ) -> float:
+        """Share of a step's mini-batches whose graphs fit into memory beside the one that is computed."""
+        whole = largest = 0
+        for side in SIDES:
+            inputs = training.mini_batch_size_of[side] or _MOST_INPUTS
+            if (tokens := num_tokens[side]) is not None:
+                inputs = max(1, min(inputs, tokens // self._largest[side][1]))
+            inputs = min(inputs, inputs_per_rank[side])
+            size, _ = self._measure(side, inputs)
+            whole += size * -(-inputs_per_rank[side] // inputs)
+            largest = max(largest, size)
+        free = self._free_memory() * _SHARE_OF_GRAPHS - largest
+        # In steps of a sixteenth: a choice that can be read, and that the next run makes too.
+        return max(0, min(16, int(16 * free / max(whole, 1)))) / 16
+
+    def same_together(self, merger: FeatureMerger, tolerance: float) -> bool:
+        """Whether mini-batches of different lengths have the same embeddings together as apart, on every rank."""
+        return all(self._same_together(side, merger, tolerance) for side in SIDES)
+
+    def _same_together(self, side: str, merger: FeatureMerger, tolerance: float) -> bool:
+        largest, _ = self._largest[side]
+        small = stand_in("text" if isinstance(largest, str) else "image")
+        kinds = [[largest], [small, small]] if isinstance(largest, (str, Image.Image)) else [[largest], [largest] * 2]
+        apart = [self._preprocess(inputs, side) for inputs in kinds]
+        try:
+            together = merger(apart)
+        except CannotMergeError:
+            together = None
+        # Every rank has made the same inputs with the same processor, so every rank came here alike.
+        if together is None:
+            return False
+        with torch.no_grad():
+            e_apart = torch.cat([self._embed(features) for features in apart]).float()
+            e_together = self._embed(together).float()
+        difference = float((e_apart - e_together).norm() / e_apart.norm())
+        return max(number for (number,) in exchange_ints([int(difference > tolerance)], self._world.device)) == 0
+
+    def _measure(self, side: str, inputs: int) -> tuple[int, float]:
+        """(bytes of the graph, seconds an input), the worst of all ranks."""
+        features = self._preprocess([self._largest[side][0]] * inputs, side)
+        self._embed(features)  # what is set up at the first forward of a shape is not of interest
+        started = perf_counter()
+        with _saved_for_backward() as saved:
+            self._embed(features)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds = perf_counter() - started
+        of_rank = exchange_ints([sum(saved.values()), round(seconds * 1e6)], self._world.device)
+        size, microseconds = (max(values) for values in zip(*of_rank, strict=True))
+        return size, microseconds / 1e6 / inputs
+
+    def _embed(self, features: dict[str, Any]) -> Tensor:
+        return self._strategy.embed(to_device(features, self._world.device))
+
+    def _free_memory(self) -> int:
+        """Bytes for graphs on the rank that has least, when gradients and the optimizer's state have theirs."""
+        held = self._strategy.slices(owned=False)  # which makes the optimizer's state
+        gradients = sum(piece.weight_n.nbytes for piece in held)
+        if self._world.device.type == "cuda":
+            torch.cuda.empty_cache()
+            free, _ = torch.cuda.mem_get_info(self._world.device)
+        else:
+            free = psutil.virtual_memory().available // (2 * _ranks_of_node())
+        return min(number for (number,) in exchange_ints([max(0, free - gradients)], self._world.device))
+
+
+@contextmanager
+def _saved_for_backward() -> Iterator[dict[int, int]]:
+    """Bytes of each piece of memory that a graph holds on to; weights, which are there anyway, left out."""
+    held: dict[int, int] = {}
+
+    def note(x: Tensor) -> Tensor:
+        if not isinstance(x if x._base is None else x._base, nn.Parameter):
+            storage = x.untyped_storage()
+            held[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        yield held
+
+
+def _blank_like(index: Index, row: int) -> Any:
+    """An input of the same kind and size, without its content."""
+    modality = modality_name(int(index.input_modality_I[row]))
+    part = slice(int(index.part_start_I1[row]), int(index.part_start_I1[row + 1]))
+    first = part.start
+    if modality == "image":
+        return Image.new("RGB", (int(index.part_width_M[first]), int(index.part_height_M[first])))
+    if modality == "text":
+        return "word " * max(1, int(index.part_size_M[first]) // 5)
+    return stand_in(modality)
+
+
+def _ranks_of_node() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
