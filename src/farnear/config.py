@@ -79,6 +79,10 @@ class ModelConfig(Section):
     """Passed to the processor's from_pretrained, as in SentenceTransformer(processor_kwargs=...)."""
     attn_implementation: str | None = None
     """eager, sdpa, flash_attention_2, ...; unset leaves the choice to transformers."""
+    freeze: tuple[str, ...] = ()
+    """Modules that are not trained, as shell-style patterns on their names: visual, language_model.layers.[0-7]."""
+    lora: dict[str, Any] | None = None
+    """Trains adapters beside a frozen model: keys of peft.LoraConfig. No target_modules: all of the language model."""
     min_pixels: int | None = Field(default=None, ge=1)
     """Smallest page in pixels (width x height); smaller ones are enlarged by the processor."""
     max_pixels: int | None = Field(default=None, ge=1)
@@ -89,6 +93,11 @@ class ModelConfig(Section):
     """Whether a normalisation layer is added to a model that has none."""
     prompts: dict[str, str] | None = None
     """Prompts by name; `query` and `document` are used in training, evaluation and export. Unset: the model's own."""
+
+    @field_validator("freeze", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return _patterns(value)
 
     @model_validator(mode="after")
     def _pixels_in_order(self) -> "ModelConfig":

@@ -39,6 +39,7 @@ from farnear.model.embedder import Embedder, Preprocessing
 from farnear.model.export import export_model
 from farnear.model.load import embedding_dimension, load_model
 from farnear.model.pixels import page_tokens
+from farnear.model.trainable import choose_trainable
 from farnear.parallel.strategy import Strategy, build_strategy
 from farnear.parallel.trackers import Trackers
 from farnear.parallel.world import World, on_main_rank, start_world, stop_world
@@ -186,6 +187,7 @@ def build(
     training = config.training
     model = load_model(config.model, dtype=torch.bfloat16 if training.pure_bf16 else torch.float32)
     preprocess = Preprocessing(model)
+    choose_trainable(model, config.model, seed=config.seed)
     if training.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     module = Embedder(model, bf16=training.bf16).to(world.device)
