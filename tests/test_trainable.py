@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from tiny_runs import make_inputs, run_config
@@ -16,7 +17,7 @@ from farnear.config import ModelConfig
 from farnear.errors import UserError
 from farnear.model.load import load_model
 from farnear.model.tiny import save_tiny_model
-from farnear.model.trainable import choose_trainable
+from farnear.model.trainable import checkpoint_activations, choose_trainable
 from farnear.training.checkpoint import open_checkpoint
 
 Freeze = Callable[..., SentenceTransformer]
@@ -71,6 +72,35 @@ def test_a_pattern_without_a_module_is_answered_with_names_near_it(frozen: Freez
     # A module without parameters is none.
     with pytest.raises(UserError, match="is called 'rotary_emb'"):
         frozen("rotary_emb")
+
+
+@pytest.mark.parametrize("patterns", [(), ("visual",), ("visual", "embed_tokens", "language_model.layers.0")])
+def test_checkpointed_activations_give_the_same_gradient_and_leave_frozen_layers_out(
+    frozen: Freeze, patterns: tuple[str, ...]
+) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = frozen(*patterns).train()
+        if checkpointing:
+            checkpoint_activations(model)
+        inner = model[0].model
+        passes: list[bool] = []
+        has_graph = {}
+        inner.language_model.layers[1].mlp.register_forward_pre_hook(lambda *_, seen=passes: seen.append(True))
+        inner.visual.register_forward_hook(
+            lambda module, _, output, seen=has_graph: seen.update(tower=output.pooler_output.requires_grad)
+        )
+        inner.language_model.layers[0].register_forward_hook(
+            lambda module, _, output, seen=has_graph: seen.update(layer=output.requires_grad)
+        )
+        features = model.preprocess([Image.new("RGB", (64, 96), "red"), Image.new("RGB", (96, 64), "blue")])
+        model(features)["sentence_embedding"][:, 0].sum().backward()
+        assert len(passes) == (2 if checkpointing else 1)
+        assert has_graph == {"tower": not patterns, "layer": len(patterns) < 3}
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    plain, checkpointed = gradients
+    assert plain.keys() == checkpointed.keys() == trained(model)
+    assert all(torch.allclose(plain[name], checkpointed[name], atol=1e-6) for name in plain)
 
 
 def test_a_frozen_tower_is_left_alone_by_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

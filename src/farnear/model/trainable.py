@@ -5,10 +5,8 @@ a module's whole name and, where no whole name matches, with every part of a nam
 is ``visual`` whether it hangs in ``0.model`` or in a router.
 
 LoRA (Hu et al. 2021, arXiv:2106.09685) adds to a weight W the product of two thin matrices, (alpha / r) B A, and trains
-those alone. peft builds them into the model where its layers are; the model keeps its class and its forward.
-sentence-transformers' own ``add_adapter`` leads to the same layers, but marks the model in a way that makes
-transformers ask for gradients of the inputs as soon as activations are checkpointed: the backward pass would then go
-through the frozen vision tower for nothing.
+those alone. peft builds them into the model where its layers are; the model keeps its class and its forward, and
+peft's view of it can save the adapter and merge it.
 
 What is not trained has ``requires_grad`` off, and that is all that optimizer, strategies and checkpoints look at.
 """
@@ -23,12 +21,21 @@ from typing import Any
 import torch
 from sentence_transformers import SentenceTransformer
 from torch import nn
+from transformers import PreTrainedModel
 
 from farnear.config import ModelConfig
 from farnear.errors import UserError
 
 # Keys of peft.LoraConfig that follow from what is trained here.
-OWN_KEYS = ("task_type", "peft_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode")
+OWN_KEYS = (
+    "task_type",
+    "peft_type",
+    "peft_version",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+)
 # Other ways to begin change the base's weights, and an adapter alone would not fit the base that others have.
 INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 
@@ -51,13 +58,27 @@ def choose_trainable(model: SentenceTransformer, config: ModelConfig, *, seed: i
         )
 
 
+def checkpoint_activations(model: SentenceTransformer) -> None:
+    """Have activations computed again in the backward pass; in place.
+
+    transformers also asks for the gradient of what the embedding layer puts out, which its older way of checkpointing
+    needs where the first layers are frozen. This way does not, and the backward pass would go all through them.
+    """
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.disable_input_require_grads()
+
+
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
     """Stop the training of every parameter in the modules that a pattern names.
 
     Raises:
         UserError: A pattern matches no module that has parameters.
     """
-    modules = {name: module for name, module in model.named_modules() if name and any(True for _ in module.parameters())}
+    modules = {
+        name: module for name, module in model.named_modules() if name and any(True for _ in module.parameters())
+    }
     for pattern in patterns:
         names = [name for name in modules if fnmatchcase(name, pattern)]
         names = names or [name for name in modules if any(fnmatchcase(part, pattern) for part in _endings(name))]
@@ -120,7 +141,7 @@ def lora_settings(config: ModelConfig) -> dict[str, Any]:
         if key in OWN_KEYS:
             raise UserError(f"model.lora.{key} follows from what is trained; take it out of the run file")
         if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1)
+            nearest = ["r"] if key == "rank" else difflib.get_close_matches(key, known, n=1)
             advice = f"did you mean '{nearest[0]}'?" if nearest else f"the keys are {', '.join(known)}"
             raise UserError(f"model.lora.{key} is not a key of peft.LoraConfig; {advice}")
     start = settings.get("init_lora_weights", True)

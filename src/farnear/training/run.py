@@ -39,7 +39,7 @@ from farnear.model.embedder import Embedder, Preprocessing
 from farnear.model.export import export_model
 from farnear.model.load import embedding_dimension, load_model
 from farnear.model.pixels import page_tokens
-from farnear.model.trainable import choose_trainable
+from farnear.model.trainable import checkpoint_activations, choose_trainable
 from farnear.parallel.strategy import Strategy, build_strategy
 from farnear.parallel.trackers import Trackers
 from farnear.parallel.world import World, on_main_rank, start_world, stop_world
@@ -189,7 +189,7 @@ def build(
     preprocess = Preprocessing(model)
     choose_trainable(model, config.model, seed=config.seed)
     if training.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model)
     module = Embedder(model, bf16=training.bf16).to(world.device)
     # Taken now: ZeRO-3 leaves parameters without a shape.
     shapes = {name: parameter.shape for name, parameter in module.named_parameters() if parameter.requires_grad}
