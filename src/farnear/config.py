@@ -26,6 +26,7 @@ from farnear.errors import UserError
 from farnear.yaml_text import read_yaml
 
 Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3"]
+Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "varlen"]
 
 # What users of other trainers write, and what to write here instead.
 FOREIGN_KEYS = {
@@ -77,8 +78,10 @@ class ModelConfig(Section):
     """Passed to the model's from_pretrained, as in SentenceTransformer(model_kwargs=...)."""
     processor_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Passed to the processor's from_pretrained, as in SentenceTransformer(processor_kwargs=...)."""
-    attn_implementation: str | None = None
-    """eager, sdpa, flash_attention_2, ...; unset leaves the choice to transformers."""
+    attn_implementation: Attention | None = None
+    """eager, sdpa, flash_attention_2 or _3, flex_attention, or varlen, which packs; unset leaves it to transformers."""
+    allow_kernel_download: bool = False
+    """Whether transformers may download compiled kernels from the hub and run them where a package is missing."""
     freeze: tuple[str, ...] = ()
     """Modules that are not trained, as shell-style patterns on their names: visual, language_model.layers.[0-7]."""
     lora: dict[str, Any] | None = None

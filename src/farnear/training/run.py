@@ -35,6 +35,7 @@ from farnear.data.quotas import Schedule
 from farnear.data.remote import shown
 from farnear.errors import UserError
 from farnear.files import replace_text
+from farnear.model.attention_choice import check_attention
 from farnear.model.embedder import Embedder, Preprocessing
 from farnear.model.export import export_model
 from farnear.model.load import embedding_dimension, load_model
@@ -185,6 +186,7 @@ def build(
 ) -> tuple[SentenceTransformer, Preprocessing, Strategy, dict[str, torch.Size]]:
     """Model, preprocessing, strategy, in the state of a checkpoint if given one, and the shapes of what is trained."""
     training = config.training
+    check_attention(config.model, world.device, half_precision=training.bf16 or training.pure_bf16)
     model = load_model(config.model, dtype=torch.bfloat16 if training.pure_bf16 else torch.float32)
     preprocess = Preprocessing(model)
     choose_trainable(model, config.model, seed=config.seed)
