@@ -229,6 +229,8 @@ class TrainingConfig(Section):
     """Queries or pages that go through the model at once on one rank. It sets memory and speed, never the result."""
     mini_batch_tokens: int | None = Field(default=None, ge=1)
     """Tokens that go through the model at once, about: mini-batches of large pages hold fewer. Unset: no bound."""
+    optim: Literal["adamw_torch", "adamw_8bit"] = "adamw_torch"
+    """AdamW, or AdamW whose moments take a quarter of the memory: bitsandbytes on a GPU, under single and ddp."""
     learning_rate: float = Field(default=2e-5, gt=0, le=100)
     """Peak learning rate of AdamW."""
     weight_decay: float = Field(default=0.0, ge=0, le=100)
@@ -339,6 +341,11 @@ class RunConfig(Section):
         if self.training.pure_bf16 and self.strategy.startswith("zero"):
             raise ValueError(
                 "training.pure_bf16 works under single and ddp; ZeRO keeps fp32 weights: use training.bf16"
+            )
+        if self.training.optim == "adamw_8bit" and self.strategy.startswith("zero"):
+            raise ValueError(
+                "training.optim: adamw_8bit works under single and ddp; ZeRO cuts the moments across its 8-bit blocks, "
+                "so a checkpoint could not hold them: set adamw_torch, whose moments ZeRO spreads over the ranks"
             )
         if self.training.load_best_model_at_end and (not self.data.eval or self.evaluation.eval_steps is None):
             raise ValueError("training.load_best_model_at_end needs data.eval and evaluation.eval_steps")
