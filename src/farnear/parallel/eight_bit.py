@@ -8,8 +8,8 @@ The way back finds the same numbers again: the largest element of a block was st
 which leaves two possible factors, and the one that reproduces the block is taken. A factor may differ in its last bit,
 so that a resumed run is not bit for bit the one that was not interrupted.
 
-CI has neither bitsandbytes nor a GPU. What it tests is `unpack` and `pack`; that the names below are those of
-bitsandbytes' state (0.45 to 0.49) was read in its source.
+CI has neither bitsandbytes nor a GPU: it tests `unpack` and `pack`, and the rest on a stand-in whose state has the
+names that bitsandbytes' source gives it (``Optimizer2State`` in its optim/optimizer.py).
 """
 
 from typing import Any
