@@ -162,6 +162,8 @@ def test_overrides_have_the_type_of_their_key(write_run_file: WriteRunFile) -> N
             "training.bf16=true",
             "loss.matryoshka_dims=[64, 32]",
             "model.model_kwargs.attn.kind=eager",
+            "model.freeze=visual",
+            "model.lora.r=8",
             "model.prompts={query: 'Query: '}",
             "num_processes=null",
             "output_dir=runs/a=b",
@@ -173,6 +175,8 @@ def test_overrides_have_the_type_of_their_key(write_run_file: WriteRunFile) -> N
     assert config.training.bf16 is True
     assert config.loss.matryoshka_dims == (64, 32)
     assert config.model.model_kwargs == {"attn": {"kind": "eager"}}
+    assert config.model.freeze == ("visual",)
+    assert config.model.lora == {"r": 8}
     assert config.model.prompts == {"query": "Query: "}
     assert config.num_processes is None
     assert config.output_dir == "runs/a=b"

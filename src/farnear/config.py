@@ -30,6 +30,7 @@ Side = Literal["query", "document"]
 NumTokens = PositiveInt | Literal["auto"]
 Direction = Literal["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"]
 Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3"]
+Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "varlen"]
 
 # What users of other trainers write, and what to write here instead.
 FOREIGN_KEYS = {
@@ -96,8 +97,14 @@ class ModelConfig(Section):
     """Passed to the model's from_pretrained, as in SentenceTransformer(model_kwargs=...)."""
     processor_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Passed to the processor's from_pretrained, as in SentenceTransformer(processor_kwargs=...)."""
-    attn_implementation: str | None = None
-    """eager, sdpa, flash_attention_2, ...; unset leaves the choice to transformers."""
+    attn_implementation: Attention | None = None
+    """eager, sdpa, flash_attention_2 or _3, flex_attention, or varlen, which packs; unset leaves it to transformers."""
+    allow_kernel_download: bool = False
+    """Whether transformers may download compiled kernels from the hub and run them where a package is missing."""
+    freeze: tuple[str, ...] = ()
+    """Modules that are not trained, as shell-style patterns on their names: visual, language_model.layers.[0-7]."""
+    lora: dict[str, Any] | None = None
+    """Trains adapters beside a frozen model: keys of peft.LoraConfig. No target_modules: all of the language model."""
     min_pixels: int | None = Field(default=None, ge=1)
     """Smallest page in pixels (width x height); smaller ones are enlarged by the processor."""
     max_pixels: int | None = Field(default=None, ge=1)
@@ -108,6 +115,11 @@ class ModelConfig(Section):
     """Whether a normalisation layer is added to a model that has none."""
     prompts: dict[str, str] | None = None
     """Prompts by name; `query` and `document` are used in training, evaluation and export. Unset: the model's own."""
+
+    @field_validator("freeze", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return _patterns(value)
 
     @model_validator(mode="after")
     def _pixels_in_order(self) -> "ModelConfig":
@@ -301,6 +313,8 @@ class TrainingConfig(Section):
     """Share of the mini-batches that keep their graph and are computed once; auto: as many as memory has room for."""
     frozen_cache_gb: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
     """Host memory a rank, in 10^9 bytes, to keep outputs of frozen parts in; auto: a quarter of the free; 0: off."""
+    optim: Literal["adamw_torch", "adamw_8bit"] = "adamw_torch"
+    """AdamW, or AdamW whose moments take a quarter of the memory: bitsandbytes on a GPU, under single and ddp."""
     learning_rate: float = Field(default=2e-5, gt=0, le=100)
     """Peak learning rate of AdamW."""
     weight_decay: float = Field(default=0.0, ge=0, le=100)
@@ -422,6 +436,11 @@ class RunConfig(Section):
         if self.training.pure_bf16 and self.strategy.startswith("zero"):
             raise ValueError(
                 "training.pure_bf16 works under single and ddp; ZeRO keeps fp32 weights: use training.bf16"
+            )
+        if self.training.optim == "adamw_8bit" and self.strategy.startswith("zero"):
+            raise ValueError(
+                "training.optim: adamw_8bit works under single and ddp; ZeRO cuts the moments across its 8-bit blocks, "
+                "so a checkpoint could not hold them: set adamw_torch, whose moments ZeRO spreads over the ranks"
             )
         if self.training.load_best_model_at_end and (not self.data.eval or self.evaluation.eval_steps is None):
             raise ValueError("training.load_best_model_at_end needs data.eval and evaluation.eval_steps")

@@ -4,6 +4,9 @@ The base model is loaded afresh on the CPU and given the trained weights, so an 
 and needs no GPU. What users of the base rely on survives: the type of the stored weights, prompts, pooling, pixel
 limits, the architecture's name, and the names of the weights. sentence-transformers stores the inner model, whose names
 lack the prefix that the base checkpoint has (`model.language_model...`), and inference servers look for those.
+
+Adapters (LoRA) are merged into the weights they stand beside, so that the folder needs no peft; `adapter/` inside of it
+holds them alone, in peft's own format and in fp32.
 """
 
 import json
@@ -20,6 +23,7 @@ from torch import Tensor
 from farnear.config import ModelConfig
 from farnear.files import give_usual_mode
 from farnear.model.load import BaseCheckpoint, cast_weights, describe_base, load_model
+from farnear.model.trainable import add_adapters
 
 
 def export_model(config: ModelConfig, weights: Mapping[str, Tensor], folder: Path) -> None:
@@ -31,16 +35,24 @@ def export_model(config: ModelConfig, weights: Mapping[str, Tensor], folder: Pat
         folder: Target.
     """
     base = describe_base(config)
-    model = load_model(config)
+    # Nothing is computed here, so no attention has to be installed.
+    model = load_model(config.model_copy(update={"attn_implementation": None}))
+    adapted = add_adapters(model, config, seed=0) if config.lora is not None else None
     missing, unexpected = model.load_state_dict(dict(weights), strict=False)
     lost = set(missing) & {name for name, _ in model.named_parameters()}
     if lost or unexpected:
         raise RuntimeError(
             f"weights do not fit the base model: missing {sorted(lost)[:3]}, unexpected {unexpected[:3]}"
         )
-    cast_weights(model, base.dtype)
     fresh = folder.with_name(folder.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
+    if adapted is not None:
+        # Whether the vocabulary has grown, which decides about saving the embedding layer, peft would ask the hub.
+        adapted.save_pretrained(str(fresh / "adapter"), save_embedding_layers=False)
+        for path in (fresh / "adapter").glob("*.safetensors"):
+            give_usual_mode(path)
+        adapted.merge_and_unload(safe_merge=True)
+    cast_weights(model, base.dtype)
     model.save_pretrained(str(fresh), create_model_card=True)
     _restore_names(fresh, base)
     if folder.exists():

@@ -24,6 +24,8 @@ from transformers.utils.hub import cached_file
 
 from farnear.config import ModelConfig
 from farnear.errors import UserError
+from farnear.model.attention import VARLEN, register_varlen, tell_towers
+from farnear.model.attention_choice import refuse_kernels
 from farnear.model.pixels import call_settings, image_processor_of, is_qwen_family
 
 FLOAT_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -55,6 +57,8 @@ def load_model(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> Se
         UserError: The checkpoint cannot be loaded, reads no images, or contradicts the section.
     """
     _refuse_missing_folder(config.name_or_path)
+    if config.attn_implementation == VARLEN:
+        register_varlen()
     model_kwargs: dict[str, Any] = {"dtype": dtype, **config.model_kwargs}
     if config.attn_implementation is not None:
         model_kwargs["attn_implementation"] = config.attn_implementation
@@ -64,6 +68,7 @@ def load_model(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> Se
             processor_kwargs[key] = value
     shared: dict[str, Any] = {"revision": config.revision}
     try:
+        refuse_kernels(config, _stored_config(config))
         has_modules = is_sentence_transformer_model(config.name_or_path, **shared)
         model = SentenceTransformer(
             config.name_or_path,
@@ -74,6 +79,8 @@ def load_model(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> Se
             model_kwargs=model_kwargs,
             processor_kwargs=processor_kwargs,
         )
+    except UserError:
+        raise
     except Exception as error:  # on a damaged folder the libraries raise almost anything
         no_folder = "" if Path(config.name_or_path).exists() else "no folder of that name is here, and the hub says: "
         raise UserError(
@@ -86,6 +93,8 @@ def load_model(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> Se
             f"model {config.name_or_path} has no image support (modalities: {', '.join(map(str, model.modalities))}), "
             "so it cannot read pages; set model.name_or_path to a vision-language model"
         )
+    if config.attn_implementation == VARLEN:
+        tell_towers(model)
     _keep_limits_of_pages_in_size(model, processor_kwargs)
     if not has_modules:
         model = _with_pooling(model, config)
@@ -157,8 +166,7 @@ def describe_base(config: ModelConfig) -> BaseCheckpoint:
                 if (dtype := FLOAT_TYPES.get(tensor.get_dtype())) is not None:
                     elements[dtype] = elements.get(dtype, 0) + torch.Size(tensor.get_shape()).numel()
     dtype = max(elements, key=lambda kind: elements[kind]) if elements else torch.float32
-    stored = _stored_file(config, "config.json")
-    architectures = json.loads(stored.read_text(encoding="utf-8")).get("architectures") or () if stored else ()
+    architectures = _stored_config(config).get("architectures") or ()
     return BaseCheckpoint(frozenset(weight_names), dtype, tuple(architectures))
 
 
@@ -179,6 +187,12 @@ def _weight_files(config: ModelConfig) -> list[Path]:
         return [single] if single else []
     names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     return [path for name in names if (path := _stored_file(config, name)) is not None]
+
+
+def _stored_config(config: ModelConfig) -> dict[str, Any]:
+    """The checkpoint's config.json; empty where there is none."""
+    path = _stored_file(config, "config.json")
+    return json.loads(path.read_text(encoding="utf-8")) if path else {}
 
 
 def _stored_file(config: ModelConfig, name: str) -> Path | None:

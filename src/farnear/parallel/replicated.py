@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from farnear.parallel.collectives import all_reduce_sum
+from farnear.parallel.eight_bit import is_eight_bit, read_moments, write_moments
 from farnear.parallel.strategy import Features, NonFiniteGradientError, ParameterSlice, adam_state
 from farnear.parallel.world import World
 
@@ -31,6 +32,7 @@ class Replicated:
         self._optimizer = optimizer
         self._max_grad_norm = max_grad_norm
         self._world = world
+        self._unwritten: list[tuple[Tensor, dict[str, Tensor]]] = []
         self._named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
     def embed(self, features: Features) -> Tensor:
@@ -77,8 +79,14 @@ class Replicated:
     def slices(self, *, owned: bool) -> list[ParameterSlice]:
         """Whole parameters, or with ``owned`` this rank's even share of each."""
         pieces = []
+        self._unwritten = []
         for name, parameter in self._named.items():
-            state = adam_state(self._optimizer, parameter)
+            if is_eight_bit(self._optimizer):
+                state = read_moments(self._optimizer, parameter)
+                # Copies, which `spread_weights` brings back after a load.
+                self._unwritten += [] if owned else [(parameter, state)]
+            else:
+                state = adam_state(self._optimizer, parameter)
             start, stop = 0, parameter.numel()
             if owned:
                 start, stop = (
@@ -91,7 +99,10 @@ class Replicated:
         return pieces
 
     def spread_weights(self) -> None:
-        """Nothing to do: the slices are views of the parameters themselves."""
+        """Nothing to do: the slices are views of the parameters themselves; but 8-bit moments are packed again."""
+        for parameter, moments in self._unwritten:
+            write_moments(self._optimizer, parameter, moments)
+        self._unwritten = []
 
     def full_weights(self) -> dict[str, Tensor]:
         """Whole parameters by name on the CPU of rank 0."""

@@ -281,9 +281,15 @@ def _turns(groups: Sequence[Sequence[MiniBatch]], counts: Sequence[int], scope: 
 
 def _tokens(mini_batches: Sequence[MiniBatch]) -> tuple[int, int]:
     """Tokens, and how many of padding beside them."""
-    masks = [mini_batch.features.get("attention_mask") for mini_batch in mini_batches]
-    tokens = sum(int(mask.sum()) for mask in masks if mask is not None)
-    return tokens, sum(mask.numel() for mask in masks if mask is not None) - tokens
+    tokens = places = 0
+    for mini_batch in mini_batches:
+        # Without padding, as under flash attention for text alone, there is no mask.
+        mask, ids = (mini_batch.features.get(name) for name in ("attention_mask", "input_ids"))
+        if mask is not None:
+            tokens, places = tokens + int(mask.sum()), places + mask.numel()
+        elif ids is not None:
+            tokens, places = tokens + ids.numel(), places + ids.numel()
+    return tokens, places - tokens
 
 
 @contextmanager

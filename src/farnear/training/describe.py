@@ -23,13 +23,12 @@ def derived_numbers(parts: Parts, data: RunData, model: SentenceTransformer, pre
     batch = len(parts.loader.order.global_batch(0))
     pairs_per_rank = -(-batch // world.world_size)
     pooling = next((str(module.pooling_mode) for module in model if isinstance(module, Pooling)), "its own")
-    parameters = sum(shape.numel() for shape in (getattr(p, "ds_shape", p.shape) for p in model.parameters()))
     precision = "bf16 weights" if training.pure_bf16 else f"fp32 weights, {'bf16' if training.bf16 else 'fp32'} compute"
     prompts = ", ".join(f"{name}: {text!r}" for name, text in model.prompts.items() if text) or "none"
     hard = len(index.negatives) if config.data.num_negatives != 0 else 0
     all_there_are = f" (all there are, training.global_batch_size is {training.global_batch_size})"
     lines = [
-        ("model", f"{config.model.name_or_path}: {parameters:,} parameters, {precision}"),
+        ("model", f"{config.model.name_or_path}: {_parameters(model)}, {precision}"),
         ("reads", f"{', '.join(map(str, model.modalities))}; pooling {pooling}; prompts {prompts}"),
         ("pages", "travel as uint8" if preprocess.pages_as_uint8 else f"travel as floats: {preprocess.why_floats}"),
         (
@@ -84,6 +83,14 @@ def _cache(parts: Parts) -> str:
         f"mini-batches of up to {', '.join(sizes)}; {counted(choices.together, 'mini-batch', 'mini-batches')} at once "
         f"without graph; graphs kept {choices.keep_graphs:.0%}{kept}"
     )
+
+
+def _parameters(model: SentenceTransformer) -> str:
+    """How many there are, and how many of them are trained."""
+    # Under ZeRO-3 a parameter has another shape than its own.
+    elements = [(getattr(p, "ds_shape", p.shape).numel(), p.requires_grad) for p in model.parameters()]
+    total, trained = sum(count for count, _ in elements), sum(count for count, is_trained in elements if is_trained)
+    return f"{total:,} parameters" + (f", {trained:,} of them trained" if trained < total else "")
 
 
 def _inputs(data: RunData) -> str:

@@ -8,21 +8,47 @@ from torch import nn
 from transformers import get_scheduler
 
 from farnear.config import TrainingConfig
+from farnear.errors import UserError
 
 
-def build_optimizer(module: nn.Module, training: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; those of one dimension (biases, norms) are not decayed."""
+def build_optimizer(module: nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:
+    """AdamW over the trainable parameters; those of one dimension (biases, norms) are not decayed.
+
+    With its moments in 8 bits it is bitsandbytes', which CI cannot run (see `farnear.parallel.eight_bit`).
+
+    Raises:
+        UserError: That one is asked for without its package or without a GPU.
+    """
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim > 1], "weight_decay": training.weight_decay},
         {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
+    adamw: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
+    if training.optim == "adamw_8bit":
+        adamw = _eight_bit_adamw(trainable[0].device)
+    return adamw(
         [group for group in groups if group["params"]],
         lr=training.learning_rate,
         betas=(training.adam_beta1, training.adam_beta2),
         eps=training.adam_epsilon,
     )
+
+
+def _eight_bit_adamw(device: torch.device) -> Callable[..., torch.optim.Optimizer]:
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise UserError(
+            "training.optim: adamw_8bit needs bitsandbytes, which is not installed here; pip install bitsandbytes, or "
+            "set adamw_torch"
+        ) from None
+    if device.type != "cuda":
+        raise UserError(
+            f"training.optim: adamw_8bit needs an NVIDIA GPU, and this run is on {device.type}; set adamw_torch"
+        )
+    optimizer: Callable[..., torch.optim.Optimizer] = AdamW8bit
+    return optimizer
 
 
 def learning_rate_schedule(training: TrainingConfig, total_steps: int) -> Callable[[int], float]:

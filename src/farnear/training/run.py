@@ -36,11 +36,13 @@ from farnear.data.remote import shown
 from farnear.errors import UserError
 from farnear.files import replace_text
 from farnear.loss.own import load_own_loss
+from farnear.model.attention_choice import check_attention
 from farnear.model.embedder import Embedder, Preprocessing
 from farnear.model.export import export_model
 from farnear.model.frozen import FrozenOutputs
 from farnear.model.load import embedding_dimension, load_model
 from farnear.model.pixels import page_tokens
+from farnear.model.trainable import checkpoint_activations, choose_trainable
 from farnear.parallel.strategy import Strategy, build_strategy
 from farnear.parallel.trackers import Trackers
 from farnear.parallel.world import World, on_main_rank, start_world, stop_world
@@ -218,10 +220,12 @@ def build(
 ) -> tuple[SentenceTransformer, Preprocessing, Strategy, FrozenOutputs | None, dict[str, torch.Size]]:
     """Model, preprocessing, strategy, what keeps outputs of frozen parts, and the shapes of what is trained."""
     training = config.training
+    check_attention(config.model, world.device, half_precision=training.bf16 or training.pure_bf16)
     model = load_model(config.model, dtype=torch.bfloat16 if training.pure_bf16 else torch.float32)
     preprocess = Preprocessing(model)
+    choose_trainable(model, config.model, seed=config.seed)
     if training.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model)
     module = Embedder(model, bf16=training.bf16).to(world.device)
     # Taken now: ZeRO-3 leaves parameters without a shape.
     shapes = {name: parameter.shape for name, parameter in module.named_parameters() if parameter.requires_grad}
