@@ -50,7 +50,7 @@ BOUND_FP32 = 1e-5
 # bf16 has 8 bits of mantissa; this is the rounding of the forward and backward, measured and then committed.
 BOUND_BF16 = 3e-2
 BOUND_ADAMW = 1e-6
-STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 WORLD_SIZES = (1, 2, 3)
 SEED = 7
 SPLIT_CONFIG = Path(__file__).with_name("zero3_split.json")

@@ -25,7 +25,7 @@ from pydantic.fields import FieldInfo
 from farnear.errors import UserError
 from farnear.yaml_text import read_yaml
 
-Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3"]
+Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
 
 # What users of other trainers write, and what to write here instead.
 FOREIGN_KEYS = {
@@ -297,7 +297,7 @@ class RunConfig(Section):
     output_dir: str
     """The run folder: everything about the run is in it."""
     strategy: Strategy = "ddp"
-    """single (one process, no launcher), ddp, or DeepSpeed ZeRO stage 1, 2, 3."""
+    """single (one process, no launcher), ddp, DeepSpeed ZeRO stage 1, 2, 3, or torch's fsdp2."""
     num_processes: int | None = Field(default=None, ge=1)
     """Ranks the run must have. Unset: as many as the launcher started."""
     seed: int = Field(default=42, ge=0)
@@ -324,9 +324,9 @@ class RunConfig(Section):
                 )
         if self.strategy == "single" and self.num_processes not in (None, 1):
             raise ValueError(f"strategy single is one process, but num_processes is {self.num_processes}; use ddp")
-        if self.training.pure_bf16 and self.strategy.startswith("zero"):
+        if self.training.pure_bf16 and self.strategy not in ("single", "ddp"):
             raise ValueError(
-                "training.pure_bf16 works under single and ddp; ZeRO keeps fp32 weights: use training.bf16"
+                "training.pure_bf16 works under single and ddp; ZeRO and FSDP2 keep fp32 weights: use training.bf16"
             )
         if self.training.load_best_model_at_end and (not self.data.eval or self.evaluation.eval_steps is None):
             raise ValueError("training.load_best_model_at_end needs data.eval and evaluation.eval_steps")

@@ -1,0 +1,130 @@
+"""What every strategy owes the cached step, on a small module with two towers: backwards in any order, any of them
+without a tower, parameters that some or all ranks never use, unequal slices.
+"""
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import exactness
+import pytest
+import torch
+from ranks import run_ranks
+from torch import Tensor, nn
+
+from farnear.parallel.strategy import Strategy, build_strategy
+from farnear.parallel.world import World, start_world, stop_world
+
+TURNS = 8
+KEPT = range(4, TURNS)
+WIDTH = 40
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(WIDTH, 7), nn.Linear(7, WIDTH)
+
+    def forward(self, x_nD: Tensor) -> Tensor:
+        return x_nD + self.outer(self.inner(x_nD).tanh())
+
+
+class Towers(nn.Module):
+    """Like a vision-language model: images pass both towers, texts one; `rare` is used where the features say so."""
+
+    _no_split_modules = ("Block",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.vision, self.text = nn.Sequential(Block(), Block()), nn.Sequential(Block(), Block())
+        self.rare, self.never = nn.Parameter(torch.ones(3, WIDTH)), nn.Linear(WIDTH, 3)
+
+    def forward(self, features: dict[str, Any]) -> Tensor:
+        x_nD = self.vision(features["x"]) if features["image"] else features["x"]
+        if features["rare"]:
+            x_nD = x_nD * self.rare.sum(0)
+        return self.text(x_nD)
+
+
+def turns_of(rank: int) -> list[dict[str, Any]]:
+    """The mini-batches of a rank; those of rank r hold r + 1 rows, and the last one to be run backward is a text."""
+    generator = torch.Generator().manual_seed(rank)
+    return [
+        {"x": torch.randn(rank + 1, WIDTH, generator=generator), "image": i % 4 < 2, "rare": rank == 0 and i == 5}
+        for i in range(TURNS)
+    ]
+
+
+def plain_gradient(world_size: int) -> dict[str, Tensor]:
+    module = Towers()
+    for rank in range(world_size):
+        for features in turns_of(rank):
+            (module(features).square().sum() / world_size).backward()
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in module.named_parameters()}
+
+
+def run_kept_first(strategy: Strategy, turns: list[dict[str, Any]]) -> None:
+    """Pass one keeps the graphs of the last mini-batches; pass two runs those backward first."""
+    kept = {}
+    for i, features in enumerate(turns):
+        with torch.set_grad_enabled(i in KEPT):
+            kept[i] = strategy.embed(features)
+    with strategy.accumulate():
+        for i in KEPT:
+            strategy.backward(kept.pop(i).square().sum())
+        for i in range(KEPT.start):
+            strategy.backward(strategy.embed(turns[i]).square().sum())
+
+
+def gradients_in_any_order(rank: int, world_size: int, names: Iterable[str], ranks_per_node: int | None) -> None:
+    if ranks_per_node is not None:
+        os.environ["LOCAL_WORLD_SIZE"] = str(ranks_per_node)
+    world = start_world(exactness.run_config("zero2", "unused", 0.0))
+    wanted = plain_gradient(world_size)
+    for name in names:
+        strategy, before = towers_under(name, world)
+        # The second step must not find anything of the first.
+        with strategy.accumulate():
+            strategy.backward(strategy.embed({**turns_of(rank)[0], "rare": True}).sum() * 1e3)
+        strategy.step(0.0)
+        run_kept_first(strategy, turns_of(rank))
+        strategy.step(1.0)
+        after = strategy.full_weights()
+        if rank == 0:
+            error = exactness.relative_error({n: before[n] - after[n] for n in after}, wanted)
+            assert error < 1e-5, (name, error)
+            assert torch.equal(before["never.weight"], after["never.weight"])
+    stop_world()
+
+
+def towers_under(
+    name: str, world: World, optimizer_class: type[torch.optim.Optimizer] = torch.optim.SGD, **options: float
+) -> tuple[Strategy, dict[str, Tensor]]:
+    module = Towers()
+    before = {n: p.detach().clone() for n, p in module.named_parameters()}
+    optimizer = optimizer_class(module.parameters(), **{"lr": 1.0, **options})
+    with exactness.parameters_split(name):
+        return build_strategy(exactness.run_config(name, "unused", 0.0), module, optimizer, world), before
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_gradients_add_up_in_any_order(world_size: int) -> None:
+    run_ranks(gradients_in_any_order, world_size, exactness.STRATEGIES, None)
+
+
+def decay_of_the_unused(rank: int, world_size: int, names: Iterable[str]) -> None:
+    world = start_world(exactness.run_config("zero2", "unused", 0.0))
+    for name in names:
+        strategy, before = towers_under(name, world, torch.optim.AdamW, weight_decay=0.5)
+        with strategy.accumulate():
+            strategy.backward(strategy.embed(turns_of(rank)[0]).sum())
+        strategy.step(0.1)
+        after = strategy.full_weights()
+        if rank == 0:
+            torch.testing.assert_close(after["never.weight"], before["never.weight"] * (1 - 0.1 * 0.5))
+    stop_world()
+
+
+def test_a_parameter_without_gradient_has_a_zero_one() -> None:
+    run_ranks(decay_of_the_unused, 2, exactness.STRATEGIES)
