@@ -2,18 +2,23 @@
 without a tower, parameters that some or all ranks never use, unequal slices.
 """
 
-import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import exactness
+import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
+from test_resume import state
 from torch import Tensor, nn
 
+from farnear.errors import UserError
+from farnear.parallel.fsdp2 import shard_mesh
 from farnear.parallel.strategy import Strategy, build_strategy
 from farnear.parallel.world import World, start_world, stop_world
+from farnear.training.checkpoint import Progress, load_state, open_checkpoint, save_checkpoint
 
 TURNS = 8
 KEPT = range(4, TURNS)
@@ -77,9 +82,7 @@ def run_kept_first(strategy: Strategy, turns: list[dict[str, Any]]) -> None:
             strategy.backward(strategy.embed(turns[i]).square().sum())
 
 
-def gradients_in_any_order(rank: int, world_size: int, names: Iterable[str], ranks_per_node: int | None) -> None:
-    if ranks_per_node is not None:
-        os.environ["LOCAL_WORLD_SIZE"] = str(ranks_per_node)
+def gradients_in_any_order(rank: int, world_size: int, names: Iterable[str]) -> None:
     world = start_world(exactness.run_config("zero2", "unused", 0.0))
     wanted = plain_gradient(world_size)
     for name in names:
@@ -110,7 +113,24 @@ def towers_under(
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_gradients_add_up_in_any_order(world_size: int) -> None:
-    run_ranks(gradients_in_any_order, world_size, exactness.STRATEGIES, None)
+    run_ranks(gradients_in_any_order, world_size, (*exactness.STRATEGIES, *exactness.VARIANTS))
+
+
+def test_two_nodes_of_two_ranks_hold_a_copy_each() -> None:
+    run_ranks(gradients_in_any_order, 4, ("fsdp2-nodes",))
+
+
+def nodes_of_unequal_size(rank: int, world_size: int) -> None:
+    world = start_world(exactness.run_config("zero2", "unused", 0.0))
+    with pytest.raises(UserError, match=r"equally many ranks on each node.* the ranks were told 2, 2, 1; start"):
+        shard_mesh(exactness.run_config("fsdp2-nodes", "unused", 0.0), world, {"LOCAL_WORLD_SIZE": "221"[rank]})
+    with pytest.raises(UserError, match="the ranks were told nothing, nothing, nothing; .* or set shard_within=world"):
+        shard_mesh(exactness.run_config("fsdp2-nodes", "unused", 0.0), world, {})
+    stop_world()
+
+
+def test_nodes_of_unequal_size_are_refused() -> None:
+    run_ranks(nodes_of_unequal_size, 3)
 
 
 def decay_of_the_unused(rank: int, world_size: int, names: Iterable[str]) -> None:
@@ -128,3 +148,36 @@ def decay_of_the_unused(rank: int, world_size: int, names: Iterable[str]) -> Non
 
 def test_a_parameter_without_gradient_has_a_zero_one() -> None:
     run_ranks(decay_of_the_unused, 2, exactness.STRATEGIES)
+
+
+def pass_on(rank: int, world_size: int, names: Iterable[str], folder: Path) -> None:
+    """Two AdamW steps under the first strategy; each one then loads what the one before saved, and saves it."""
+    world = start_world(exactness.run_config("zero2", "unused", 0.0))
+    shapes = {name: parameter.shape for name, parameter in Towers().named_parameters()}
+    checkpoints = [folder / name / "checkpoints" for name in names]
+    for i, name in enumerate(names):
+        strategy, _ = towers_under(name, world, torch.optim.AdamW)
+        if i == 0:
+            for _ in range(2):
+                run_kept_first(strategy, turns_of(rank))
+                strategy.step(0.1)
+        else:
+            load_state(open_checkpoint(checkpoints[i - 1] / "step-00000002"), strategy, shapes)
+        save_checkpoint(checkpoints[i], strategy, shapes, Progress(2, 1, 2, "f"), world, {})
+    stop_world()
+
+
+@pytest.mark.parametrize(
+    ("world_size", "names"),
+    [
+        (2, ("fsdp2", "zero2", "fsdp2-nodes", "ddp", "zero3", "zero1")),
+        (4, ("fsdp2-nodes", "ddp", "fsdp2")),
+    ],
+)
+def test_a_checkpoint_of_one_is_a_checkpoint_of_all(tmp_path: Path, world_size: int, names: tuple[str, ...]) -> None:
+    run_ranks(pass_on, world_size, names, tmp_path)
+    first, *others = [state(tmp_path / name / "checkpoints" / "step-00000002") for name in names]
+    assert all(np.abs(moment).sum() > 0 for key, moment in first.items() if "exp_avg" in key and "never" not in key)
+    for name, other in zip(names[1:], others, strict=True):
+        assert other.keys() == first.keys()
+        assert all(np.array_equal(other[key], first[key]) for key in first), name

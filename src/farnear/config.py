@@ -298,6 +298,8 @@ class RunConfig(Section):
     """The run folder: everything about the run is in it."""
     strategy: Strategy = "ddp"
     """single (one process, no launcher), ddp, DeepSpeed ZeRO stage 1, 2, 3, or torch's fsdp2."""
+    shard_within: Literal["world", "node"] = "world"
+    """fsdp2: the ranks over which one copy of the model is spread. node: each machine holds a copy of its own."""
     num_processes: int | None = Field(default=None, ge=1)
     """Ranks the run must have. Unset: as many as the launcher started."""
     seed: int = Field(default=42, ge=0)
@@ -324,6 +326,10 @@ class RunConfig(Section):
                 )
         if self.strategy == "single" and self.num_processes not in (None, 1):
             raise ValueError(f"strategy single is one process, but num_processes is {self.num_processes}; use ddp")
+        if self.shard_within == "node" and self.strategy != "fsdp2":
+            raise ValueError(
+                f"shard_within: node is for strategy fsdp2, not {self.strategy}; take it out, or use fsdp2"
+            )
         if self.training.pure_bf16 and self.strategy not in ("single", "ddp"):
             raise ValueError(
                 "training.pure_bf16 works under single and ddp; ZeRO and FSDP2 keep fp32 weights: use training.bf16"

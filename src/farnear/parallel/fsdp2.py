@@ -14,13 +14,17 @@ here:
 The optimizer never sees a DTensor. It gets plain parameters that share memory with the shards, so any optimizer works
 and its state is a flat contiguous piece of a named parameter: FSDP2 cuts along dimension 0.
 
+Under ``shard_within: node`` the ranks form a mesh, replicate x shard: each node holds one copy of the model, spread
+over its ranks, so that gathers stay inside the node and only the reduced shards travel between nodes.
+
 bf16 needs nothing here, as in `farnear.parallel.zero`: parameters, gradients and their reduction are fp32.
 
 Legend: S ranks share one copy of the model. c rows of a parameter's first dimension lie on each of them (the last ones
 may hold fewer), d elements make a row, n = c x d.
 """
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
@@ -34,7 +38,7 @@ from torch.distributed.tensor import DTensor
 
 from farnear.config import RunConfig
 from farnear.errors import UserError
-from farnear.parallel.collectives import agree_on_max, all_reduce_sum
+from farnear.parallel.collectives import agree_on_max, all_reduce_sum, gather_ints
 from farnear.parallel.strategy import Features, NonFiniteGradientError, ParameterSlice, adam_state
 from farnear.parallel.world import World
 
@@ -67,7 +71,9 @@ class Fsdp2:
         self._optimizer = optimizer
         self._max_grad_norm = config.training.max_grad_norm
         self._world = world
-        self._mesh = init_device_mesh(world.device.type, (world.world_size,), mesh_dim_names=("shard",))
+        self._mesh = shard_mesh(config, world)
+        self._ranks_of_copy = self._mesh["shard"].size()
+        self._copies = world.world_size // self._ranks_of_copy
         names = {id(parameter): name for name, parameter in module.named_parameters()}
         self._units = _wrap(module, self._mesh)
         self._sharded = {name: cast(DTensor, parameter) for name, parameter in module.named_parameters()}
@@ -104,7 +110,8 @@ class Fsdp2:
         self._give_back_gathered()
         gradients = [shard.own.grad for shard in self._all_shards() if shard.own.grad is not None]
         square = torch.nn.utils.get_total_norm(gradients).square()
-        norm = all_reduce_sum(square).sqrt()
+        # Every copy of the model adds the same.
+        norm = (all_reduce_sum(square) / self._copies).sqrt()
         if not torch.isfinite(norm):
             self._optimizer.zero_grad(set_to_none=True)
             raise NonFiniteGradientError
@@ -121,7 +128,9 @@ class Fsdp2:
         self._module.train(mode)
 
     def slices(self, *, owned: bool) -> list[ParameterSlice]:
-        """This rank's rows of each parameter."""
+        """This rank's rows of each parameter. The first copy of the model owns them where there are several."""
+        if owned and self._world.rank >= self._ranks_of_copy:
+            return []
         pieces = []
         for shard in self._all_shards():
             if shard.own.numel():
@@ -171,7 +180,7 @@ class Fsdp2:
 
     def _rows(self, whole: Tensor) -> int:
         """c: rows of each rank but the last ones, as torch.chunk and DTensor cut."""
-        return -(-whole.shape[0] // self._mesh["shard"].size())
+        return -(-whole.shape[0] // self._ranks_of_copy)
 
     @torch.no_grad()
     def _reduce(self, shards: list[Shard]) -> None:
@@ -180,7 +189,7 @@ class Fsdp2:
             return
         columns = []
         for shard in shards:
-            padded_Sn = shard.whole.new_zeros(self._mesh["shard"].size(), self._elements(shard))
+            padded_Sn = shard.whole.new_zeros(self._ranks_of_copy, self._elements(shard))
             if shard.whole.grad is not None:
                 padded_Sn.view(-1)[: shard.whole.numel()] = shard.whole.grad.reshape(-1)
             shard.whole.grad = None
@@ -189,6 +198,8 @@ class Fsdp2:
         del columns, padded_Sn
         mean_n = everything_Sn.new_empty(everything_Sn.shape[1])
         dist.reduce_scatter_tensor(mean_n, everything_Sn.view(-1), group=self._mesh.get_group("shard"))
+        if self._copies > 1:
+            dist.all_reduce(mean_n, group=self._mesh.get_group("replicate"))
         mean_n.div_(self._world.world_size)
         for shard, piece_n in zip(shards, mean_n.split([self._elements(shard) for shard in shards]), strict=True):
             shard.own.grad = piece_n[: shard.own.numel()].view_as(shard.own)
@@ -196,6 +207,29 @@ class Fsdp2:
     def _elements(self, shard: Shard) -> int:
         """n of a parameter."""
         return self._rows(shard.whole) * _elements_of_row(shard.whole)
+
+
+def shard_mesh(config: RunConfig, world: World, environment: Mapping[str, str] = os.environ) -> DeviceMesh:
+    """The ranks as one row, over which the model is spread, or as replicate x shard with a row for each node.
+
+    Raises:
+        UserError: The nodes are to hold a copy each, but their ranks are not known or not equally many.
+    """
+    ranks_of_copy = world.world_size
+    if config.shard_within == "node":
+        told = gather_ints(int(environment.get("LOCAL_WORLD_SIZE", 0)), world.device)
+        if len(set(told)) > 1 or not told[0] or world.world_size % told[0]:
+            raise UserError(
+                "shard_within: node needs equally many ranks on each node, as LOCAL_WORLD_SIZE tells them, but the "
+                f"ranks were told {', '.join(str(ranks or 'nothing') for ranks in told)}; start the run with "
+                "accelerate or torchrun and as many processes on each machine, or set shard_within=world"
+            )
+        ranks_of_copy = told[0]
+    if ranks_of_copy == world.world_size:
+        return init_device_mesh(world.device.type, (ranks_of_copy,), mesh_dim_names=("shard",))
+    # Launchers number the ranks node by node.
+    shape = (world.world_size // ranks_of_copy, ranks_of_copy)
+    return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def _wrap(module: nn.Module, mesh: DeviceMesh) -> list[FSDPModule]:
