@@ -124,7 +124,7 @@ def nodes_of_unequal_size(rank: int, world_size: int) -> None:
     world = start_world(exactness.run_config("zero2", "unused", 0.0))
     with pytest.raises(UserError, match=r"equally many ranks on each node.* the ranks were told 2, 2, 1; start"):
         shard_mesh(exactness.run_config("fsdp2-nodes", "unused", 0.0), world, {"LOCAL_WORLD_SIZE": "221"[rank]})
-    with pytest.raises(UserError, match="the ranks were told nothing, nothing, nothing; .* or set shard_within=world"):
+    with pytest.raises(UserError, match=r"the ranks were told nothing, nothing, nothing; .* or set shard_within=world"):
         shard_mesh(exactness.run_config("fsdp2-nodes", "unused", 0.0), world, {})
     stop_world()
 
