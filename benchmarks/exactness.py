@@ -54,6 +54,9 @@ STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 # A strategy with something switched on: what a run file says about it.
 VARIANTS: dict[str, dict[str, Any]] = {
     "fsdp2-nodes": {"strategy": "fsdp2", "shard_within": "node"},
+    "zero2-mini_batch": {"strategy": "zero2", "training": {"reduce": "mini_batch"}},
+    "zero3-mini_batch": {"strategy": "zero3", "training": {"reduce": "mini_batch"}},
+    "fsdp2-mini_batch": {"strategy": "fsdp2", "training": {"reduce": "mini_batch"}},
 }
 WORLD_SIZES = (1, 2, 3, 4)
 SEED = 7

@@ -35,6 +35,9 @@ def test_the_gradient_of_a_variant_is_the_plain_one(results: list[dict[str, Any]
         (world_size, case) for world_size in (1, 2) for case in exactness.SLICE_OF_VARIANTS
     }
     assert max(row["error"] for row in mine) <= exactness.BOUND_FP32
+    # Gradients that are to stay partitioned meet after each of the mini-batches, as far as they are used in it.
+    passes = exactness.summarise(mine)["reductions_per_step"][variant]
+    assert passes > 2.0 if variant.endswith("mini_batch") else passes <= 1.5
 
 
 def test_a_wrong_factor_would_be_seen() -> None:

@@ -243,6 +243,8 @@ class TrainingConfig(Section):
     """bf16 compute with fp32 master weights and fp32 accumulation."""
     pure_bf16: bool = False
     """bf16 weights and optimizer moments too: half the memory, and small updates are lost to rounding."""
+    reduce: Literal["step", "mini_batch"] = "step"
+    """When gradients meet: once a step and whole on every rank until then, or after each mini-batch, kept in parts."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass. With small mini-batches it is rarely needed."""
     logging_steps: int = Field(default=10, ge=1)
@@ -329,6 +331,11 @@ class RunConfig(Section):
         if self.shard_within == "node" and self.strategy != "fsdp2":
             raise ValueError(
                 f"shard_within: node is for strategy fsdp2, not {self.strategy}; take it out, or use fsdp2"
+            )
+        if self.training.reduce == "mini_batch" and self.strategy not in ("zero2", "zero3", "fsdp2"):
+            raise ValueError(
+                f"training.reduce: mini_batch saves memory where gradients are partitioned; under {self.strategy} they "
+                "are whole on every rank, so it would only cost time: take it out, or use zero2, zero3 or fsdp2"
             )
         if self.training.pure_bf16 and self.strategy not in ("single", "ddp"):
             raise ValueError(

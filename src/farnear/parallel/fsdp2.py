@@ -11,6 +11,9 @@ here:
 - when all backwards are done, ranks agree on which parameters have a gradient anywhere, fill in zeros where one is
   missing, and each unit's gradients go through one reduce-scatter into the shards.
 
+Under ``reduce: mini_batch`` FSDP2 reduces unit by unit within every backward, parameters without a gradient included,
+so that no rank ever holds more than a few units' whole gradients.
+
 The optimizer never sees a DTensor. It gets plain parameters that share memory with the shards, so any optimizer works
 and its state is a flat contiguous piece of a named parameter: FSDP2 cuts along dimension 0.
 
@@ -77,8 +80,8 @@ class Fsdp2:
         names = {id(parameter): name for name, parameter in module.named_parameters()}
         self._units = _wrap(module, self._mesh)
         self._sharded = {name: cast(DTensor, parameter) for name, parameter in module.named_parameters()}
-        # Off for good: `_reduce` is the only reduction.
-        cast(FSDPModule, module).set_requires_gradient_sync(False)
+        self._reduces_at_once = config.training.reduce == "mini_batch"
+        self._set_reduction(cast(FSDPModule, module))
         self._shards_of_unit = [self._shards(unit) for unit in self._units]
         _point_at(optimizer, names, {shard.name: shard.own for shard in self._all_shards()})
 
@@ -88,18 +91,12 @@ class Fsdp2:
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
-        """Backwards inside add up on the rank; one averaging reduction into the shards at the end."""
+        """Backwards inside add up; at the end their averages over ranks stand in the shards."""
         yield
-        shards = list(self._all_shards())
-        somewhere = agree_on_max([int(shard.whole.grad is not None) for shard in shards], self._world.device)
-        if not any(somewhere):
-            raise RuntimeError("no parameter has a gradient where FSDP2 is known to leave them")
-        used = {shard.name for shard, is_used in zip(shards, somewhere, strict=True) if is_used}
-        for unit in self._shards_of_unit:
-            self._reduce([shard for shard in unit if shard.name in used])
-        for shard in shards:
-            if shard.own.grad is None:
-                shard.own.grad = torch.zeros_like(shard.own)
+        if self._reduces_at_once:
+            self._take_reduced()
+        else:
+            self._reduce_all()
 
     def backward(self, surrogate: Tensor) -> None:
         """Backward of a scalar."""
@@ -173,7 +170,7 @@ class Fsdp2:
         shards = []
         for name, whole in gathered.items():
             if whole.requires_grad:
-                own = nn.Parameter(self._sharded[name].to_local().detach())
+                own = nn.Parameter(_local(self._sharded[name]))
                 first_row = min(self._mesh.get_local_rank("shard") * self._rows(whole), whole.shape[0])
                 shards.append(Shard(name, whole, own, first_row * _elements_of_row(whole)))
         return shards
@@ -181,6 +178,35 @@ class Fsdp2:
     def _rows(self, whole: Tensor) -> int:
         """c: rows of each rank but the last ones, as torch.chunk and DTensor cut."""
         return -(-whole.shape[0] // self._ranks_of_copy)
+
+    def _set_reduction(self, root: FSDPModule) -> None:
+        root.set_requires_gradient_sync(self._reduces_at_once)
+        if self._reduces_at_once:
+            if not hasattr(root, "set_reduce_scatter_unused_params"):
+                raise UserError(
+                    f"training.reduce: mini_batch under fsdp2 needs torch 2.13, this is {torch.__version__}; take it "
+                    "out, or set strategy=zero2"
+                )
+            # Ranks must not reduce different sets of parameters.
+            root.set_reduce_scatter_unused_params(True)
+
+    def _take_reduced(self) -> None:
+        for shard in self._all_shards():
+            reduced = self._sharded[shard.name]
+            shard.own.grad = torch.zeros_like(shard.own) if reduced.grad is None else _local(reduced.grad)
+            reduced.grad = None
+
+    def _reduce_all(self) -> None:
+        shards = list(self._all_shards())
+        somewhere = agree_on_max([int(shard.whole.grad is not None) for shard in shards], self._world.device)
+        if not any(somewhere):
+            raise RuntimeError("no parameter has a gradient where FSDP2 is known to leave them")
+        used = {shard.name for shard, is_used in zip(shards, somewhere, strict=True) if is_used}
+        for unit in self._shards_of_unit:
+            self._reduce([shard for shard in unit if shard.name in used])
+        for shard in shards:
+            if shard.own.grad is None:
+                shard.own.grad = torch.zeros_like(shard.own)
 
     @torch.no_grad()
     def _reduce(self, shards: list[Shard]) -> None:
@@ -196,8 +222,10 @@ class Fsdp2:
             columns.append(padded_Sn)
         everything_Sn = torch.cat(columns, dim=1)
         del columns, padded_Sn
-        mean_n = everything_Sn.new_empty(everything_Sn.shape[1])
-        dist.reduce_scatter_tensor(mean_n, everything_Sn.view(-1), group=self._mesh.get_group("shard"))
+        mean_n = everything_Sn.view(-1)
+        if self._ranks_of_copy > 1:
+            mean_n = everything_Sn.new_empty(everything_Sn.shape[1])
+            dist.reduce_scatter_tensor(mean_n, everything_Sn.view(-1), group=self._mesh.get_group("shard"))
         if self._copies > 1:
             dist.all_reduce(mean_n, group=self._mesh.get_group("replicate"))
         mean_n.div_(self._world.world_size)
@@ -253,6 +281,10 @@ def _point_at(optimizer: torch.optim.Optimizer, names: dict[int, str], own: dict
     for group in optimizer.param_groups:
         rows = [own[names[id(parameter)]] for parameter in group["params"]]
         group["params"] = [parameter for parameter in rows if parameter.numel()]
+
+
+def _local(sharded: Tensor) -> Tensor:
+    return cast(DTensor, sharded).to_local().detach()
 
 
 def _elements_of_row(whole: Tensor) -> int:
