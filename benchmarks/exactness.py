@@ -286,11 +286,12 @@ def cached_update(
     with parameters_split(strategy_name):
         strategy = build_strategy(run_config(strategy_name, model_path, clip), module, optimizer, world)
     strategy.train(True)
-    counts.update(calls=0, elements=0)
+    counts.update(calls=0, elements=0, gathered=0)
     cached_gradient(strategy, mine, case.loss, StepFigures(), seed=SEED, world=world)
     elements = sum(p.numel() for p in before.values())
     reduced = {"calls": counts["calls"], "passes": round(counts["elements"] / elements, 3)}
     strategy.step(lr)
+    reduced["gathers"] = round(counts["gathered"] / elements, 2)
     after = strategy.full_weights()
     return {name: before[name] - after[name] for name in after}, reduced
 
@@ -298,24 +299,36 @@ def cached_update(
 def count_reductions() -> dict[str, int]:
     """From now on count the collectives that reduce gradients: those of more elements than any of the loss's.
 
-    DeepSpeed keeps references to torch's functions from its start, so this comes before its first import.
+    Gathers of parameters are counted apart. DeepSpeed keeps references to torch's functions from its start, so this
+    comes before its first import.
     """
-    counts = {"calls": 0, "elements": 0}
-    payload = {"all_reduce": 0, "reduce": 0, "reduce_scatter_tensor": 1, "reduce_scatter": 1, "all_to_all_single": 1}
+    counts = {"calls": 0, "elements": 0, "gathered": 0}
+    reductions = {
+        "all_reduce": 0,
+        "reduce": 0,
+        "reduce_scatter_tensor": 1,
+        "reduce_scatter_single": 1,  # the same under its name of torch 2.15
+        "reduce_scatter": 1,
+        "all_to_all_single": 1,
+    }
+    gathers = {"all_gather_into_tensor": 0, "all_gather_single": 0}
 
-    def counting(original: Callable[..., Any], position: int) -> Callable[..., Any]:
+    def counting(original: Callable[..., Any], position: int, gathers: bool) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             sent = args[position] if len(args) > position else list(kwargs.values())[position - len(args)]
             elements = sum(t.numel() for t in sent) if isinstance(sent, (list, tuple)) else sent.numel()
-            if elements > 4096:
+            if gathers:
+                counts["gathered"] += elements
+            elif elements > 4096:
                 counts["calls"] += 1
                 counts["elements"] += elements
             return original(*args, **kwargs)
 
         return call
 
-    for name, position in payload.items():
-        setattr(dist, name, counting(getattr(dist, name), position))
+    for name, position in {**reductions, **gathers}.items():
+        if hasattr(dist, name):
+            setattr(dist, name, counting(getattr(dist, name), position, name in gathers))
     return counts
 
 
