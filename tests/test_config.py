@@ -131,6 +131,13 @@ def test_what_yaml_would_take_for_something_else(write_run_file: WriteRunFile) -
 def test_combinations_that_cannot_train_are_refused(write_run_file: WriteRunFile) -> None:
     assert "one process" in _refusal(write_run_file(strategy="single", num_processes=2))
     assert "training.bf16" in _refusal(write_run_file(strategy="zero2", training={"pure_bf16": True}))
+    assert "training.bf16" in _refusal(write_run_file(strategy="fsdp2", training={"pure_bf16": True}))
+    assert "shard_within: node is for strategy fsdp2, not zero3" in _refusal(
+        write_run_file(strategy="zero3", shard_within="node")
+    )
+    for strategy in ("single", "ddp", "zero1"):
+        message = _refusal(write_run_file(strategy=strategy, training={"reduce": "mini_batch"}))
+        assert f"under {strategy} they are whole on every rank" in message
     dims = {"matryoshka_dims": [64, 32], "matryoshka_weights": [1]}
     assert "1 values for 2" in _refusal(write_run_file(loss=dims))
     assert "twice" in _refusal(write_run_file(loss={"matryoshka_dims": [64, 64]}))

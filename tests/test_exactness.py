@@ -28,6 +28,18 @@ def test_the_gradient_is_the_plain_one(results: list[dict[str, Any]], strategy: 
     assert summary["reductions_per_step"] == {strategy: 1.0}
 
 
+@pytest.mark.parametrize("variant", exactness.VARIANTS)
+def test_the_gradient_of_a_variant_is_the_plain_one(results: list[dict[str, Any]], variant: str) -> None:
+    mine = [row for row in results if row["strategy"] == variant]
+    assert {(row["world_size"], row["case"]) for row in mine} == {
+        (world_size, case) for world_size in (1, 2) for case in exactness.SLICE_OF_VARIANTS
+    }
+    assert max(row["error"] for row in mine) <= exactness.BOUND_FP32
+    # Gradients that are to stay partitioned meet after each of the mini-batches, as far as they are used in it.
+    passes = exactness.summarise(mine)["reductions_per_step"][variant]
+    assert passes > 1.5 if variant.endswith("mini_batch") else passes <= 1.01
+
+
 def test_a_wrong_factor_would_be_seen() -> None:
     reference = {"w": torch.tensor([1.0, -2.0, 3.0])}
     assert exactness.relative_error({"w": 2 * reference["w"]}, reference) == pytest.approx(1.0)
@@ -39,7 +51,7 @@ def test_a_wrong_factor_would_be_seen() -> None:
 def one_bad_gradient(rank: int, world_size: int) -> None:
     """Rank 1 alone has an infinite gradient: every rank must stop, with its weights as they were."""
     world = start_world(exactness.run_config("zero2", "unused", 1.0))
-    for name in exactness.STRATEGIES:
+    for name in (*exactness.STRATEGIES, *exactness.VARIANTS):
         module = exactness.Injected()
         optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
         with exactness.parameters_split(name):
@@ -76,7 +88,7 @@ class TwoTowers(nn.Module):
 def step_without_images(rank: int, world_size: int) -> None:
     """A step with images, then one without: the image tower must see a zero gradient, not the last step's."""
     world = start_world(exactness.run_config("zero2", "unused", 0.0))
-    for name in exactness.STRATEGIES:
+    for name in (*exactness.STRATEGIES, *exactness.VARIANTS):
         module = TwoTowers()
         optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
         with exactness.parameters_split(name):

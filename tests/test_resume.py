@@ -24,7 +24,7 @@ from farnear.parallel.world import start_world, stop_world
 from farnear.training.checkpoint import find_checkpoint, load_state, open_checkpoint
 from farnear.training.run import open_run, save, train_in
 
-STRATEGIES = ("ddp", "zero2", "zero3")
+STRATEGIES = ("ddp", "zero2", "zero3", "fsdp2")
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_another_world_size_or_strategy_loads_the_same_bits(trained: Path) -> No
     saved = state(checkpoints / "step-00000002")
     assert {key.split("/")[0] for key in saved} == {"weight", "exp_avg", "exp_avg_sq"}
     assert all(np.abs(moment).sum() > 0 for key, moment in saved.items() if key.startswith("exp_avg/"))
-    for world_size, strategy in ((1, "ddp"), (3, "zero3")):
+    for world_size, strategy in ((1, "ddp"), (3, "fsdp2"), (3, "zero3"), (2, "fsdp2"), (2, "zero2")):
         run_ranks(load_and_save_again, world_size, trained, name, strategy)
         loaded = state(checkpoints / "step-00000002")
         assert loaded.keys() == saved.keys()

@@ -29,7 +29,7 @@ from farnear.yaml_text import read_yaml
 Side = Literal["query", "document"]
 NumTokens = PositiveInt | Literal["auto"]
 Direction = Literal["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"]
-Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3"]
+Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
 Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "varlen"]
 
 # What users of other trainers write, and what to write here instead.
@@ -341,6 +341,8 @@ class TrainingConfig(Section):
     """bf16 compute with fp32 master weights and fp32 accumulation."""
     pure_bf16: bool = False
     """bf16 weights and optimizer moments too: half the memory, and small updates are lost to rounding."""
+    reduce: Literal["step", "mini_batch"] = "step"
+    """When gradients meet: once a step and whole on every rank until then, or after each mini-batch, kept in parts."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass. With small mini-batches it is rarely needed."""
     logging_steps: int = Field(default=10, ge=1)
@@ -406,7 +408,9 @@ class RunConfig(Section):
     output_dir: str
     """The run folder: everything about the run is in it."""
     strategy: Strategy = "ddp"
-    """single (one process, no launcher), ddp, or DeepSpeed ZeRO stage 1, 2, 3."""
+    """single (one process, no launcher), ddp, DeepSpeed ZeRO stage 1, 2, 3, or torch's fsdp2."""
+    shard_within: Literal["world", "node"] = "world"
+    """fsdp2: the ranks over which one copy of the model is spread. node: each machine holds a copy of its own."""
     num_processes: int | None = Field(default=None, ge=1)
     """Ranks the run must have. Unset: as many as the launcher started."""
     seed: int = Field(default=42, ge=0)
@@ -433,14 +437,23 @@ class RunConfig(Section):
                 )
         if self.strategy == "single" and self.num_processes not in (None, 1):
             raise ValueError(f"strategy single is one process, but num_processes is {self.num_processes}; use ddp")
-        if self.training.pure_bf16 and self.strategy.startswith("zero"):
+        if self.shard_within == "node" and self.strategy != "fsdp2":
             raise ValueError(
-                "training.pure_bf16 works under single and ddp; ZeRO keeps fp32 weights: use training.bf16"
+                f"shard_within: node is for strategy fsdp2, not {self.strategy}; take it out, or use fsdp2"
             )
-        if self.training.optim == "adamw_8bit" and self.strategy.startswith("zero"):
+        if self.training.reduce == "mini_batch" and self.strategy not in ("zero2", "zero3", "fsdp2"):
             raise ValueError(
-                "training.optim: adamw_8bit works under single and ddp; ZeRO cuts the moments across its 8-bit blocks, "
-                "so a checkpoint could not hold them: set adamw_torch, whose moments ZeRO spreads over the ranks"
+                f"training.reduce: mini_batch saves memory where gradients are partitioned; under {self.strategy} they "
+                "are whole on every rank, so it would only cost time: take it out, or use zero2, zero3 or fsdp2"
+            )
+        if self.training.pure_bf16 and self.strategy not in ("single", "ddp"):
+            raise ValueError(
+                "training.pure_bf16 works under single and ddp; ZeRO and FSDP2 keep fp32 weights: use training.bf16"
+            )
+        if self.training.optim == "adamw_8bit" and self.strategy not in ("single", "ddp"):
+            raise ValueError(
+                f"training.optim: adamw_8bit works under single and ddp; {self.strategy} cuts the moments across its "
+                "8-bit blocks, so a checkpoint could not hold them: set adamw_torch, whose moments it spreads anyway"
             )
         if self.training.load_best_model_at_end and (not self.data.eval or self.evaluation.eval_steps is None):
             raise ValueError("training.load_best_model_at_end needs data.eval and evaluation.eval_steps")

@@ -101,6 +101,10 @@ def build_strategy(config: RunConfig, module: nn.Module, optimizer: torch.optim.
         from farnear.parallel.zero import Zero
 
         return Zero(config, module, optimizer, world)
+    if config.strategy == "fsdp2":
+        from farnear.parallel.fsdp2 import Fsdp2
+
+        return Fsdp2(config, module, optimizer, world)
     from farnear.parallel.replicated import Replicated
 
     return Replicated(module, optimizer, config.training.max_grad_norm, world)

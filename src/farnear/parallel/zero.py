@@ -4,10 +4,16 @@ The engine is called directly, not through accelerate (whose ``backward`` also s
 from stage 2 on). ``engine.coalesce_grad_reduction()`` keeps the gradients of all mini-batches on the rank and reduces
 them once when it ends; without it several ``engine.backward`` calls a step keep only the last one's gradient.
 
-Three things the engine leaves to its caller, done here:
+Under ``reduce: mini_batch`` DeepSpeed reduces within every backward and keeps the sum in the partitions until the step
+(``managed_gradient_accumulation: false``, in which it asks for no last mini-batch). It reduces in the order in which
+gradients appear, so ranks must then run the same modules: the cached step sees to that where a forward is a collective.
+
+Four things the engine leaves to its caller, done here:
 
 - a parameter without a gradient would keep the previous step's in its reduction buffer (ZeRO-3) or stop the flush
   (ZeRO-1, 2), so zeros are filled in first, by agreement of all ranks;
+- under ``reduce: mini_batch`` ZeRO-3 adds a step's gradients to the previous step's, and a backward that follows
+  another without a forward in between replaces what was there;
 - a step with a non-finite gradient is dropped without a word, so `step` asks whether it was applied;
 - clipping is 1.0 unless set, so it always is.
 
@@ -57,13 +63,19 @@ class Zero:
         self._gathered_parameters = deepspeed.zero.GatheredParameters
         self._world = world
         self._stage = int(config.strategy[-1])
-        self.forward_is_collective = self._stage == 3
+        self._reduces_at_once = config.training.reduce == "mini_batch"
+        self.forward_is_collective = self._stage == 3 or self._reduces_at_once
         settings = deepspeed_config(config, world.world_size)
         self._engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=settings, dist_init_required=False
         )
         if self._engine.zero_optimization_stage() != self._stage:
             raise RuntimeError(f"DeepSpeed runs stage {self._engine.zero_optimization_stage()}, not {self._stage}")
+        if self._reduces_at_once and not hasattr(self._engine, "managed_gradient_accumulation"):
+            raise UserError(
+                f"training.reduce: mini_batch needs a newer DeepSpeed than {deepspeed.__version__}, such as 0.19.8; "
+                "pip install --upgrade deepspeed, or take it out"
+            )
         self._named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
     def embed(self, features: Features) -> Tensor:
@@ -72,13 +84,22 @@ class Zero:
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
-        """Backwards inside add up on the rank; one averaging reduction into the partitions at the end."""
+        """Backwards inside add up; at the end their averages over ranks stand in the partitions."""
+        if self._reduces_at_once:
+            if self._stage == 3:
+                # A parameter whose first gradient of the step is not in its first backward would be added to the old.
+                self._engine.optimizer.grad_partitions_flat_buffer.zero_()
+            yield
+            return
         with self._engine.coalesce_grad_reduction():
             yield
             self._fill_missing_gradients()
 
     def backward(self, surrogate: Tensor) -> None:
         """Backward of a scalar, unscaled: the surrogate carries the final gradient already."""
+        if self._reduces_at_once and self._stage == 3:
+            # A forward does this; kept graphs are run backward without one in between.
+            self._engine.optimizer.clear_backward_seen_flag()
         self._engine.backward(surrogate, scale_wrt_gas=False)
 
     def step(self, learning_rate: float) -> float:
@@ -184,6 +205,7 @@ def deepspeed_config(config: RunConfig, world_size: int, environment: Any = os.e
         # Only names of the batch: mini-batches are cut by farnear, and their surrogates carry the final scale.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": config.training.reduce == "step",
         "train_batch_size": world_size,
         "gradient_clipping": config.training.max_grad_norm,
         "zero_allow_untested_optimizer": True,
