@@ -32,16 +32,23 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from dense_loss import dense_loss
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from farnear.config import LossConfig, ModelConfig, RunConfig, parse_config
+from farnear.data.budget import cut
+from farnear.data.dealing import SIDES
 from farnear.data.loader import MiniBatch, RankBatch
+from farnear.loss.false_negatives import BatchFacts
 from farnear.model.embedder import Embedder, Preprocessing, to_device
+from farnear.model.features import FeatureMerger
+from farnear.model.frozen import FrozenOutputs
 from farnear.model.load import load_model
 from farnear.model.tiny import save_tiny_model
+from farnear.model.trainable import choose_trainable
 from farnear.parallel.strategy import Strategy, build_strategy
 from farnear.parallel.world import World
 from farnear.training.cache import CachedStep, StepFigures, turn_seed
@@ -62,6 +69,7 @@ WORLD_SIZES = (1, 2, 3, 4)
 SEED = 7
 SPLIT_CONFIG = Path(__file__).with_name("zero3_split.json")
 CPU = torch.device("cpu")
+SCALE = "loss.log_scale"
 
 
 @dataclass(frozen=True)
@@ -78,6 +86,10 @@ class Case:
         invalid_rank: All rows of the last rank are invalid (of the last pair, when there is one rank).
         hard_negatives: Hard negative pages of every second pair.
         dropout: Attention dropout of the model.
+        num_tokens: Mini-batches are cut by this many tokens, in order of their cost, not by their number.
+        keep_graphs, together: As in `CachedStep`.
+        freeze, lora: As in the section `model` of a run file.
+        own_loss: Whether the objective is given as a function of the user's own.
     """
 
     name: str
@@ -90,6 +102,12 @@ class Case:
     invalid_rank: bool = False
     hard_negatives: bool = False
     dropout: float = 0.0
+    num_tokens: int | None = None
+    keep_graphs: float = 0.0
+    together: int = 1
+    freeze: tuple[str, ...] = ()
+    lora: bool = False
+    own_loss: bool = False
 
 
 CASES = (
@@ -107,6 +125,37 @@ DROPOUT_CASES = (
     Case("dropout_whole", mini_batch_size=6, dropout=0.1),
     Case("dropout_mini_batches", mini_batch_size=2, dropout=0.1),
 )
+SYMMETRIC = ("query_to_doc", "doc_to_query")
+ALL_DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+# What makes the step faster or smaller, and the rest of the objective.
+ENGINE_CASES = (
+    Case("half_kept", keep_graphs=0.5, uneven_pages=True),
+    Case("all_kept", keep_graphs=1.0, hard_negatives=True),
+    Case("kept_without_images", keep_graphs=0.7, text_pages=True),
+    Case("by_tokens", num_tokens=40, uneven_pages=True, pairs=7),
+    Case("three_at_once", together=3, uneven_pages=True, mini_batch_size=1),
+    Case("frozen_tower", freeze=("visual",), hard_negatives=True),
+    Case("frozen_tower_half_kept", freeze=("visual",), keep_graphs=0.5, uneven_pages=True),
+    Case("frozen_language", freeze=("language_model",)),
+    Case("lora", lora=True, uneven_pages=True),
+    Case("lora_half_kept", lora=True, keep_graphs=0.5),
+    Case("symmetric", loss=LossConfig(directions=SYMMETRIC, partition_mode="per_direction"), pairs=7),
+    Case(
+        "all_directions",
+        loss=LossConfig(directions=ALL_DIRECTIONS, matryoshka_dims=(64, 16)),
+        hard_negatives=True,
+        invalid_rank=True,
+    ),
+    Case(
+        "hardness",
+        loss=LossConfig(hardness_mode="all_negatives", hardness_strength=5.0, margin=-0.01),
+        hard_negatives=True,
+        duplicate_page=True,
+    ),
+    Case("learned_scale", loss=LossConfig(learn_scale=True, matryoshka_dims=(64, 16)), invalid_rank=True),
+    Case("own_loss", own_loss=True, pairs=7),
+)
+ENGINE_WORLD_SIZES = (1, 2)
 SLICE = ("matryoshka", "last_without_images", "undivided", "dropout_mini_batches")
 # What a variant may get wrong: when gradients are reduced, and how many mini-batches a rank has. W = 4 is theirs alone.
 CASES_OF_VARIANTS = ("last_without_images", "fewer_pairs_than_ranks", "undivided")
@@ -181,24 +230,49 @@ def reference_gradient(model: SentenceTransformer, case: Case, batch: GlobalBatc
         k = torch.cat([k, embed(negatives, "document", 99, at_once)])
     q = embed(batch.queries, "query", turns_of_pages, at_once)
 
-    pairs = len(batch.queries)
-    total = torch.zeros(())
-    dims = case.loss.matryoshka_dims or (q.shape[1],)
-    weights = case.loss.matryoshka_weights or (1.0,) * len(dims)
-    for dim, weight in zip(dims, weights, strict=True):
-        cosine = nn.functional.cosine_similarity(q[:, None, :dim], k[None, :, :dim], dim=2)
-        for i in np.flatnonzero(batch.valid_G):
-            in_sum = [
-                j
-                for j in range(len(k))
-                if j == i or j >= pairs or (batch.valid_G[j] and batch.page_hash_G[j] != batch.page_hash_G[i])
-            ]
-            score = case.loss.scale * cosine[i]
-            total = total + weight * (torch.logsumexp(score[in_sum], 0) - score[i])
-    (total / batch.valid_G.sum()).backward()
+    facts = facts_of(batch)
+    weight_B = facts.pair_valid_B / facts.pair_valid_B.sum()
+    log_scale = torch.tensor(case.loss.scale).log().requires_grad_()
+    if case.own_loss:
+        softmax_loss(q, k, facts).backward()
+    else:
+        dense_loss(q, k, facts, slice(0, len(q)), weight_B, case.loss, log_scale.exp()).backward()
     gradient = {f"model.{name}": p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
-    return gradient
+    return {**gradient, SCALE: log_scale.grad} if case.loss.learn_scale else gradient
+
+
+def facts_of(batch: GlobalBatch) -> BatchFacts:
+    """What the loss knows of the batch; all hard negatives follow all positives."""
+    pairs = len(batch.queries)
+    owner = [i for i, negatives in enumerate(batch.negatives) for _ in negatives]
+    return BatchFacts(
+        query_hash_B=torch.from_numpy(batch.query_hash_G),
+        pair_valid_B=torch.from_numpy(batch.valid_G),
+        answers_Bm=torch.from_numpy(batch.page_hash_G[:, None]),
+        positive_B=torch.arange(pairs),
+        page_hash_N=torch.cat([torch.from_numpy(batch.page_hash_G), torch.arange(len(owner)) + 1000]),
+        owner_N=torch.cat([torch.arange(pairs), torch.tensor(owner, dtype=torch.int64)]),
+        page_valid_N=torch.cat([torch.from_numpy(batch.valid_G), torch.ones(len(owner), dtype=torch.bool)]),
+    )
+
+
+def softmax_loss(query_BD: Tensor, document_ND: Tensor, batch: BatchFacts) -> Tensor:
+    """A loss of a user's own: each query against all documents, and nothing masked."""
+    score_BN = 10.0 * nn.functional.normalize(query_BD, dim=1) @ document_ND.T
+    return nn.functional.cross_entropy(score_BN, batch.positive_B)
+
+
+def prepared_model(path: str, case: Case) -> SentenceTransformer:
+    """The model of a case, with its adapters and frozen parts."""
+    config = ModelConfig(name_or_path=path, freeze=case.freeze, lora={"r": 4} if case.lora else None)
+    model = load_model(config)
+    choose_trainable(model, config, seed=SEED)
+    generator = torch.Generator().manual_seed(SEED)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # at zero, as it begins, the other matrix would have no gradient
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
 
 
 def pairs_of_rank(pairs: int, rank: int, world_size: int) -> np.ndarray:
@@ -217,10 +291,9 @@ def rank_batch(case: Case, batch: GlobalBatch, model: SentenceTransformer, world
     owner_of_negatives = [place for place, i in enumerate(mine) for _ in batch.negatives[i] if not borrowed]
     inputs = {"document": [batch.pages[i] for i in mine] + negatives, "query": [batch.queries[i] for i in mine]}
     mini_batches = []
-    for side in ("document", "query"):
-        for start in range(0, len(inputs[side]), case.mini_batch_size):
-            chosen = inputs[side][start : start + case.mini_batch_size]
-            rows = np.arange(start, start + len(chosen))
+    for side in SIDES:
+        for rows in mini_batch_rows(case, inputs[side]):
+            chosen = [inputs[side][row] for row in rows]
             modality = "text" if side == "query" else "image"
             mini_batches.append(MiniBatch(side, modality, rows, preprocess(chosen, side), len(chosen)))
     valid_b = np.zeros(1, dtype=bool) if borrowed else batch.valid_G[mine]
@@ -240,6 +313,14 @@ def rank_batch(case: Case, batch: GlobalBatch, model: SentenceTransformer, world
         quarantined=(),
         seconds_waited=0.0,
     )
+
+
+def mini_batch_rows(case: Case, inputs: list[Any]) -> list[np.ndarray]:
+    """How a side's inputs are cut."""
+    if case.num_tokens is None:
+        return np.split(np.arange(len(inputs)), range(case.mini_batch_size, len(inputs), case.mini_batch_size))
+    cost_n = np.array([len(x) // 4 if isinstance(x, str) else x.width * x.height // 1024 for x in inputs]) + 16
+    return cut(cost_n, None, case.num_tokens)
 
 
 def run_config(strategy: str, model: str, max_grad_norm: float) -> RunConfig:
@@ -280,22 +361,49 @@ def cached_update(
     bf16: bool,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """farnear's update (old weights minus new) on rank 0, and what was reduced on the way."""
-    model = load_model(ModelConfig(name_or_path=model_path))
-    module = Embedder(model, bf16=bf16)
-    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    model = prepared_model(model_path, case)
     mine = rank_batch(case, batch, model, world)
-    optimizer = torch.optim.SGD(module.parameters(), lr=lr)
+    module = Embedder(model, bf16=bf16)
+    before = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+    frozen = FrozenOutputs(module, 1 << 30) if case.freeze or case.lora else None
+    optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=lr)
     with parameters_split(strategy_name):
         strategy = build_strategy(run_config(strategy_name, model_path, clip), module, optimizer, world)
     strategy.train(True)
     counts.update(calls=0, elements=0, gathered=0)
-    CachedStep(strategy, world, case.loss, SEED).gradient(mine, StepFigures(), scale=case.loss.scale)
+    step = CachedStep(
+        strategy,
+        world,
+        case.loss,
+        SEED,
+        own_loss=softmax_loss if case.own_loss else None,
+        keep_graphs=case.keep_graphs,
+        together=case.together,
+        merge=FeatureMerger(model),
+        frozen=frozen,
+    )
+    figures = StepFigures()
+    outcome = step.gradient(mine, figures, scale=case.loss.scale)
+    check_that_it_was_used(case, figures, frozen)
     elements = sum(p.numel() for p in before.values())
     reduced = {"calls": counts["calls"], "passes": round(counts["elements"] / elements, 3)}
     strategy.step(lr)
     reduced["gathers"] = round(counts["gathered"] / elements, 2)
     after = strategy.full_weights()
-    return {name: before[name] - after[name] for name in after}, reduced
+    update = {name: before[name] - after[name] for name in before} if after else {}
+    if after and case.loss.learn_scale:
+        update[SCALE] = torch.tensor(lr * outcome.dlog_scale)
+    return update, reduced
+
+
+def check_that_it_was_used(case: Case, figures: StepFigures, frozen: FrozenOutputs | None) -> None:
+    """What a case is about must have happened: an optimisation that is not used is exact too."""
+    if case.keep_graphs >= 0.5 and not figures.kept_graphs:
+        raise RuntimeError(f"case {case.name}: no graph was kept")
+    if case.freeze == ("visual",) and case.keep_graphs == 0 and not figures.frozen_bytes:
+        raise RuntimeError(f"case {case.name}: no output of a frozen part was kept")
+    if case.freeze == ("language_model",) and frozen is not None and any("language" in n for n in frozen.names):
+        raise RuntimeError(f"case {case.name}: outputs were kept that a gradient has to pass")
 
 
 def count_reductions() -> dict[str, int]:
@@ -406,21 +514,24 @@ def rank_main(rank: int, world_size: int, port: int, models: dict[float, str], s
     dist.init_process_group("gloo")
     world = World(rank, world_size, CPU)
     results = []
-    for case in CASES + (DROPOUT_CASES if world_size == 1 else ()):
+    engine_cases = ENGINE_CASES if world_size in ENGINE_WORLD_SIZES else ()
+    for case in (*CASES, *(DROPOUT_CASES if world_size == 1 else ()), *engine_cases):
         names = names_for(case, world_size, small)
         if not names:
             continue
         batch = make_batch(case, world_size)
-        model = load_model(ModelConfig(name_or_path=models[case.dropout]))
+        model = prepared_model(models[case.dropout], case)
         gradient = reference_gradient(model, case, batch)
-        norm = float(torch.stack([g.norm() for g in gradient.values()]).norm())
+        norm = float(torch.stack([g.norm() for name, g in gradient.items() if name != SCALE]).norm())
         # An update as large as the weights, so that their rounding does not drown it.
-        lr = float(torch.stack([p.detach().norm() for p in model.parameters()]).norm()) / norm
+        trained = [p.detach().norm() for p in model.parameters() if p.requires_grad]
+        lr = float(torch.stack(trained).norm()) / norm
         for name in names:
             # Clipped to 0.3 of the norm: a factor W, whatever W is, must not look like the clipping.
-            for clip in (0.0,) if small and name in VARIANTS else (0.0, 0.3 * norm):
-                scale = lr * (0.3 if clip else 1.0)
-                wanted = {n: scale * g for n, g in gradient.items()}
+            is_plain = case in ENGINE_CASES and not case.loss.learn_scale
+            for clip in (0.0,) if is_plain or (small and name in VARIANTS) else (0.0, 0.3 * norm):
+                # The scale's gradient is outside of the norm that is clipped.
+                wanted = {n: lr * (0.3 if clip and n != SCALE else 1.0) * g for n, g in gradient.items()}
                 args = (name, case, models[case.dropout], batch, world, counts, lr, clip)
                 update, reduced = cached_update(*args, bf16=False)
                 row = {"strategy": name, "world_size": world_size, "case": case.name, "clip": bool(clip), "bf16": False}

@@ -6,8 +6,8 @@ passes of a gradient cache and that no gradient flows into. `FrozenOutputs` find
 included), in pass two it is brought back. What does not fit the budget in bytes is computed again.
 
 A part is the topmost module all of whose parameters are frozen; single layers and embeddings are too small to be worth
-their outputs. Whether a gradient has to pass through it, because something below it trains, shows in pass two of the
-first step: then the part is left alone from there on.
+their outputs. Whether a gradient has to pass through it, because something below it trains, shows in its first forward
+with a graph: then the part is left alone from there on.
 """
 
 from collections.abc import Callable, Iterator

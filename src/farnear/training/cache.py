@@ -136,6 +136,9 @@ class CachedStep:
             NonFiniteLossError: On every rank, before pass two.
         """
         turns, sizes = self._agree(batch, figures)
+        for group in dict.fromkeys(turn.group for turn in turns):
+            if group not in self._trains:
+                self._look_at(next(turn for turn in turns if turn.group == group))
         with _timed(figures, "pass_one"):
             embedding, graphs = self._pass_one(turns)
         figures.kept_graphs, figures.frozen_bytes = len(graphs), self.frozen.kept_bytes if self.frozen else 0
@@ -158,6 +161,12 @@ class CachedStep:
         turns = list(_turns(groups, turns_of_groups, (self.seed, batch.step, self.world.rank)))
         return turns, Sizes(pairs_W, documents_W, answers_W)
 
+    def _look_at(self, turn: Turn) -> None:
+        """See in a forward of its own what has a gradient: a step must do the same whether or not it is the first."""
+        context = self.frozen.replaying(turn.position, turn.seed) if self.frozen else nullcontext()
+        with context:
+            self._trains[turn.group] = self._embed(turn.mini_batch.features, turn.seed).requires_grad
+
     def _pass_one(self, turns: Sequence[Turn]) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
         """Embeddings of each side in the order of their rows, and by its position each embedding that has a graph."""
         if self.frozen is not None:
@@ -167,9 +176,9 @@ class CachedStep:
         embedded: dict[str, list[Tensor]] = {side: [] for side in SIDES}
         rows: dict[str, list[Tensor]] = {side: [] for side in SIDES}
         for bundle in self._bundles(turns, first_with_graph):
-            keeps_graph = bundle[0].position >= first_with_graph and self._trains.get(bundle[0].group, True)
+            keeps_graph = bundle[0].position >= first_with_graph and self._trains[bundle[0].group]
             for turn, e_nD in zip(bundle, self._embed_bundle(bundle, keeps_graph), strict=True):
-                if keeps_graph and e_nD.requires_grad:
+                if keeps_graph:
                     graphs[turn.position] = e_nD
                 if turn.counts:
                     embedded[turn.mini_batch.side].append(e_nD.detach())
@@ -183,7 +192,7 @@ class CachedStep:
         for _, of_group in groupby(turns, key=lambda turn: turn.group):
             waiting: list[Turn] = []
             for turn in of_group:
-                is_alone = turn.position >= first_with_graph or turn.group not in self._trains or self._records(turn)
+                is_alone = turn.position >= first_with_graph or self._records(turn)
                 if waiting and (is_alone or len(waiting) == self.together):
                     yield waiting
                     waiting = []
@@ -202,20 +211,15 @@ class CachedStep:
                 e_nD = self._embed(features, bundle[0].seed)
             return e_nD.split([turn.mini_batch.inputs for turn in bundle])
         turn = bundle[0]
-        # The first of a group shows whether its embeddings have a gradient.
-        needs_graph = keeps_graph or turn.group not in self._trains
-        records = self._records(turn) and not needs_graph
+        records = self._records(turn) and not keeps_graph
         context = self.frozen.recording(turn.position, turn.seed) if self.frozen and records else nullcontext()
-        with torch.set_grad_enabled(needs_graph), context:
-            e_nD = self._embed(turn.mini_batch.features, turn.seed)
-        if turn.group not in self._trains:
-            self._trains[turn.group] = e_nD.requires_grad
-        return [e_nD]
+        with torch.set_grad_enabled(keeps_graph), context:
+            return [self._embed(turn.mini_batch.features, turn.seed)]
 
     def _records(self, turn: Turn) -> bool:
         # Text alone goes through no tower.
         has_frozen = self.frozen is not None and bool(self.frozen.names)
-        return has_frozen and turn.mini_batch.modality != "text" and self._trains.get(turn.group, True)
+        return has_frozen and turn.mini_batch.modality != "text" and self._trains[turn.group]
 
     def _loss(
         self, embedding: dict[str, Tensor], batch: RankBatch, sizes: Sizes, figures: StepFigures, scale: float
