@@ -426,6 +426,11 @@ class RunConfig(Section):
     def _all_lines_commented_out(cls, value: Any) -> Any:
         return {} if value is None else value
 
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _a_function_alone(cls, value: Any) -> Any:
+        return {"function": value} if isinstance(value, str) else value
+
     @model_validator(mode="after")
     def _combinations(self) -> "RunConfig":
         own = Path(self.output_dir).absolute()

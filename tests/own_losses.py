@@ -1,0 +1,23 @@
+"""What a user's own loss module might hold."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, normalize
+
+from farnear.loss.false_negatives import BatchFacts
+
+
+def softmax(query_BD: Tensor, document_ND: Tensor, batch: BatchFacts) -> Tensor:
+    """InfoNCE at scale 20 without any mask."""
+    score_BN = 20.0 * normalize(query_BD, dim=1) @ normalize(document_ND, dim=1).T
+    return cross_entropy(score_BN, batch.positive_B)
+
+
+def one_number_a_row(query_BD: Tensor, document_ND: Tensor, batch: BatchFacts) -> Tensor:
+    """Not what is asked for."""
+    return query_BD.sum(1)
+
+
+def constant(query_BD: Tensor, document_ND: Tensor, batch: BatchFacts) -> Tensor:
+    """Nothing to train by."""
+    return torch.ones(())
