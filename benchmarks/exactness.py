@@ -344,7 +344,7 @@ def parameters_split(strategy: str) -> Iterator[None]:
     Where a variant is about nodes, there are two of them, or as many as ranks.
     """
     settings = {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(SPLIT_CONFIG)} if strategy.startswith("zero3") else {}
-    ranks_per_node = max(1, int(os.environ["WORLD_SIZE"]) // 2)
+    ranks_per_node = max(1, int(os.environ.get("WORLD_SIZE", 1)) // 2)
     with patch.dict(os.environ, {**settings, "LOCAL_WORLD_SIZE": str(ranks_per_node)}):
         yield
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from farnear.config import ModelConfig
 from farnear.files import give_usual_mode
 from farnear.model.load import BaseCheckpoint, cast_weights, describe_base, load_model
-from farnear.model.trainable import add_adapters
+from farnear.model.trainable import add_adapters, freeze
 
 
 def export_model(config: ModelConfig, weights: Mapping[str, Tensor], folder: Path) -> None:
@@ -38,8 +38,9 @@ def export_model(config: ModelConfig, weights: Mapping[str, Tensor], folder: Pat
     # Nothing is computed here, so no attention has to be installed.
     model = load_model(config.model_copy(update={"attn_implementation": None}))
     adapted = add_adapters(model, config, seed=0) if config.lora is not None else None
-    missing, unexpected = model.load_state_dict(dict(weights), strict=False)
-    lost = set(missing) & {name for name, _ in model.named_parameters()}
+    freeze(model, config.freeze)
+    _, unexpected = model.load_state_dict(dict(weights), strict=False)
+    lost = {name for name, parameter in model.named_parameters() if parameter.requires_grad} - weights.keys()
     if lost or unexpected:
         raise RuntimeError(
             f"weights do not fit the base model: missing {sorted(lost)[:3]}, unexpected {unexpected[:3]}"

@@ -70,6 +70,26 @@ def checkpoint_activations(model: SentenceTransformer) -> None:
             module.disable_input_require_grads()
 
 
+def store_frozen_in(dtype: torch.dtype, model: nn.Module) -> None:
+    """Keep frozen weights in the type in which autocast computes with them; in place.
+
+    It casts those of linear and convolution layers in every forward, and keeps no cast of a weight that does not
+    train: stored so, the numbers are the same, without the cast and in half the memory. Others (norms, embeddings) it
+    leaves in fp32, and so does this.
+    """
+    castable = (nn.Linear, nn.modules.conv._ConvNd)
+    used_otherwise = {
+        id(parameter)
+        for module in model.modules()
+        if not isinstance(module, castable)
+        for parameter in module.parameters(recurse=False)
+    }
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False) if isinstance(module, castable) else ():
+            if not parameter.requires_grad and parameter.is_floating_point() and id(parameter) not in used_otherwise:
+                parameter.data = parameter.data.to(dtype)
+
+
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
     """Stop the training of every parameter in the modules that a pattern names.
 

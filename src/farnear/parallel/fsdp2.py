@@ -143,10 +143,12 @@ class Fsdp2:
         self._give_back_gathered()
 
     def full_weights(self) -> dict[str, Tensor]:
-        """Whole parameters by name on the CPU of rank 0, gathered one at a time."""
+        """Whole trained parameters by name on the CPU of rank 0, gathered one at a time."""
         self._give_back_gathered()
         weights = {}
         for name, parameter in self._sharded.items():
+            if not parameter.requires_grad:
+                continue
             whole = parameter.full_tensor().detach()
             if self._world.is_main:
                 weights[name] = whole.cpu().clone()

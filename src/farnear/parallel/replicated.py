@@ -105,10 +105,10 @@ class Replicated:
         self._unwritten = []
 
     def full_weights(self) -> dict[str, Tensor]:
-        """Whole parameters by name on the CPU of rank 0."""
+        """Whole trained parameters by name on the CPU of rank 0."""
         if not self._world.is_main:
             return {}
-        return {name: parameter.detach().cpu().clone() for name, parameter in self._module.named_parameters()}
+        return {name: parameter.detach().cpu().clone() for name, parameter in self._named.items()}
 
     def _buckets(self) -> Iterator[list[Tensor]]:
         bucket: list[Tensor] = []

@@ -11,7 +11,7 @@ The cached step needs five verbs from a strategy and knows nothing else about it
 A checkpoint needs three more. `slices` shows the training state as flat pieces of named parameters: weights and moments
 as writable views, wherever the strategy keeps them. All strategies show the same names and the same meaning, which is
 what makes a checkpoint of one loadable into any other. After weights were written there, `spread_weights` brings them
-to the ranks that compute with them. `full_weights` brings whole parameters to rank 0 for export.
+to the ranks that compute with them. `full_weights` brings whole trained parameters to rank 0 for export.
 """
 
 from collections.abc import Mapping
@@ -83,7 +83,7 @@ class Strategy(Protocol):
         """Make weights that were written through `slices(owned=False)` those that `embed` uses. A collective."""
 
     def full_weights(self) -> dict[str, Tensor]:
-        """Whole parameters by name on the CPU of rank 0; an empty dict elsewhere. A collective."""
+        """Whole trained parameters by name on the CPU of rank 0; an empty dict elsewhere. A collective."""
 
 
 def build_strategy(config: RunConfig, module: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> Strategy:

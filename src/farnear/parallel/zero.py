@@ -133,9 +133,9 @@ class Zero:
             zero._reassign_or_swap_out_partitioned_parameters(group)
 
     def full_weights(self) -> dict[str, Tensor]:
-        """Whole parameters by name on the CPU of rank 0, gathered one at a time."""
+        """Whole trained parameters by name on the CPU of rank 0, gathered one at a time."""
         weights = {}
-        for name, parameter in self._engine.module.named_parameters():
+        for name, parameter in self._named.items():
             with self._gathered_parameters([parameter], enabled=self._stage == 3):
                 if self._world.is_main:
                     weights[name] = parameter.detach().cpu().clone()

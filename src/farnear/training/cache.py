@@ -22,13 +22,14 @@ With the forward as 1 and the backward as 2 this costs 4 where an uncached step 
 - the last mini-batches of pass one may keep their graph, as many as fit in memory, and are not embedded again: with a
   fraction f of them the step costs 4 - f;
 - without dropout several mini-batches go through pass one together (`farnear.model.features`);
-- what a frozen part of the model gives in pass one is kept for pass two (`farnear.model.frozen`).
+- what a frozen part of the model gives in pass one is kept for pass two (`farnear.model.frozen`);
+- under mixed precision the weights are cast once for all mini-batches of a pass, not once for each.
 """
 
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
 from time import perf_counter
@@ -111,6 +112,8 @@ class CachedStep:
         together: Most mini-batches that go through pass one at once; 1 where dropout has to be replayed.
         merge: Makes one mini-batch's features of several; needed where ``together`` is above 1.
         frozen: Keeps outputs of frozen parts.
+        cast_once: A context in which autocast keeps its casts of the weights. It is never open across a change between
+            forwards with and without graph: a cast made without would be taken for one with, and hide its weight.
     """
 
     strategy: Strategy
@@ -122,6 +125,7 @@ class CachedStep:
     together: int = 1
     merge: Callable[[Sequence[dict[str, Any]]], dict[str, Any]] | None = None
     frozen: FrozenOutputs | None = None
+    cast_once: Callable[[], AbstractContextManager[Any]] = nullcontext
     # Whether a gradient reaches the weights from a group: not where everything that it goes through is frozen.
     _trains: dict[tuple[str, str], bool] = field(default_factory=dict)
 
@@ -175,14 +179,18 @@ class CachedStep:
         graphs: dict[int, Tensor] = {}
         embedded: dict[str, list[Tensor]] = {side: [] for side in SIDES}
         rows: dict[str, list[Tensor]] = {side: [] for side in SIDES}
-        for bundle in self._bundles(turns, first_with_graph):
-            keeps_graph = bundle[0].position >= first_with_graph and self._trains[bundle[0].group]
-            for turn, e_nD in zip(bundle, self._embed_bundle(bundle, keeps_graph), strict=True):
-                if keeps_graph:
-                    graphs[turn.position] = e_nD
-                if turn.counts:
-                    embedded[turn.mini_batch.side].append(e_nD.detach())
-                    rows[turn.mini_batch.side].append(torch.from_numpy(turn.mini_batch.rows))
+        for keeps_graph, bundles in groupby(
+            self._bundles(turns, first_with_graph),
+            lambda bundle: bundle[0].position >= first_with_graph and self._trains[bundle[0].group],
+        ):
+            with self.cast_once():
+                for bundle in bundles:
+                    for turn, e_nD in zip(bundle, self._embed_bundle(bundle, keeps_graph), strict=True):
+                        if keeps_graph:
+                            graphs[turn.position] = e_nD
+                        if turn.counts:
+                            embedded[turn.mini_batch.side].append(e_nD.detach())
+                            rows[turn.mini_batch.side].append(torch.from_numpy(turn.mini_batch.rows))
         # Mini-batches are cut by cost, so their rows interleave.
         place = {side: torch.cat(rows[side]).argsort().to(self.world.device) for side in SIDES}
         return {side: torch.cat(embedded[side])[place[side]] for side in SIDES}, graphs
@@ -240,18 +248,20 @@ class CachedStep:
         training = [turn for turn in turns if self._trains[turn.group]]
         # Kept graphs first: each backward frees the memory that the next forward may need.
         training.sort(key=lambda turn: turn.position not in graphs)
-        with self.strategy.accumulate():
+        with self.strategy.accumulate(), self.cast_once():
             for turn in training:
                 e_nD = graphs.pop(turn.position, None)
                 if e_nD is None:
                     context = self.frozen.replaying(turn.position, turn.seed) if self.frozen else nullcontext()
                     with context:
                         e_nD = self._embed(turn.mini_batch.features, turn.seed)
+                surrogate = e_nD.float().sum() * 0.0
                 if turn.counts:
                     rows = torch.from_numpy(turn.mini_batch.rows).to(self.world.device)
-                    self.strategy.backward((e_nD.float() * gradient[turn.mini_batch.side][rows]).sum())
-                else:
-                    self.strategy.backward(e_nD.float().sum() * 0.0)
+                    surrogate = (e_nD.float() * gradient[turn.mini_batch.side][rows]).sum()
+                # A backward runs in the types of its forward; autocast would lower what the forward did in fp32.
+                with torch.autocast(self.world.device.type, enabled=False):
+                    self.strategy.backward(surrogate)
 
     def _embed(self, features: dict[str, Any], seed: int) -> Tensor:
         torch.manual_seed(seed)

@@ -1,5 +1,11 @@
 """The cached step of a run, with what the run chooses for it."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
 from sentence_transformers import SentenceTransformer
 
 from farnear.config import RunConfig
@@ -58,5 +64,14 @@ def build_step(
         together=choices.together,
         merge=merger,
         frozen=frozen if has_frozen_parts and choices.frozen_bytes else None,
+        cast_once=casts_kept(config, world),
     )
     return step, choices
+
+
+def casts_kept(config: RunConfig, world: World) -> Callable[[], AbstractContextManager[Any]]:
+    """What keeps the weights' casts through a pass, unless weights are spread over ranks: all casts would not fit."""
+    if not config.training.bf16 or config.strategy not in ("single", "ddp", "zero1", "zero2"):
+        return nullcontext
+    # The module's own autocast lies within this one, and casts are forgotten when the outermost ends.
+    return partial(torch.autocast, world.device.type, torch.bfloat16)

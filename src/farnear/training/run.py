@@ -42,7 +42,7 @@ from farnear.model.export import export_model
 from farnear.model.frozen import FrozenOutputs
 from farnear.model.load import embedding_dimension, load_model
 from farnear.model.pixels import page_tokens
-from farnear.model.trainable import checkpoint_activations, choose_trainable
+from farnear.model.trainable import checkpoint_activations, choose_trainable, store_frozen_in
 from farnear.parallel.strategy import Strategy, build_strategy
 from farnear.parallel.trackers import Trackers
 from farnear.parallel.world import World, on_main_rank, start_world, stop_world
@@ -224,6 +224,9 @@ def build(
     model = load_model(config.model, dtype=torch.bfloat16 if training.pure_bf16 else torch.float32)
     preprocess = Preprocessing(model)
     choose_trainable(model, config.model, seed=config.seed)
+    if training.bf16 and config.strategy in ("single", "ddp"):
+        # ZeRO and FSDP2 take all weights in one type.
+        store_frozen_in(torch.bfloat16, model)
     if training.gradient_checkpointing:
         checkpoint_activations(model)
     module = Embedder(model, bf16=training.bf16).to(world.device)
@@ -360,7 +363,7 @@ def save(run: Run, progress: Progress, as_best: bool = False) -> None:
 
 
 def export(run: Run) -> None:
-    """Write the folder that `SentenceTransformer(path)` loads."""
+    """Write the folder that `SentenceTransformer(path)` loads: what was trained, and all else from the base model."""
     weights = {name.removeprefix("model."): weight for name, weight in run.strategy.full_weights().items()}
     on_main_rank(run.world, lambda: export_model(run.config.model, weights, run.folder.export))
 
