@@ -57,6 +57,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "zero2-mini_batch": {"strategy": "zero2", "training": {"reduce": "mini_batch"}},
     "zero3-mini_batch": {"strategy": "zero3", "training": {"reduce": "mini_batch"}},
     "fsdp2-mini_batch": {"strategy": "fsdp2", "training": {"reduce": "mini_batch"}},
+    "zero3-reshard_step": {"strategy": "zero3", "training": {"reshard": "step"}},
+    "fsdp2-reshard_step": {"strategy": "fsdp2", "training": {"reshard": "step"}},
 }
 WORLD_SIZES = (1, 2, 3, 4)
 SEED = 7

@@ -138,6 +138,9 @@ def test_combinations_that_cannot_train_are_refused(write_run_file: WriteRunFile
     for strategy in ("single", "ddp", "zero1"):
         message = _refusal(write_run_file(strategy=strategy, training={"reduce": "mini_batch"}))
         assert f"under {strategy} they are whole on every rank" in message
+    assert "reshard: step is for zero3 and fsdp2" in _refusal(
+        write_run_file(strategy="zero2", training={"reshard": "step"})
+    )
     dims = {"matryoshka_dims": [64, 32], "matryoshka_weights": [1]}
     assert "1 values for 2" in _refusal(write_run_file(loss=dims))
     assert "twice" in _refusal(write_run_file(loss={"matryoshka_dims": [64, 64]}))

@@ -40,6 +40,16 @@ def test_the_gradient_of_a_variant_is_the_plain_one(results: list[dict[str, Any]
     assert passes > 1.5 if variant.endswith("mini_batch") else passes <= 1.01
 
 
+@pytest.mark.parametrize("strategy", ["zero3", "fsdp2"])
+def test_parameters_that_are_kept_are_gathered_once(results: list[dict[str, Any]], strategy: str) -> None:
+    def gathers(name: str) -> list[float]:
+        of_case = [row for row in results if row["case"] in exactness.SLICE_OF_VARIANTS and row["world_size"] == 2]
+        return [row["reductions"]["gathers"] for row in of_case if row["strategy"] == name]
+
+    assert min(gathers(strategy)) > 5
+    assert max(gathers(f"{strategy}-reshard_step")) < 1.1
+
+
 def test_a_wrong_factor_would_be_seen() -> None:
     reference = {"w": torch.tensor([1.0, -2.0, 3.0])}
     assert exactness.relative_error({"w": 2 * reference["w"]}, reference) == pytest.approx(1.0)

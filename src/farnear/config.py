@@ -245,6 +245,8 @@ class TrainingConfig(Section):
     """bf16 weights and optimizer moments too: half the memory, and small updates are lost to rounding."""
     reduce: Literal["step", "mini_batch"] = "step"
     """When gradients meet: once a step and whole on every rank until then, or after each mini-batch, kept in parts."""
+    reshard: Literal["forward", "step"] = "forward"
+    """zero3, fsdp2: when gathered parameters are given back. step keeps them, all of them, until the optimizer step."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass. With small mini-batches it is rarely needed."""
     logging_steps: int = Field(default=10, ge=1)
@@ -336,6 +338,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"training.reduce: mini_batch saves memory where gradients are partitioned; under {self.strategy} they "
                 "are whole on every rank, so it would only cost time: take it out, or use zero2, zero3 or fsdp2"
+            )
+        if self.training.reshard == "step" and self.strategy not in ("zero3", "fsdp2"):
+            raise ValueError(
+                f"training.reshard: step is for zero3 and fsdp2, which gather parameters; {self.strategy} has them "
+                "whole on every rank: take it out"
             )
         if self.training.pure_bf16 and self.strategy not in ("single", "ddp"):
             raise ValueError(

@@ -14,6 +14,9 @@ here:
 Under ``reduce: mini_batch`` FSDP2 reduces unit by unit within every backward, parameters without a gradient included,
 so that no rank ever holds more than a few units' whole gradients.
 
+Under ``reshard: step`` gathered parameters stay until the step. A step of eight mini-batches, half of them through both
+towers and four of them with kept graphs, then gathers 1.1 times the parameters instead of 15.5 times.
+
 The optimizer never sees a DTensor. It gets plain parameters that share memory with the shards, so any optimizer works
 and its state is a flat contiguous piece of a named parameter: FSDP2 cuts along dimension 0.
 
@@ -82,6 +85,9 @@ class Fsdp2:
         self._sharded = {name: cast(DTensor, parameter) for name, parameter in module.named_parameters()}
         self._reduces_at_once = config.training.reduce == "mini_batch"
         self._set_reduction(cast(FSDPModule, module))
+        if config.training.reshard == "step":
+            cast(FSDPModule, module).set_reshard_after_forward(False)
+            cast(FSDPModule, module).set_reshard_after_backward(False)
         self._shards_of_unit = [self._shards(unit) for unit in self._units]
         _point_at(optimizer, names, {shard.name: shard.own for shard in self._all_shards()})
 

@@ -8,6 +8,9 @@ Under ``reduce: mini_batch`` DeepSpeed reduces within every backward and keeps t
 (``managed_gradient_accumulation: false``, in which it asks for no last mini-batch). It reduces in the order in which
 gradients appear, so ranks must then run the same modules: the cached step sees to that where a forward is a collective.
 
+Under ``reshard: step`` ZeRO-3 keeps what it has gathered until the step: a step of eight mini-batches, half of them
+through both towers and four of them with kept graphs, then gathers its parameters once instead of 15.1 times.
+
 Four things the engine leaves to its caller, done here:
 
 - a parameter without a gradient would keep the previous step's in its reduction buffer (ZeRO-3) or stop the flush
@@ -41,6 +44,8 @@ from farnear.resources import resource
 
 # Values with which a DeepSpeed config leaves a decision to the run file.
 LEFT_OPEN = (None, "auto")
+# Stands among the modules that use a parameter while it is to stay gathered.
+THE_STEP = "the step"
 
 
 class Zero:
@@ -77,9 +82,15 @@ class Zero:
                 "pip install --upgrade deepspeed, or take it out"
             )
         self._named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+        self._keeps_gathered = config.training.reshard == "step"
 
     def embed(self, features: Features) -> Tensor:
         """Embeddings [n, D] of one mini-batch."""
+        if self._keeps_gathered:
+            # A parameter that some module is using is not given back until the step. DeepSpeed's own way, persistence
+            # thresholds, holds only while every forward is like the one before, which a cached step's are not.
+            for parameter in self._engine.module.parameters():
+                parameter.ds_active_sub_modules.add(THE_STEP)
         return self._engine(features)
 
     @contextmanager
@@ -93,6 +104,7 @@ class Zero:
             return
         with self._engine.coalesce_grad_reduction():
             yield
+            self._let_go()
             self._fill_missing_gradients()
 
     def backward(self, surrogate: Tensor) -> None:
@@ -134,12 +146,19 @@ class Zero:
 
     def full_weights(self) -> dict[str, Tensor]:
         """Whole parameters by name on the CPU of rank 0, gathered one at a time."""
+        self._let_go()
         weights = {}
         for name, parameter in self._engine.module.named_parameters():
             with self._gathered_parameters([parameter], enabled=self._stage == 3):
                 if self._world.is_main:
                     weights[name] = parameter.detach().cpu().clone()
         return weights
+
+    def _let_go(self) -> None:
+        """DeepSpeed may give back again what was kept for the rest of the step."""
+        if self._keeps_gathered:
+            for parameter in self._engine.module.parameters():
+                parameter.ds_active_sub_modules.discard(THE_STEP)
 
     def _fill_missing_gradients(self) -> None:
         parameters = list(self._named.values())
