@@ -24,6 +24,7 @@ def test_the_gradient_is_the_plain_one(results: list[dict[str, Any]], strategy: 
     assert summary["cases"] == len(exactness.SLICE) + len(exactness.SLICE) - 1
     assert summary["worst_relative_error"] <= exactness.BOUND_FP32
     assert summary["worst_relative_error_bf16"] <= exactness.BOUND_BF16
+    assert summary["worst_relative_error_fp16"] <= exactness.BOUND_FP16
     assert summary["worst_relative_error_adamw"] <= exactness.BOUND_ADAMW
     assert summary["reductions_per_step"] == {strategy: 1.0}
 

@@ -39,7 +39,6 @@ FOREIGN_KEYS = {
         "per_device_train_batch_size x gradient_accumulation_steps x num_processes, and training.mini_batch_size to "
         "what fits through the model at once"
     ),
-    "fp16": "fp16 is not supported; training.bf16 has the same memory and needs no loss scaling",
     "torch_dtype": "weights always train in fp32; training.bf16 sets the compute, training.pure_bf16 the weights too",
     "temperature": "loss.scale is its inverse: set loss.scale to 1 / temperature",
     "batch_size": (
@@ -241,6 +240,8 @@ class TrainingConfig(Section):
     """Gradients are scaled down to this global norm; 0 turns clipping off."""
     bf16: bool = False
     """bf16 compute with fp32 master weights and fp32 accumulation."""
+    fp16: bool = False
+    """fp16 compute with fp32 master weights and dynamic loss scaling, for GPUs that have no bf16."""
     pure_bf16: bool = False
     """bf16 weights and optimizer moments too: half the memory, and small updates are lost to rounding."""
     reduce: Literal["step", "mini_batch"] = "step"
@@ -271,6 +272,8 @@ class TrainingConfig(Section):
     def _one_meaning_of_bf16(self) -> "TrainingConfig":
         if self.bf16 and self.pure_bf16:
             raise ValueError("bf16 keeps fp32 weights and pure_bf16 does not; set one of them")
+        if self.fp16 and (self.bf16 or self.pure_bf16):
+            raise ValueError("fp16 and bf16 are two ways to compute; set one of them, bf16 where the GPU has it")
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError("max_steps is a positive number, or -1 to go by num_train_epochs")
         return self

@@ -45,7 +45,7 @@ from torch.distributed.tensor import DTensor
 from farnear.config import RunConfig
 from farnear.errors import UserError
 from farnear.parallel.collectives import agree_on_max, all_reduce_sum, gather_ints
-from farnear.parallel.strategy import Features, NonFiniteGradientError, ParameterSlice, adam_state
+from farnear.parallel.strategy import Features, LossScale, NonFiniteGradientError, ParameterSlice, adam_state, divide
 from farnear.parallel.world import World
 
 
@@ -70,6 +70,7 @@ class Fsdp2:
     """A module whose parameters, gradients and optimizer state are spread over the ranks by torch."""
 
     forward_is_collective = True
+    loss_scale: LossScale | None = None
 
     def __init__(self, config: RunConfig, module: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> None:
         _refuse_scalars(module)
@@ -108,10 +109,11 @@ class Fsdp2:
         """Backward of a scalar."""
         surrogate.backward()
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float, *, gradient_scale: float = 1.0) -> float:
         """Clip, update and clear; see `Strategy.step`."""
         self._give_back_gathered()
         gradients = [shard.own.grad for shard in self._all_shards() if shard.own.grad is not None]
+        divide(gradients, gradient_scale)
         square = torch.nn.utils.get_total_norm(gradients).square()
         # Every copy of the model adds the same.
         norm = (all_reduce_sum(square) / self._copies).sqrt()

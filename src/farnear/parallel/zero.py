@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from farnear.config import RunConfig
 from farnear.errors import UserError
 from farnear.parallel.collectives import agree_on_max
-from farnear.parallel.strategy import Features, NonFiniteGradientError, ParameterSlice, adam_state
+from farnear.parallel.strategy import Features, LossScale, NonFiniteGradientError, ParameterSlice, adam_state
 from farnear.parallel.world import World
 from farnear.resources import resource
 
@@ -50,6 +50,8 @@ THE_STEP = "the step"
 
 class Zero:
     """A module whose optimizer state (1), gradients (2) and parameters (3) are spread over the ranks."""
+
+    loss_scale: LossScale | None = None
 
     def __init__(self, config: RunConfig, module: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> None:
         if world.device.type == "cpu":
@@ -114,11 +116,14 @@ class Zero:
             self._engine.optimizer.clear_backward_seen_flag()
         self._engine.backward(surrogate, scale_wrt_gas=False)
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float, *, gradient_scale: float = 1.0) -> float:
         """Clip, update and clear; see `Strategy.step`."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
+        # DeepSpeed would also multiply surrogates by it, so it stands there only while gradients are divided.
+        self._engine.optimizer.loss_scale = gradient_scale
         self._engine.step()
+        self._engine.optimizer.loss_scale = 1.0
         if not self._engine.was_step_applied():
             raise NonFiniteGradientError
         return float(self._engine.get_global_grad_norm())
@@ -255,8 +260,8 @@ def _refuse_contradictions(config: RunConfig, settings: dict[str, Any], path: st
     for key in ("bf16", "fp16", "torch_autocast"):
         if settings.get(key, {}).get("enabled") not in (*LEFT_OPEN, False):
             raise UserError(
-                f"{path} turns {key} on, which the run file's training.bf16 decides (fp32 weights, bf16 compute, fp32 "
-                f"accumulation); take {key} out of it"
+                f"{path} turns {key} on, which the run file's training.bf16 decides, or training.fp16 (fp32 weights, "
+                f"bf16 or fp16 compute, fp32 accumulation); take {key} out of it"
             )
     for key in ("optimizer", "scheduler"):
         if key in settings:

@@ -54,6 +54,7 @@ class Progress:
         epoch, plan_hash: Of the last step done: another order of pairs is noticed by its hash.
         best_metric, best_step: The best evaluation so far, if any.
         total_steps: Of the run file then: the learning rate's course depends on it.
+        loss_scale: Under training.fp16, the fields of `LossScale`.
         measured_by: What `best_metric` is a value of: another measure or another sample does not compare with it.
     """
 
@@ -68,6 +69,7 @@ class Progress:
     best_metric: float | None = None
     best_step: int | None = None
     measured_by: str = ""
+    loss_scale: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ strategy, files in the checkpoint. `farnear.training.run` puts the parts togethe
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from time import perf_counter
 from typing import Any
 
@@ -54,7 +54,8 @@ def train(parts: Parts, progress: Progress) -> Progress:
     for batch in parts.loader.batches(progress.step, parts.total_steps):
         parts.record(train_step(parts, batch))
         parts.quarantine.stop_if_too_many(batch.step + 1)
-        progress = replace(progress, step=batch.step + 1)
+        scale = parts.strategy.loss_scale
+        progress = replace(progress, step=batch.step + 1, loss_scale=asdict(scale) if scale else None)
         is_best = False
         if _is_due(progress.step, parts.eval_steps):
             metric = parts.evaluate(progress.step)
@@ -89,6 +90,7 @@ def train_step(parts: Parts, batch: RankBatch) -> dict[str, Any]:
         ) from error
     now = perf_counter()
     seconds = {"data": batch.seconds_waited, **figures.seconds, "optimizer": now - before_step}
+    scale = parts.strategy.loss_scale
     of_rank = gather_values((figures.own_seconds, figures.tokens, len(batch.quarantined)), parts.world.device)
     own_seconds_W, tokens_W, quarantined_W = zip(*of_rank, strict=True)
     if sum(quarantined_W):
@@ -99,6 +101,7 @@ def train_step(parts: Parts, batch: RankBatch) -> dict[str, Any]:
         "loss": figures.loss,
         "lr": learning_rate,
         "grad_norm": grad_norm,
+        **({"loss_scale": scale.scale, "skipped": scale.skipped} if scale else {}),
         "pairs": figures.pairs,
         "pairs_per_s": figures.pairs / (batch.seconds_waited + now - started),
         "masked": figures.masked,

@@ -39,7 +39,7 @@ from farnear.model.embedder import Embedder, Preprocessing
 from farnear.model.export import export_model
 from farnear.model.load import embedding_dimension, load_model
 from farnear.model.pixels import page_tokens
-from farnear.parallel.strategy import Strategy, build_strategy
+from farnear.parallel.strategy import LossScale, Strategy, build_strategy
 from farnear.parallel.trackers import Trackers
 from farnear.parallel.world import World, on_main_rank, start_world, stop_world
 from farnear.retrieve.evaluate import evaluate
@@ -188,12 +188,14 @@ def build(
     preprocess = Preprocessing(model)
     if training.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    module = Embedder(model, bf16=training.bf16).to(world.device)
+    module = Embedder(model, bf16=training.bf16, fp16=training.fp16).to(world.device)
     # Taken now: ZeRO-3 leaves parameters without a shape.
     shapes = {name: parameter.shape for name, parameter in module.named_parameters() if parameter.requires_grad}
     strategy = build_strategy(config, module, build_optimizer(module, training), world)
     if checkpoint is not None:
         load_state(checkpoint, strategy, shapes)
+        if strategy.loss_scale is not None and checkpoint.progress.loss_scale is not None:
+            strategy.loss_scale = LossScale(**checkpoint.progress.loss_scale)
     return model, preprocess, strategy, shapes
 
 
