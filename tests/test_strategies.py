@@ -181,9 +181,14 @@ def steps_in_half(rank: int, world_size: int, names: Iterable[str]) -> None:
             wanted = {n: 0.5 * g for n, g in gradient.items()}
             assert exactness.relative_error({n: before[n] - after[n] for n in after}, wanted) < 1e-2, name
         strategy.loss_scale = LossScale(1.0, GOOD_STEPS_TO_DOUBLE - 1, 3)
-        for x, scale in ((1.0, LossScale(2.0, 0, 3)), (float("inf"), LossScale(1.0, 0, 4))):
+        # The last one is a text: the vision tower's overflow of the step before is forgotten.
+        for turn, x, scale in (
+            (0, 1.0, LossScale(2.0, 0, 3)),
+            (0, float("inf"), LossScale(1.0, 0, 4)),
+            (2, 1.0, LossScale(1.0, 1, 4)),
+        ):
             with strategy.accumulate():
-                strategy.backward(strategy.embed(turns_of(rank, "ddp")[0]).float().sum() * x)
+                strategy.backward(strategy.embed(turns_of(rank, "ddp")[turn]).float().sum() * x)
             strategy.step(0.0)
             assert strategy.loss_scale == scale, name
         with strategy.accumulate():
