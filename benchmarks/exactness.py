@@ -16,6 +16,7 @@ would keep all of these whole. The last line is JSON. Exit code 1 when a bound i
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import socket
@@ -56,6 +57,7 @@ from farnear.training.cache import CachedStep, StepFigures, turn_seed
 BOUND_FP32 = 1e-5
 # bf16 has 8 bits of mantissa; this is the rounding of the forward and backward, measured and then committed.
 BOUND_BF16 = 3e-2
+BOUND_FP16 = 5e-3
 BOUND_ADAMW = 1e-6
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 # A strategy with something switched on: what a run file says about it.
@@ -64,6 +66,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "zero2-mini_batch": {"strategy": "zero2", "training": {"reduce": "mini_batch"}},
     "zero3-mini_batch": {"strategy": "zero3", "training": {"reduce": "mini_batch"}},
     "fsdp2-mini_batch": {"strategy": "fsdp2", "training": {"reduce": "mini_batch"}},
+    "zero3-reshard_step": {"strategy": "zero3", "training": {"reshard": "step"}},
+    "fsdp2-reshard_step": {"strategy": "fsdp2", "training": {"reshard": "step"}},
 }
 WORLD_SIZES = (1, 2, 3, 4)
 SEED = 7
@@ -323,7 +327,7 @@ def mini_batch_rows(case: Case, inputs: list[Any]) -> list[np.ndarray]:
     return cut(cost_n, None, case.num_tokens)
 
 
-def run_config(strategy: str, model: str, max_grad_norm: float) -> RunConfig:
+def run_config(strategy: str, model: str, max_grad_norm: float, *, fp16: bool = False) -> RunConfig:
     """A run file of which only the strategy, or variant of one, and the clipping matter here."""
     keys = VARIANTS.get(strategy, {"strategy": strategy})
     return parse_config(
@@ -332,7 +336,7 @@ def run_config(strategy: str, model: str, max_grad_norm: float) -> RunConfig:
             "model": {"name_or_path": model},
             "data": {"train": ["unused"]},
             **keys,
-            "training": {"max_grad_norm": max_grad_norm, **keys.get("training", {})},
+            "training": {"max_grad_norm": max_grad_norm, "fp16": fp16, **keys.get("training", {})},
         }
     )
 
@@ -358,19 +362,19 @@ def cached_update(
     counts: dict[str, int],
     lr: float,
     clip: float,
-    bf16: bool,
+    precision: str,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """farnear's update (old weights minus new) on rank 0, and what was reduced on the way."""
     model = prepared_model(model_path, case)
     mine = rank_batch(case, batch, model, world)
-    module = Embedder(model, bf16=bf16)
+    module = Embedder(model, bf16=precision == "bf16", fp16=precision == "fp16")
     before = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
     frozen = FrozenOutputs(module, 1 << 30) if case.freeze or case.lora else None
     optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=lr)
     with parameters_split(strategy_name):
-        strategy = build_strategy(run_config(strategy_name, model_path, clip), module, optimizer, world)
+        config = run_config(strategy_name, model_path, clip, fp16=precision == "fp16")
+        strategy = build_strategy(config, module, optimizer, world)
     strategy.train(True)
-    counts.update(calls=0, elements=0, gathered=0)
     step = CachedStep(
         strategy,
         world,
@@ -383,11 +387,15 @@ def cached_update(
         frozen=frozen,
     )
     figures = StepFigures()
-    outcome = step.gradient(mine, figures, scale=case.loss.scale)
-    check_that_it_was_used(case, figures, frozen)
     elements = sum(p.numel() for p in before.values())
-    reduced = {"calls": counts["calls"], "passes": round(counts["elements"] / elements, 3)}
-    strategy.step(lr)
+    norm = float("nan")
+    # fp16 leaves out steps until it has found a scale.
+    while math.isnan(norm):
+        counts.update(calls=0, elements=0, gathered=0)
+        outcome = step.gradient(mine, figures, scale=case.loss.scale)
+        reduced = {"calls": counts["calls"], "passes": round(counts["elements"] / elements, 3)}
+        norm = strategy.step(lr)
+    check_that_it_was_used(case, figures, frozen)
     reduced["gathers"] = round(counts["gathered"] / elements, 2)
     after = strategy.full_weights()
     update = {name: before[name] - after[name] for name in before} if after else {}
@@ -533,17 +541,14 @@ def rank_main(rank: int, world_size: int, port: int, models: dict[float, str], s
                 # The scale's gradient is outside of the norm that is clipped.
                 wanted = {n: lr * (0.3 if clip and n != SCALE else 1.0) * g for n, g in gradient.items()}
                 args = (name, case, models[case.dropout], batch, world, counts, lr, clip)
-                update, reduced = cached_update(*args, bf16=False)
-                row = {"strategy": name, "world_size": world_size, "case": case.name, "clip": bool(clip), "bf16": False}
-                results.append(
-                    {**row, "error": relative_error(update, wanted) if update else 0.0, "reductions": reduced}
-                )
-                if case.name in ("plain", "matryoshka") and not clip:
-                    update, _ = cached_update(*args, bf16=True)
+                halves = ("bf16", "fp16") if case.name in ("plain", "matryoshka") and not clip else ()
+                row = {"strategy": name, "world_size": world_size, "case": case.name, "clip": bool(clip)}
+                for precision in ("fp32", *halves):
+                    update, reduced = cached_update(*args, precision)
                     error = relative_error(update, wanted) if update else 0.0
-                    results.append({**row, "bf16": True, "error": error, "reductions": reduced})
+                    results.append({**row, "precision": precision, "error": error, "reductions": reduced})
     for name in STRATEGIES if world_size < 4 else ():
-        row = {"strategy": name, "world_size": world_size, "case": "adamw", "clip": True, "bf16": False}
+        row = {"strategy": name, "world_size": world_size, "case": "adamw", "clip": True, "precision": "fp32"}
         results.append({**row, "error": adamw_error(name, world), "reductions": {}})
     if rank == 0:
         Path(out).write_text(json.dumps(results), encoding="utf-8")
@@ -583,7 +588,8 @@ def run(world_sizes: tuple[int, ...], small: bool) -> list[dict[str, Any]]:
 
 def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
     """The figures of the last line."""
-    fp32 = [r for r in results if not r["bf16"] and r["case"] != "adamw"]
+    fp32 = [r for r in results if r["precision"] == "fp32" and r["case"] != "adamw"]
+    halves = {half: [r["error"] for r in results if r["precision"] == half] for half in ("bf16", "fp16")}
     keys = {(r["strategy"], r["world_size"], r["case"]) for r in fp32}
     reductions = {}
     for name in (*STRATEGIES, *VARIANTS):
@@ -592,8 +598,10 @@ def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
             reductions[name] = max(r["passes"] for r in mine)
     return {
         "worst_relative_error": max(r["error"] for r in fp32),
-        "worst_relative_error_bf16": max((r["error"] for r in results if r["bf16"]), default=None),
+        "worst_relative_error_bf16": max(halves["bf16"], default=None),
         "bound_bf16": BOUND_BF16,
+        "worst_relative_error_fp16": max(halves["fp16"], default=None),
+        "bound_fp16": BOUND_FP16,
         "worst_relative_error_adamw": max((r["error"] for r in results if r["case"] == "adamw"), default=None),
         "cases": len(keys),
         "reductions_per_step": reductions,
@@ -606,14 +614,16 @@ def main() -> int:
     parser.add_argument("--slice", action="store_true", help="a few cases at W = 1 and 2")
     options = parser.parse_args()
     results = run((1, 2) if options.slice else WORLD_SIZES, options.slice)
-    print(f"{'strategy':9} {'W':>2} {'case':24} {'clip':5} {'bf16':5} error")
+    print(f"{'strategy':18} {'W':>2} {'case':24} {'clip':5} type error")
     for r in results:
-        print(f"{r['strategy']:9} {r['world_size']:2} {r['case']:24} {r['clip']!s:5} {r['bf16']!s:5} {r['error']:.1e}")
+        row = f"{r['strategy']:18} {r['world_size']:2} {r['case']:24} {r['clip']!s:5} {r['precision']}"
+        print(f"{row} {r['error']:.1e}")
     summary = summarise(results)
     print(json.dumps(summary))
     good = (
         summary["worst_relative_error"] <= BOUND_FP32
         and (summary["worst_relative_error_bf16"] or 0.0) <= BOUND_BF16
+        and (summary["worst_relative_error_fp16"] or 0.0) <= BOUND_FP16
         and (summary["worst_relative_error_adamw"] or 0.0) <= BOUND_ADAMW
     )
     return 0 if good else 1

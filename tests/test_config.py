@@ -93,6 +93,7 @@ def test_advice_for_foreign_keys_names_known_keys_only() -> None:
         ("trainin.max_steps=3", ["unknown key 'trainin'; did you mean 'training'?"]),
         ("loss.matryoshka_weights=[1]", ["matryoshka_weights needs matryoshka_dims"]),
         ("training={bf16: true, pure_bf16: true}", ["bf16", "pure_bf16", "set one"]),
+        ("training={bf16: true, fp16: true}", ["fp16 and bf16", "set one"]),
         ("training.load_best_model_at_end=true", ["load_best_model_at_end", "data.eval", "evaluation.eval_steps"]),
         ("evaluation.eval_steps=10", ["evaluation.eval_steps", "data.eval"]),
         ("model=null", ["'model.name_or_path' is missing"]),
@@ -138,6 +139,9 @@ def test_combinations_that_cannot_train_are_refused(write_run_file: WriteRunFile
     for strategy in ("single", "ddp", "zero1"):
         message = _refusal(write_run_file(strategy=strategy, training={"reduce": "mini_batch"}))
         assert f"under {strategy} they are whole on every rank" in message
+    assert "reshard: step is for zero3 and fsdp2" in _refusal(
+        write_run_file(strategy="zero2", training={"reshard": "step"})
+    )
     dims = {"matryoshka_dims": [64, 32], "matryoshka_weights": [1]}
     assert "1 values for 2" in _refusal(write_run_file(loss=dims))
     assert "twice" in _refusal(write_run_file(loss={"matryoshka_dims": [64, 64]}))

@@ -24,6 +24,7 @@ def test_the_gradient_is_the_plain_one(results: list[dict[str, Any]], strategy: 
     assert summary["cases"] == len(exactness.SLICE) + len(exactness.SLICE) - 1
     assert summary["worst_relative_error"] <= exactness.BOUND_FP32
     assert summary["worst_relative_error_bf16"] <= exactness.BOUND_BF16
+    assert summary["worst_relative_error_fp16"] <= exactness.BOUND_FP16
     assert summary["worst_relative_error_adamw"] <= exactness.BOUND_ADAMW
     assert summary["reductions_per_step"] == {strategy: 1.0}
 
@@ -38,6 +39,16 @@ def test_the_gradient_of_a_variant_is_the_plain_one(results: list[dict[str, Any]
     # Gradients that are to stay partitioned meet after each of the mini-batches, as far as they are used in it.
     passes = exactness.summarise(mine)["reductions_per_step"][variant]
     assert passes > 1.5 if variant.endswith("mini_batch") else passes <= 1.01
+
+
+@pytest.mark.parametrize("strategy", ["zero3", "fsdp2"])
+def test_parameters_that_are_kept_are_gathered_once(results: list[dict[str, Any]], strategy: str) -> None:
+    def gathers(name: str) -> list[float]:
+        of_case = [row for row in results if row["case"] in exactness.SLICE_OF_VARIANTS and row["world_size"] == 2]
+        return [row["reductions"]["gathers"] for row in of_case if row["strategy"] == name]
+
+    assert min(gathers(strategy)) > 5
+    assert max(gathers(f"{strategy}-reshard_step")) < 1.1
 
 
 def test_a_wrong_factor_would_be_seen() -> None:

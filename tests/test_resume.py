@@ -8,6 +8,7 @@ its edge.
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from sentence_transformers import SentenceTransformer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import make_inputs, run_config
 
-from farnear.parallel.world import start_world, stop_world
+from farnear.parallel.world import World, start_world, stop_world
 from farnear.training.checkpoint import find_checkpoint, load_state, open_checkpoint
 from farnear.training.run import open_run, save, train_in
 
@@ -181,3 +182,26 @@ def test_a_tracker_is_told_what_the_run_folder_holds(best: Path, strategy: str) 
         (step, loss) for step, loss, _ in losses(run)
     ]
     assert [(event.step, event.value) for event in events.Scalars("eval/64/ndcg@10")][1:3] == [(2, 1.0), (4, 1.0)]
+
+
+def test_fp16_goes_on_at_its_loss_scale(folder: Path) -> None:
+    alone = World(0, 1, torch.device("cpu"))
+
+    def run_to(steps: int, name: str) -> list[dict[str, Any]]:
+        training = {"fp16": True, "max_steps": steps, "save_steps": 1}
+        train_in(alone, run_config(folder, name, training=training), "auto")
+        return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+
+    run_to(2, "fp16")
+    manifest_path = folder / "fp16" / "checkpoints" / "step-00000002" / "manifest.json"
+    manifest = json.loads(manifest_path.read_text())
+    saved = manifest["progress"]["loss_scale"]
+    assert saved["good_steps"] + saved["skipped"] == 2
+    assert saved["scale"] == 2.0 ** (16 - saved["skipped"])
+    # A scale that no run would come to by itself, one good step before it grows.
+    manifest["progress"]["loss_scale"] = {"scale": 3.0, "good_steps": 1999, "skipped": 7}
+    manifest_path.write_text(json.dumps(manifest))
+    lines = run_to(3, "fp16")
+    assert [line["skipped"] for line in lines][2:] == [7]
+    assert lines[2]["loss_scale"] == 6.0
+    assert lines[2]["grad_norm"] > 0

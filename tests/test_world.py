@@ -55,6 +55,7 @@ def test_what_fits_is_let_through(strategy: str, environment: dict[str, str]) ->
         ("ddp", WITH_DEEPSPEED, "strategy=ddp, but the accelerate config starts with DeepSpeed"),
         ("ddp", {**ACCELERATE, "ACCELERATE_USE_FSDP": "true"}, "asks for FSDP, but the run file says strategy=ddp"),
         ("ddp", {**ACCELERATE, "ACCELERATE_MIXED_PRECISION": "bf16"}, "mixed_precision: bf16, but.*bf16: false"),
+        ("ddp", {**ACCELERATE, "ACCELERATE_MIXED_PRECISION": "fp16"}, "mixed_precision: fp16, but.*fp16: false"),
         ("ddp", {**ACCELERATE, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "gradient_accumulation_steps: 4"),
         (
             "zero2",

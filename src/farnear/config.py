@@ -44,7 +44,6 @@ FOREIGN_KEYS = {
         "per_device_train_batch_size x gradient_accumulation_steps x num_processes, and training.mini_batch_size to "
         "what fits through the model at once"
     ),
-    "fp16": "fp16 is not supported; training.bf16 has the same memory and needs no loss scaling",
     "torch_dtype": "weights always train in fp32; training.bf16 sets the compute, training.pure_bf16 the weights too",
     "temperature": "loss.scale is its inverse: set loss.scale to 1 / temperature",
     "batch_size": (
@@ -339,10 +338,14 @@ class TrainingConfig(Section):
     """Gradients are scaled down to this global norm; 0 turns clipping off."""
     bf16: bool = False
     """bf16 compute with fp32 master weights and fp32 accumulation."""
+    fp16: bool = False
+    """fp16 compute with fp32 master weights and dynamic loss scaling, for GPUs that have no bf16."""
     pure_bf16: bool = False
     """bf16 weights and optimizer moments too: half the memory, and small updates are lost to rounding."""
     reduce: Literal["step", "mini_batch"] = "step"
     """When gradients meet: once a step and whole on every rank until then, or after each mini-batch, kept in parts."""
+    reshard: Literal["forward", "step"] = "forward"
+    """zero3, fsdp2: when gathered parameters are given back. step keeps them, all of them, until the optimizer step."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass. With small mini-batches it is rarely needed."""
     logging_steps: int = Field(default=10, ge=1)
@@ -378,6 +381,8 @@ class TrainingConfig(Section):
     def _one_meaning_of_bf16(self) -> "TrainingConfig":
         if self.bf16 and self.pure_bf16:
             raise ValueError("bf16 keeps fp32 weights and pure_bf16 does not; set one of them")
+        if self.fp16 and (self.bf16 or self.pure_bf16):
+            raise ValueError("fp16 and bf16 are two ways to compute; set one of them, bf16 where the GPU has it")
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError("max_steps is a positive number, or -1 to go by num_train_epochs")
         return self
@@ -450,6 +455,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"training.reduce: mini_batch saves memory where gradients are partitioned; under {self.strategy} they "
                 "are whole on every rank, so it would only cost time: take it out, or use zero2, zero3 or fsdp2"
+            )
+        if self.training.reshard == "step" and self.strategy not in ("zero3", "fsdp2"):
+            raise ValueError(
+                f"training.reshard: step is for zero3 and fsdp2, which gather parameters; {self.strategy} has them "
+                "whole on every rank: take it out"
             )
         if self.training.pure_bf16 and self.strategy not in ("single", "ddp"):
             raise ValueError(

@@ -3,8 +3,9 @@
 A ``SentenceTransformer`` maps a dict of features to the same dict, enriched and changed in place. A gradient cache runs
 each mini-batch twice, so this wrapper hands it a shallow copy and returns only the embedding.
 
-bf16 lives here, inside the module, and nowhere else: the forward runs under autocast, so weights, gradients and their
-reduction stay fp32 under single, ddp and every ZeRO stage alike, and no strategy has a precision of its own.
+bf16 and fp16 live here, inside the module, and nowhere else: the forward runs under autocast, so weights, gradients and
+their reduction stay fp32 under every strategy alike, and no strategy has a precision of its own. What fp16 needs beside
+(`farnear.parallel.loss_scale`) is around them all.
 """
 
 import io
@@ -21,21 +22,21 @@ from farnear.model.pixels import PixelBytes, preprocess_to_bytes, uint8_normalis
 
 
 class Embedder(nn.Module):
-    """Embeds features; fp32 weights, computed in bf16 on request.
+    """Embeds features; fp32 weights, computed in bf16 or fp16 on request.
 
     Args:
         model: Its forward must give ``sentence_embedding``.
-        bf16: Whether the forward runs under bf16 autocast.
+        bf16, fp16: Whether the forward runs under autocast of that type; one of them at most.
     """
 
-    def __init__(self, model: SentenceTransformer, *, bf16: bool) -> None:
+    def __init__(self, model: SentenceTransformer, *, bf16: bool, fp16: bool = False) -> None:
         super().__init__()
         self.model = model
-        self._bf16 = bf16
+        self._autocast = torch.bfloat16 if bf16 else torch.float16 if fp16 else None
 
     def forward(self, features: Mapping[str, Any]) -> Tensor:
         """Embeddings [n, D] of one mini-batch."""
-        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self._bf16):
+        with torch.autocast(self.model.device.type, self._autocast, enabled=self._autocast is not None):
             return self.model(dict(features))["sentence_embedding"]
 
 

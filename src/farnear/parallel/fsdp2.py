@@ -14,6 +14,9 @@ here:
 Under ``reduce: mini_batch`` FSDP2 reduces unit by unit within every backward, parameters without a gradient included,
 so that no rank ever holds more than a few units' whole gradients.
 
+Under ``reshard: step`` gathered parameters stay until the step. A step of eight mini-batches, half of them through both
+towers and four of them with kept graphs, then gathers 1.1 times the parameters instead of 15.5 times.
+
 The optimizer never sees a DTensor. It gets plain parameters that share memory with the shards, so any optimizer works
 and its state is a flat contiguous piece of a named parameter: FSDP2 cuts along dimension 0.
 
@@ -42,7 +45,7 @@ from torch.distributed.tensor import DTensor
 from farnear.config import RunConfig
 from farnear.errors import UserError
 from farnear.parallel.collectives import agree_on_max, all_reduce_sum, exchange_ints
-from farnear.parallel.strategy import Features, NonFiniteGradientError, ParameterSlice, adam_state
+from farnear.parallel.strategy import Features, LossScale, NonFiniteGradientError, ParameterSlice, adam_state, divide
 from farnear.parallel.world import World
 
 
@@ -67,6 +70,7 @@ class Fsdp2:
     """A module whose parameters, gradients and optimizer state are spread over the ranks by torch."""
 
     forward_is_collective = True
+    loss_scale: LossScale | None = None
 
     def __init__(self, config: RunConfig, module: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> None:
         _refuse_scalars(module)
@@ -82,6 +86,9 @@ class Fsdp2:
         self._sharded = {name: cast(DTensor, parameter) for name, parameter in module.named_parameters()}
         self._reduces_at_once = config.training.reduce == "mini_batch"
         self._set_reduction(cast(FSDPModule, module))
+        if config.training.reshard == "step":
+            cast(FSDPModule, module).set_reshard_after_forward(False)
+            cast(FSDPModule, module).set_reshard_after_backward(False)
         self._shards_of_unit = [self._shards(unit) for unit in self._units]
         _point_at(optimizer, names, {shard.name: shard.own for shard in self._all_shards()})
 
@@ -102,10 +109,11 @@ class Fsdp2:
         """Backward of a scalar."""
         surrogate.backward()
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float, *, gradient_scale: float = 1.0) -> float:
         """Clip, update and clear; see `Strategy.step`."""
         self._give_back_gathered()
         gradients = [shard.own.grad for shard in self._all_shards() if shard.own.grad is not None]
+        divide(gradients, gradient_scale)
         square = torch.nn.utils.get_total_norm(gradients).square()
         # Every copy of the model adds the same.
         norm = (all_reduce_sum(square) / self._copies).sqrt()

@@ -15,7 +15,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from farnear.parallel.collectives import all_reduce_sum
 from farnear.parallel.eight_bit import is_eight_bit, read_moments, write_moments
-from farnear.parallel.strategy import Features, NonFiniteGradientError, ParameterSlice, adam_state
+from farnear.parallel.strategy import Features, LossScale, NonFiniteGradientError, ParameterSlice, adam_state, divide
 from farnear.parallel.world import World
 
 # Elements in a bucket: large enough for full bandwidth, small enough that its copy is no burden.
@@ -26,6 +26,7 @@ class Replicated:
     """A module that every rank holds whole. With one rank this is plain training."""
 
     forward_is_collective = False
+    loss_scale: LossScale | None = None
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float, world: World) -> None:
         self._module = module
@@ -57,12 +58,14 @@ class Replicated:
         """Backward of a scalar."""
         surrogate.backward()
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float, *, gradient_scale: float = 1.0) -> float:
         """Clip, update and clear; see `Strategy.step`."""
         gradients = [parameter.grad for parameter in self._named.values() if parameter.grad is not None]
+        divide(gradients, gradient_scale)
         norm = torch.nn.utils.get_total_norm(gradients)
         # The gradients are the same on every rank by now, so every rank decides alike.
         if not torch.isfinite(norm):
+            self._optimizer.zero_grad(set_to_none=True)
             raise NonFiniteGradientError
         if self._max_grad_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(self._named.values(), self._max_grad_norm, norm)

@@ -14,7 +14,7 @@ what makes a checkpoint of one loadable into any other. After weights were writt
 to the ranks that compute with them. `full_weights` brings whole trained parameters to rank 0 for export.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -51,8 +51,26 @@ class ParameterSlice:
     step: Tensor
 
 
+@dataclass(frozen=True)
+class LossScale:
+    """Where fp16 stands.
+
+    Attributes:
+        scale: What surrogates are multiplied by.
+        good_steps: Since the scale last changed.
+        skipped: Steps of the whole run that overflowed and were left out.
+    """
+
+    scale: float = 65536.0
+    good_steps: int = 0
+    skipped: int = 0
+
+
 class Strategy(Protocol):
     """See the module's text for what each verb means."""
+
+    loss_scale: LossScale | None
+    """Under training.fp16, to be saved and set again; else None."""
 
     forward_is_collective: bool
     """Whether ranks must call `embed` and `backward` equally often and through the same modules."""
@@ -66,11 +84,14 @@ class Strategy(Protocol):
     def backward(self, surrogate: Tensor) -> None:
         """Backward of a scalar."""
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float, *, gradient_scale: float = 1.0) -> float:
         """Clip, update and clear. Returns the global norm before clipping.
 
+        Args:
+            gradient_scale: What the surrogates were multiplied by; the gradient is divided by it first.
+
         Raises:
-            NonFiniteGradientError: On every rank; nothing was updated.
+            NonFiniteGradientError: On every rank; nothing was updated, and the gradient is forgotten.
         """
 
     def train(self, mode: bool) -> None:
@@ -96,6 +117,15 @@ def build_strategy(config: RunConfig, module: nn.Module, optimizer: torch.optim.
     Raises:
         UserError: DeepSpeed is not installed, or its config file contradicts the run file.
     """
+    strategy = _plain_strategy(config, module, optimizer, world)
+    if not config.training.fp16:
+        return strategy
+    from farnear.parallel.loss_scale import LossScaled
+
+    return LossScaled(strategy)
+
+
+def _plain_strategy(config: RunConfig, module: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> Strategy:
     if config.strategy.startswith("zero"):
         # DeepSpeed is imported only where it is used: machines without it train under ddp.
         from farnear.parallel.zero import Zero
@@ -118,3 +148,10 @@ def adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str,
         state["exp_avg"] = torch.zeros_like(parameter)
         state["exp_avg_sq"] = torch.zeros_like(parameter)
     return state
+
+
+def divide(gradients: Sequence[Tensor], scale: float) -> None:
+    """Divide in place by a loss scale."""
+    if scale != 1.0:
+        for gradient in gradients:
+            gradient.div_(scale)

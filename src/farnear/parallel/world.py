@@ -141,10 +141,12 @@ def _check_values(config: RunConfig, environment: Mapping[str, str]) -> None:
     """Values of an accelerate config that only shadow the run file's."""
     training = config.training
     precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision != "no" and not (precision == "bf16" and training.bf16):
+    own = "bf16" if training.bf16 else "fp16" if training.fp16 else "no"
+    if precision not in ("no", own):
         raise UserError(
             f"the accelerate config says mixed_precision: {precision}, but the run file training.bf16: "
-            f"{str(training.bf16).lower()}; take mixed_precision out of the accelerate config"
+            f"{str(training.bf16).lower()} and training.fp16: {str(training.fp16).lower()}; take mixed_precision out "
+            "of the accelerate config"
         )
     accumulation = environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if accumulation not in ("1", "auto", "None", ""):

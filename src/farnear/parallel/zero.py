@@ -8,6 +8,9 @@ Under ``reduce: mini_batch`` DeepSpeed reduces within every backward and keeps t
 (``managed_gradient_accumulation: false``, in which it asks for no last mini-batch). It reduces in the order in which
 gradients appear, so ranks must then run the same modules: the cached step sees to that where a forward is a collective.
 
+Under ``reshard: step`` ZeRO-3 keeps what it has gathered until the step: a step of eight mini-batches, half of them
+through both towers and four of them with kept graphs, then gathers its parameters once instead of 15.1 times.
+
 Four things the engine leaves to its caller, done here:
 
 - a parameter without a gradient would keep the previous step's in its reduction buffer (ZeRO-3) or stop the flush
@@ -35,16 +38,20 @@ from torch import Tensor, nn
 from farnear.config import RunConfig
 from farnear.errors import UserError
 from farnear.parallel.collectives import agree_on_max
-from farnear.parallel.strategy import Features, NonFiniteGradientError, ParameterSlice, adam_state
+from farnear.parallel.strategy import Features, LossScale, NonFiniteGradientError, ParameterSlice, adam_state
 from farnear.parallel.world import World
 from farnear.resources import resource
 
 # Values with which a DeepSpeed config leaves a decision to the run file.
 LEFT_OPEN = (None, "auto")
+# Stands among the modules that use a parameter while it is to stay gathered.
+THE_STEP = "the step"
 
 
 class Zero:
     """A module whose optimizer state (1), gradients (2) and parameters (3) are spread over the ranks."""
+
+    loss_scale: LossScale | None = None
 
     def __init__(self, config: RunConfig, module: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> None:
         if world.device.type == "cpu":
@@ -77,9 +84,15 @@ class Zero:
                 "pip install --upgrade deepspeed, or take it out"
             )
         self._named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+        self._keeps_gathered = config.training.reshard == "step"
 
     def embed(self, features: Features) -> Tensor:
         """Embeddings [n, D] of one mini-batch."""
+        if self._keeps_gathered:
+            # A parameter that some module is using is not given back until the step. DeepSpeed's own way, persistence
+            # thresholds, holds only while every forward is like the one before, which a cached step's are not.
+            for parameter in self._engine.module.parameters():
+                parameter.ds_active_sub_modules.add(THE_STEP)
         return self._engine(features)
 
     @contextmanager
@@ -93,6 +106,7 @@ class Zero:
             return
         with self._engine.coalesce_grad_reduction():
             yield
+            self._let_go()
             self._fill_missing_gradients()
 
     def backward(self, surrogate: Tensor) -> None:
@@ -102,11 +116,14 @@ class Zero:
             self._engine.optimizer.clear_backward_seen_flag()
         self._engine.backward(surrogate, scale_wrt_gas=False)
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float, *, gradient_scale: float = 1.0) -> float:
         """Clip, update and clear; see `Strategy.step`."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
+        # DeepSpeed would also multiply surrogates by it, so it stands there only while gradients are divided.
+        self._engine.optimizer.loss_scale = gradient_scale
         self._engine.step()
+        self._engine.optimizer.loss_scale = 1.0
         if not self._engine.was_step_applied():
             raise NonFiniteGradientError
         return float(self._engine.get_global_grad_norm())
@@ -134,12 +151,19 @@ class Zero:
 
     def full_weights(self) -> dict[str, Tensor]:
         """Whole trained parameters by name on the CPU of rank 0, gathered one at a time."""
+        self._let_go()
         weights = {}
         for name, parameter in self._named.items():
             with self._gathered_parameters([parameter], enabled=self._stage == 3):
                 if self._world.is_main:
                     weights[name] = parameter.detach().cpu().clone()
         return weights
+
+    def _let_go(self) -> None:
+        """DeepSpeed may give back again what was kept for the rest of the step."""
+        if self._keeps_gathered:
+            for parameter in self._engine.module.parameters():
+                parameter.ds_active_sub_modules.discard(THE_STEP)
 
     def _fill_missing_gradients(self) -> None:
         parameters = list(self._named.values())
@@ -236,8 +260,8 @@ def _refuse_contradictions(config: RunConfig, settings: dict[str, Any], path: st
     for key in ("bf16", "fp16", "torch_autocast"):
         if settings.get(key, {}).get("enabled") not in (*LEFT_OPEN, False):
             raise UserError(
-                f"{path} turns {key} on, which the run file's training.bf16 decides (fp32 weights, bf16 compute, fp32 "
-                f"accumulation); take {key} out of it"
+                f"{path} turns {key} on, which the run file's training.bf16 decides, or training.fp16 (fp32 weights, "
+                f"bf16 or fp16 compute, fp32 accumulation); take {key} out of it"
             )
     for key in ("optimizer", "scheduler"):
         if key in settings:

@@ -56,6 +56,7 @@ class Progress:
         best_metric, best_step: The best evaluation so far, if any.
         total_steps: Of the run file then: the learning rate's course depends on it.
         choices: What the run chose by the memory that it found (`farnear.training.choices`).
+        loss_scale: Under training.fp16, the fields of `LossScale`.
         measured_by: What `best_metric` is a value of: another measure or another sample does not compare with it.
     """
 
@@ -71,6 +72,7 @@ class Progress:
     best_step: int | None = None
     measured_by: str = ""
     choices: Mapping[str, Any] = field(default_factory=dict)
+    loss_scale: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -43,8 +43,8 @@ _SHARE_OF_A_MINI_BATCH = 0.25
 # A mini-batch twice as large is worth its memory if a token takes at least this much less time.
 _WORTHWHILE_GAIN = 0.05
 _MOST_INPUTS = 256
-# Of embeddings of length 1, in fp32 and in bf16.
-_SAME_EMBEDDING, _SAME_IN_BF16 = 1e-4, 3e-2
+# Of the embeddings' length, in fp32 and in half precision.
+_SAME_EMBEDDING, _SAME_IN_HALF = 1e-4, 3e-2
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,9 @@ def choose(
         together = 1
     elif saved.get("together") is not None:
         together = min(together, saved["together"])
-    elif together > 1 and not trial.same_together(merger, _SAME_IN_BF16 if training.bf16 else _SAME_EMBEDDING):
+    elif together > 1 and not trial.same_together(
+        merger, _SAME_IN_HALF if training.bf16 or training.fp16 else _SAME_EMBEDDING
+    ):
         together = 1
     frozen_bytes = 0
     if has_frozen_parts:

@@ -71,7 +71,8 @@ def build_step(
 
 def casts_kept(config: RunConfig, world: World) -> Callable[[], AbstractContextManager[Any]]:
     """What keeps the weights' casts through a pass, unless weights are spread over ranks: all casts would not fit."""
-    if not config.training.bf16 or config.strategy not in ("single", "ddp", "zero1", "zero2"):
+    training = config.training
+    if not (training.bf16 or training.fp16) or config.strategy not in ("single", "ddp", "zero1", "zero2"):
         return nullcontext
     # The module's own autocast lies within this one, and casts are forgotten when the outermost ends.
-    return partial(torch.autocast, world.device.type, torch.bfloat16)
+    return partial(torch.autocast, world.device.type, torch.bfloat16 if training.bf16 else torch.float16)

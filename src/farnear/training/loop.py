@@ -4,8 +4,9 @@ Everything with more than one way to go lives elsewhere: order in the plan, grad
 strategy, files in the checkpoint. `farnear.training.run` puts the parts together.
 """
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from time import perf_counter
 from typing import Any
 
@@ -61,7 +62,8 @@ def train(parts: Parts, progress: Progress) -> Progress:
     for batch in parts.loader.batches(progress.step, parts.total_steps):
         parts.record(train_step(parts, batch))
         parts.quarantine.stop_if_too_many(batch.step + 1)
-        progress = replace(progress, step=batch.step + 1)
+        scale = parts.strategy.loss_scale
+        progress = replace(progress, step=batch.step + 1, loss_scale=asdict(scale) if scale else None)
         is_best = False
         if _is_due(progress.step, parts.eval_steps):
             metric = parts.evaluate(progress.step)
@@ -88,7 +90,7 @@ def train_step(parts: Parts, batch: RankBatch) -> dict[str, Any]:
         outcome = parts.step.gradient(batch, figures, scale=scale)
         before_update = perf_counter()
         grad_norm = parts.strategy.step(learning_rate)
-        if parts.scale is not None:
+        if parts.scale is not None and not math.isnan(grad_norm):  # as it is where fp16 left the step out
             parts.scale.step(outcome.dlog_scale, learning_rate / parts.config.training.learning_rate)
     except (NonFiniteLossError, NonFiniteGradientError) as error:
         what = "loss" if isinstance(error, NonFiniteLossError) else "gradient"
@@ -99,6 +101,7 @@ def train_step(parts: Parts, batch: RankBatch) -> dict[str, Any]:
         ) from error
     now = perf_counter()
     seconds = {"data": batch.seconds_waited, **figures.seconds, "optimizer": now - before_update}
+    loss_scale = parts.strategy.loss_scale
     if figures.quarantined:
         parts.quarantine.add(batch.step + 1, batch.quarantined)
     return {
@@ -107,6 +110,7 @@ def train_step(parts: Parts, batch: RankBatch) -> dict[str, Any]:
         "loss": figures.loss,
         "lr": learning_rate,
         "grad_norm": grad_norm,
+        **({"loss_scale": loss_scale.scale, "skipped": loss_scale.skipped} if loss_scale else {}),
         "scale": scale,
         "pairs": figures.pairs,
         "pairs_per_s": figures.pairs / (batch.seconds_waited + now - started),

@@ -43,7 +43,7 @@ from farnear.model.frozen import FrozenOutputs
 from farnear.model.load import embedding_dimension, load_model
 from farnear.model.pixels import page_tokens
 from farnear.model.trainable import checkpoint_activations, choose_trainable, store_frozen_in
-from farnear.parallel.strategy import Strategy, build_strategy
+from farnear.parallel.strategy import LossScale, Strategy, build_strategy
 from farnear.parallel.trackers import Trackers
 from farnear.parallel.world import World, on_main_rank, start_world, stop_world
 from farnear.retrieve.evaluate import evaluate
@@ -181,6 +181,8 @@ def open_run(config: RunConfig, resume: Resume | None, world: World) -> tuple[Ru
     state = TrainedState(strategy, shapes, scale, is_main=world.is_main)
     if checkpoint is not None:
         load_state(checkpoint, state)
+        if strategy.loss_scale is not None and checkpoint.progress.loss_scale is not None:
+            strategy.loss_scale = LossScale(**checkpoint.progress.loss_scale)
     refuse_unsupported(model, config, data)
     dims = measured_dims(config, embedding_dimension(model))
     if checkpoint is not None:
@@ -220,16 +222,16 @@ def build(
 ) -> tuple[SentenceTransformer, Preprocessing, Strategy, FrozenOutputs | None, dict[str, torch.Size]]:
     """Model, preprocessing, strategy, what keeps outputs of frozen parts, and the shapes of what is trained."""
     training = config.training
-    check_attention(config.model, world.device, half_precision=training.bf16 or training.pure_bf16)
+    check_attention(config.model, world.device, half_precision=training.bf16 or training.pure_bf16 or training.fp16)
     model = load_model(config.model, dtype=torch.bfloat16 if training.pure_bf16 else torch.float32)
     preprocess = Preprocessing(model)
     choose_trainable(model, config.model, seed=config.seed)
-    if training.bf16 and config.strategy in ("single", "ddp"):
+    if (training.bf16 or training.fp16) and config.strategy in ("single", "ddp"):
         # ZeRO and FSDP2 take all weights in one type.
-        store_frozen_in(torch.bfloat16, model)
+        store_frozen_in(torch.bfloat16 if training.bf16 else torch.float16, model)
     if training.gradient_checkpointing:
         checkpoint_activations(model)
-    module = Embedder(model, bf16=training.bf16).to(world.device)
+    module = Embedder(model, bf16=training.bf16, fp16=training.fp16).to(world.device)
     # Taken now: ZeRO-3 leaves parameters without a shape.
     shapes = {name: parameter.shape for name, parameter in module.named_parameters() if parameter.requires_grad}
     # Before the strategy hangs hooks on the modules.
