@@ -12,7 +12,7 @@ The run file decides. What contradicts it is a ``UserError`` that names both sid
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from farnear.config import RunConfig
 from farnear.errors import UserError, refused_by_system
+from farnear.parallel.traffic import Traffic, count_in
 
 Result = TypeVar("Result")
 
@@ -33,11 +34,13 @@ class World:
         rank: 0 to world_size - 1 over all nodes.
         world_size: Number of ranks.
         device: Where this rank computes.
+        traffic: Counts this rank's collectives.
     """
 
     rank: int
     world_size: int
     device: torch.device
+    traffic: Traffic = field(default_factory=Traffic, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -59,7 +62,9 @@ def start_world(config: RunConfig, environment: Mapping[str, str] = os.environ) 
         # A rank may index shards or load a model for minutes while the others wait.
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
-    return World(rank, world_size, device)
+    world = World(rank, world_size, device)
+    count_in(world.traffic)
+    return world
 
 
 def stop_world() -> None:

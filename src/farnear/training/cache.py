@@ -37,6 +37,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from farnear.config import LossConfig
 from farnear.data.dealing import SIDES
@@ -70,6 +71,8 @@ class StepFigures:
         longest_rank: Pass one on the rank where it took longest, over the mean.
         kept_graphs: Mini-batches of this rank that were not embedded twice.
         frozen_bytes: Outputs of frozen parts that this rank kept.
+        model_flops: Of this rank: three forwards' worth for what trains, one for what does not. What a gradient cache
+            computes twice counts once, as is usual where the utilisation of a device is told.
     """
 
     loss: float = float("nan")
@@ -83,6 +86,7 @@ class StepFigures:
     longest_rank: float = 1.0
     kept_graphs: int = 0
     frozen_bytes: int = 0
+    model_flops: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,7 @@ class CachedStep:
     cast_once: Callable[[], AbstractContextManager[Any]] = nullcontext
     # Whether a gradient reaches the weights from a group: not where everything that it goes through is frozen.
     _trains: dict[tuple[str, str], bool] = field(default_factory=dict)
+    _flops_per_token: dict[tuple[str, str], float] = field(default_factory=dict)
 
     def gradient(self, batch: RankBatch, figures: StepFigures, *, scale: float) -> EmbeddingGradient:
         """Leave the gradient of the global batch's mean loss, reduced over ranks, in the strategy.
@@ -139,14 +144,20 @@ class CachedStep:
         Raises:
             NonFiniteLossError: On every rank, before pass two.
         """
-        turns, sizes = self._agree(batch, figures)
+        self.world.traffic.start()
+        with self.world.traffic.exchange():
+            turns, sizes = self._agree(batch, figures)
         for group in dict.fromkeys(turn.group for turn in turns):
             if group not in self._trains:
                 self._look_at(next(turn for turn in turns if turn.group == group))
+        figures.model_flops = sum(
+            sum(_tokens([turn.mini_batch])) * self._flops_per_token[turn.group] * (3 if self._trains[turn.group] else 1)
+            for turn in turns
+        )
         with _timed(figures, "pass_one"):
             embedding, graphs = self._pass_one(turns)
         figures.kept_graphs, figures.frozen_bytes = len(graphs), self.frozen.kept_bytes if self.frozen else 0
-        with _timed(figures, "loss"):
+        with _timed(figures, "loss"), self.world.traffic.exchange():
             outcome = self._loss(embedding, batch, sizes, figures, scale)
         with _timed(figures, "pass_two"):
             self._pass_two(turns, graphs, outcome.of_side)
@@ -168,8 +179,10 @@ class CachedStep:
     def _look_at(self, turn: Turn) -> None:
         """See in a forward of its own what has a gradient: a step must do the same whether or not it is the first."""
         context = self.frozen.replaying(turn.position, turn.seed) if self.frozen else nullcontext()
-        with context:
+        with context, FlopCounterMode(display=False) as counter:
             self._trains[turn.group] = self._embed(turn.mini_batch.features, turn.seed).requires_grad
+        tokens, padding = _tokens([turn.mini_batch])
+        self._flops_per_token[turn.group] = counter.get_total_flops() / max(tokens + padding, 1)
 
     def _pass_one(self, turns: Sequence[Turn]) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
         """Embeddings of each side in the order of their rows, and by its position each embedding that has a graph."""

@@ -18,7 +18,7 @@ from farnear.parallel.world import World
 from farnear.training.cache import CachedStep, NonFiniteLossError, StepFigures
 from farnear.training.checkpoint import Progress
 from farnear.training.choices import Choices
-from farnear.training.metrics import peak_memory_bytes
+from farnear.training.metrics import model_flops_utilisation, peak_memory_bytes
 from farnear.training.quarantine import Quarantine
 from farnear.training.scale import LearnedScale
 
@@ -122,6 +122,9 @@ def train_step(parts: Parts, batch: RankBatch) -> dict[str, Any]:
         "kept_graphs": figures.kept_graphs,
         "frozen_bytes": figures.frozen_bytes,
         "longest_rank": figures.longest_rank,
+        "model_flops": figures.model_flops,
+        "mfu": model_flops_utilisation(figures.model_flops, figures.seconds, parts.world.device),
+        "collectives": parts.world.traffic.as_plain(),
         "peak_memory_bytes": peak_memory_bytes(parts.world.device),
         "seconds": {phase: round(value, 4) for phase, value in seconds.items()},
     }
