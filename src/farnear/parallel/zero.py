@@ -100,8 +100,7 @@ class Zero:
         """Backwards inside add up; at the end their averages over ranks stand in the partitions."""
         if self._reduces_at_once:
             if self._stage == 3:
-                # A parameter whose first gradient of the step is not in its first backward would be added to the old.
-                self._engine.optimizer.grad_partitions_flat_buffer.zero_()
+                self._forget_gradients_of_last_step()
             yield
             return
         with self._engine.coalesce_grad_reduction():
@@ -158,6 +157,15 @@ class Zero:
                 if self._world.is_main:
                     weights[name] = parameter.detach().cpu().clone()
         return weights
+
+    def _forget_gradients_of_last_step(self) -> None:
+        """They stay in ZeRO-3's buffers, and a parameter that is not used in the first backward would keep its own."""
+        zero = self._engine.optimizer
+        zero.grad_partitions_flat_buffer.zero_()
+        for flat in zero.fp32_partitioned_groups_flat:
+            # With offload the optimizer reads these, and only used parameters are copied there.
+            if flat.grad is not None:
+                flat.grad.zero_()
 
     def _let_go(self) -> None:
         """DeepSpeed may give back again what was kept for the rest of the step."""
