@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from farnear.config import RunConfig
 from farnear.errors import UserError
 from farnear.parallel.collectives import agree_on_max
+from farnear.parallel.loading import is_on_main_rank_only, partition_one_by_one, send_buffers
 from farnear.parallel.strategy import Features, LossScale, NonFiniteGradientError, ParameterSlice, adam_state
 from farnear.parallel.world import World
 from farnear.resources import resource
@@ -73,6 +74,9 @@ class Zero:
         self._reduces_at_once = config.training.reduce == "mini_batch"
         self.forward_is_collective = self._stage == 3 or self._reduces_at_once
         settings = deepspeed_config(config, world.world_size)
+        if self._stage == 3 and is_on_main_rank_only(module, world):
+            partition_one_by_one(module, settings, world)
+            send_buffers(module, world)
         self._engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=settings, dist_init_required=False
         )

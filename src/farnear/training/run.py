@@ -184,11 +184,19 @@ def build(
 ) -> tuple[SentenceTransformer, Preprocessing, Strategy, dict[str, torch.Size]]:
     """Model, preprocessing, strategy, in the state of a checkpoint if given one, and the shapes of what is trained."""
     training = config.training
-    model = load_model(config.model, dtype=torch.bfloat16 if training.pure_bf16 else torch.float32)
+    # Where each rank holds a part of the parameters, rank 0 hands the parts out.
+    is_spread = config.strategy in ("zero3", "fsdp2")
+    model = load_model(
+        config.model,
+        dtype=torch.bfloat16 if training.pure_bf16 else torch.float32,
+        with_weights=world.is_main or not is_spread,
+    )
     preprocess = Preprocessing(model)
     if training.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    module = Embedder(model, bf16=training.bf16, fp16=training.fp16).to(world.device)
+    module = Embedder(model, bf16=training.bf16, fp16=training.fp16)
+    if not is_spread:
+        module.to(world.device)
     # Taken now: ZeRO-3 leaves parameters without a shape.
     shapes = {name: parameter.shape for name, parameter in module.named_parameters() if parameter.requires_grad}
     strategy = build_strategy(config, module, build_optimizer(module, training), world)
