@@ -66,12 +66,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "zero2-mini_batch": {"strategy": "zero2", "training": {"reduce": "mini_batch"}},
     "zero3-mini_batch": {"strategy": "zero3", "training": {"reduce": "mini_batch"}},
     "fsdp2-mini_batch": {"strategy": "fsdp2", "training": {"reduce": "mini_batch"}},
+    "zero3-offload": {"strategy": "zero3"},
+    "zero3-offload-mini_batch": {"strategy": "zero3", "training": {"reduce": "mini_batch"}},
     "zero3-reshard_step": {"strategy": "zero3", "training": {"reshard": "step"}},
     "fsdp2-reshard_step": {"strategy": "fsdp2", "training": {"reshard": "step"}},
 }
 WORLD_SIZES = (1, 2, 3, 4)
 SEED = 7
 SPLIT_CONFIG = Path(__file__).with_name("zero3_split.json")
+OFFLOAD_CONFIG = Path(__file__).with_name("zero3_offload_split.json")
 CPU = torch.device("cpu")
 SCALE = "loss.log_scale"
 
@@ -347,7 +350,8 @@ def parameters_split(strategy: str) -> Iterator[None]:
 
     Where a variant is about nodes, there are two of them, or as many as ranks.
     """
-    settings = {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(SPLIT_CONFIG)} if strategy.startswith("zero3") else {}
+    path = OFFLOAD_CONFIG if "offload" in strategy else SPLIT_CONFIG
+    settings = {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)} if strategy.startswith("zero3") else {}
     ranks_per_node = max(1, int(os.environ.get("WORLD_SIZE", 1)) // 2)
     with patch.dict(os.environ, {**settings, "LOCAL_WORLD_SIZE": str(ranks_per_node)}):
         yield

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 from conftest import WriteRunFile
+from tiny_runs import make_inputs, run_tree
 
 from farnear import resources
 from farnear.cli import train_command
@@ -51,7 +53,7 @@ def _ends(process: psutil.Process, seconds: float = 5.0) -> bool:
 # The command
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3", "fsdp2"])
 def test_the_command_is_the_one_of_the_readme(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
@@ -381,3 +383,14 @@ def test_accelerate_alone_shows_the_line_once(program: RunProgram) -> None:
     ended = subprocess.run([*command[:-1], script, "a b"], env=environment, capture_output=True, text=True)
     assert ended.returncode != 0
     assert ended.stderr.count("farnear: error: no shards in a b\n") == 1
+
+
+@pytest.mark.parametrize(("strategy", "config_name"), [("fsdp2", "fsdp2"), ("zero3", "zero3_offload")])
+def test_a_run_starts_from_its_accelerate_config(tmp_path: Path, strategy: str, config_name: str) -> None:
+    make_inputs(tmp_path)
+    run_file = tmp_path / "run.yaml"
+    run_file.write_text(yaml.safe_dump(run_tree(tmp_path, "run", strategy=strategy, training={"max_steps": 2})))
+    config_file = ROOT / "accelerate_configs" / f"{config_name}.yaml"
+    assert launch(run_file, [], config_file=config_file, num_processes=2) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["strategy"], summary["world_size"], summary["steps"]) == (strategy, 2, 2)

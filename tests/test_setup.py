@@ -15,12 +15,13 @@ from farnear.config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 ACCELERATE_CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
-ZERO_STAGES = (1, 2, 3)
+DEEPSPEED_CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
 
 
 def test_there_is_a_config_for_every_strategy() -> None:
-    assert [path.stem for path in ACCELERATE_CONFIGS] == ["cpu", "ddp", "zero1", "zero2", "zero3"]
-    assert sorted(path.stem for path in (ROOT / "ds_configs").iterdir()) == ["zero1", "zero2", "zero3"]
+    zero = ["zero1", "zero2", "zero3", "zero3_offload"]
+    assert [path.stem for path in ACCELERATE_CONFIGS] == ["cpu", "ddp", "fsdp2", *zero]
+    assert [path.stem for path in DEEPSPEED_CONFIGS] == zero
 
 
 @pytest.mark.parametrize("path", ACCELERATE_CONFIGS, ids=lambda path: path.stem)
@@ -43,25 +44,35 @@ def test_accelerate_accepts_its_config(path: Path) -> None:
 def test_a_config_says_when_to_use_it_and_how(path: Path) -> None:
     text = path.read_text()
     assert f"--config_file accelerate_configs/{path.name} launch/train.py RUN.yaml" in text
-    assert f"`strategy: {'ddp' if path.stem == 'cpu' else path.stem}`" in " ".join(text.replace("#", "").split())
+    strategy = "ddp" if path.stem == "cpu" else path.stem.removesuffix("_offload")
+    assert f"`strategy: {strategy}`" in " ".join(text.replace("#", "").split())
 
 
-@pytest.mark.parametrize("stage", ZERO_STAGES)
-def test_a_deepspeed_config_leaves_the_run_files_decisions_open(stage: int) -> None:
-    settings = json.loads((ROOT / "ds_configs" / f"zero{stage}.json").read_text())
+@pytest.mark.parametrize("path", DEEPSPEED_CONFIGS, ids=lambda path: path.stem)
+def test_a_deepspeed_config_leaves_the_run_files_decisions_open(path: Path) -> None:
+    settings = json.loads(path.read_text())
     assert list(settings) == ["zero_optimization"]
-    assert settings["zero_optimization"]["stage"] == stage
+    assert settings["zero_optimization"]["stage"] == int(path.stem[4])
     assert "auto" not in json.dumps(settings)
 
 
-@pytest.mark.parametrize("stage", ZERO_STAGES)
-def test_deepspeed_knows_every_setting(stage: int) -> None:
+@pytest.mark.parametrize("path", DEEPSPEED_CONFIGS, ids=lambda path: path.stem)
+def test_deepspeed_knows_every_setting(path: Path) -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    settings = json.loads((ROOT / "ds_configs" / f"zero{stage}.json").read_text())["zero_optimization"]
+    settings = json.loads(path.read_text())["zero_optimization"]
     known = {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
     assert set(settings) <= known
-    assert DeepSpeedZeroConfig(**settings).stage == stage
+    assert DeepSpeedZeroConfig(**settings).stage == int(path.stem[4])
+
+
+def test_offload_is_stage_3_and_offload() -> None:
+    plain, offload = (
+        json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())["zero_optimization"]
+        for name in ("zero3", "zero3_offload")
+    )
+    in_host_memory = {"device": "cpu", "pin_memory": True}
+    assert offload == {**plain, "offload_optimizer": in_host_memory, "offload_param": in_host_memory}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.stem)

@@ -103,7 +103,9 @@ def _add_demo(commands: "argparse._SubParsersAction[Parser]") -> None:
         epilog="example:\n  farnear demo --strategy zero2 --ranks 2",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="the run folder (default: %(default)s)")
-    parser.add_argument("--strategy", default="ddp", help="single, ddp, zero1, zero2 or zero3 (default: %(default)s)")
+    parser.add_argument(
+        "--strategy", default="ddp", help="single, ddp, zero1, zero2, zero3 or fsdp2 (default: %(default)s)"
+    )
     parser.add_argument("--ranks", type=positive, help="processes (default: 2, or 1 under single)")
     parser.add_argument("--seed", type=int, default=0, help="another one draws other pages (default: %(default)s)")
     parser.set_defaults(command=_demo)

@@ -46,12 +46,15 @@ class BaseCheckpoint:
     architectures: tuple[str, ...]
 
 
-def load_model(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> SentenceTransformer:
+def load_model(
+    config: ModelConfig, *, dtype: torch.dtype = torch.float32, with_weights: bool = True
+) -> SentenceTransformer:
     """Load a model on the CPU with weights of one type.
 
     Args:
         config: Section `model` of the run file.
         dtype: fp32, or bf16 for training.pure_bf16.
+        with_weights: False builds it on the meta device, without reading weights or taking memory for them.
 
     Raises:
         UserError: The checkpoint cannot be loaded, reads no images, or contradicts the section.
@@ -66,6 +69,11 @@ def load_model(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> Se
     for key in ("min_pixels", "max_pixels"):
         if (value := getattr(config, key)) is not None:
             processor_kwargs[key] = value
+    device: str | None = "cpu"
+    if not with_weights:
+        model_kwargs["device_map"] = "meta"
+        # sentence-transformers warns of a device beside a map.
+        device = None
     shared: dict[str, Any] = {"revision": config.revision}
     try:
         refuse_kernels(config, _stored_config(config))
@@ -73,7 +81,7 @@ def load_model(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> Se
         model = SentenceTransformer(
             config.name_or_path,
             **shared,
-            device="cpu",
+            device=device,
             trust_remote_code=config.trust_remote_code,
             prompts=config.prompts,
             model_kwargs=model_kwargs,
@@ -173,7 +181,7 @@ def describe_base(config: ModelConfig) -> BaseCheckpoint:
 def _with_pooling(model: SentenceTransformer, config: ModelConfig) -> SentenceTransformer:
     pooling = Pooling(embedding_dimension(model), config.pooling or "lasttoken")
     modules = [model[0], pooling, *([Normalize()] if config.normalize else [])]
-    return SentenceTransformer(modules=modules, device="cpu", prompts=config.prompts)
+    return SentenceTransformer(modules=modules, device=model.device.type, prompts=config.prompts)
 
 
 def _pooling_of(model: SentenceTransformer) -> str | None:

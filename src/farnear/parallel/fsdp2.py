@@ -45,6 +45,7 @@ from torch.distributed.tensor import DTensor
 from farnear.config import RunConfig
 from farnear.errors import UserError
 from farnear.parallel.collectives import agree_on_max, all_reduce_sum, exchange_ints
+from farnear.parallel.loading import is_on_main_rank_only, send_buffers, send_rows
 from farnear.parallel.strategy import Features, LossScale, NonFiniteGradientError, ParameterSlice, adam_state, divide
 from farnear.parallel.world import World
 
@@ -82,8 +83,14 @@ class Fsdp2:
         self._ranks_of_copy = self._mesh["shard"].size()
         self._copies = world.world_size // self._ranks_of_copy
         names = {id(parameter): name for name, parameter in module.named_parameters()}
+        must_send = is_on_main_rank_only(module, world)
+        loaded = {name: p.detach() for name, p in module.named_parameters()} if must_send and world.is_main else {}
         self._units = _wrap(module, self._mesh)
+        if must_send and not world.is_main:
+            module.to_empty(device=world.device)
         self._sharded = {name: cast(DTensor, parameter) for name, parameter in module.named_parameters()}
+        if must_send:
+            self._send(loaded)
         self._reduces_at_once = config.training.reduce == "mini_batch"
         self._set_reduction(cast(FSDPModule, module))
         if config.training.reshard == "step":
@@ -161,6 +168,14 @@ class Fsdp2:
             if self._world.is_main:
                 weights[name] = whole.cpu().clone()
         return weights
+
+    def _send(self, loaded: dict[str, Tensor]) -> None:
+        send_buffers(self._module, self._world)
+        for name, sharded in self._sharded.items():
+            rows = _local(sharded)
+            rows_n = rows.new_empty(self._rows(sharded) * _elements_of_row(sharded))
+            send_rows(loaded.pop(name, None), rows_n, self._ranks_of_copy, self._world)
+            rows.view(-1).copy_(rows_n[: rows.numel()])
 
     def _all_shards(self) -> Iterator[Shard]:
         for unit in self._shards_of_unit:

@@ -111,7 +111,8 @@ def build_strategy(config: RunConfig, module: nn.Module, optimizer: torch.optim.
     """Wrap a module and its optimizer in the strategy of the run file.
 
     Args:
-        module: Called with features, gives embeddings; its weights are final (ZeRO takes its copies here).
+        module: Called with features, gives embeddings; its weights are final (ZeRO takes its copies here). Under zero3
+            and fsdp2 it may be on the meta device on every rank but 0, whose weights are then everyone's.
         optimizer: torch AdamW over the module's parameters.
 
     Raises:

@@ -107,8 +107,9 @@ def check_launch(config: RunConfig, environment: Mapping[str, str]) -> None:
             f"use --config_file accelerate_configs/{config.strategy}.yaml, or change the strategy"
         )
     if environment.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        asked = "accelerate's own FSDP" if config.strategy == "fsdp2" else "FSDP"
         raise UserError(
-            f"the accelerate config asks for FSDP, but the run file says strategy={config.strategy}; "
+            f"the accelerate config asks for {asked}, but the run file says strategy={config.strategy}; "
             f"use --config_file accelerate_configs/{config.strategy}.yaml"
         )
     _check_values(config, environment)

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from farnear.config import RunConfig
 from farnear.errors import UserError
 from farnear.parallel.collectives import agree_on_max
+from farnear.parallel.loading import is_on_main_rank_only, partition_one_by_one, send_buffers
 from farnear.parallel.strategy import Features, LossScale, NonFiniteGradientError, ParameterSlice, adam_state
 from farnear.parallel.world import World
 from farnear.resources import resource
@@ -73,6 +74,9 @@ class Zero:
         self._reduces_at_once = config.training.reduce == "mini_batch"
         self.forward_is_collective = self._stage == 3 or self._reduces_at_once
         settings = deepspeed_config(config, world.world_size)
+        if self._stage == 3 and is_on_main_rank_only(module, world):
+            partition_one_by_one(module, settings, world)
+            send_buffers(module, world)
         self._engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=settings, dist_init_required=False
         )
@@ -100,8 +104,7 @@ class Zero:
         """Backwards inside add up; at the end their averages over ranks stand in the partitions."""
         if self._reduces_at_once:
             if self._stage == 3:
-                # A parameter whose first gradient of the step is not in its first backward would be added to the old.
-                self._engine.optimizer.grad_partitions_flat_buffer.zero_()
+                self._forget_gradients_of_last_step()
             yield
             return
         with self._engine.coalesce_grad_reduction():
@@ -158,6 +161,15 @@ class Zero:
                 if self._world.is_main:
                     weights[name] = parameter.detach().cpu().clone()
         return weights
+
+    def _forget_gradients_of_last_step(self) -> None:
+        """They stay in ZeRO-3's buffers, and a parameter that is not used in the first backward would keep its own."""
+        zero = self._engine.optimizer
+        zero.grad_partitions_flat_buffer.zero_()
+        for flat in zero.fp32_partitioned_groups_flat:
+            # With offload the optimizer reads these, and only used parameters are copied there.
+            if flat.grad is not None:
+                flat.grad.zero_()
 
     def _let_go(self) -> None:
         """DeepSpeed may give back again what was kept for the rest of the step."""

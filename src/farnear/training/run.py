@@ -223,7 +223,13 @@ def build(
     """Model, preprocessing, strategy, what keeps outputs of frozen parts, and the shapes of what is trained."""
     training = config.training
     check_attention(config.model, world.device, half_precision=training.bf16 or training.pure_bf16 or training.fp16)
-    model = load_model(config.model, dtype=torch.bfloat16 if training.pure_bf16 else torch.float32)
+    # Where each rank holds a part of the parameters, rank 0 hands the parts out.
+    is_spread = config.strategy in ("zero3", "fsdp2")
+    model = load_model(
+        config.model,
+        dtype=torch.bfloat16 if training.pure_bf16 else torch.float32,
+        with_weights=world.is_main or not is_spread,
+    )
     preprocess = Preprocessing(model)
     choose_trainable(model, config.model, seed=config.seed)
     if (training.bf16 or training.fp16) and config.strategy in ("single", "ddp"):
@@ -231,7 +237,9 @@ def build(
         store_frozen_in(torch.bfloat16 if training.bf16 else torch.float16, model)
     if training.gradient_checkpointing:
         checkpoint_activations(model)
-    module = Embedder(model, bf16=training.bf16, fp16=training.fp16).to(world.device)
+    module = Embedder(model, bf16=training.bf16, fp16=training.fp16)
+    if not is_spread:
+        module.to(world.device)
     # Taken now: ZeRO-3 leaves parameters without a shape.
     shapes = {name: parameter.shape for name, parameter in module.named_parameters() if parameter.requires_grad}
     # Before the strategy hangs hooks on the modules.
