@@ -29,7 +29,6 @@ import torch
 from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader
 
-from farnear.config import ModelConfig
 from farnear.data.columns import ArrowStrings
 from farnear.data.dealing import SIDES, Dealing
 from farnear.data.index import Index, open_index, write_index
@@ -43,6 +42,7 @@ from farnear.ingest.shards import Pair, write_shards
 from farnear.model.embedder import Preprocessing
 from farnear.model.load import load_model
 from farnear.model.tiny import save_tiny_model
+from farnear.sections import ModelConfig
 
 PAGE, TARGET = (800, 1000), (448, 560)
 MINI_BATCH = 8

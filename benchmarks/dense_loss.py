@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from farnear.config import LossConfig
 from farnear.loss.false_negatives import BatchFacts
+from farnear.sections import LossConfig
 
 
 def is_masked(direction: str, i: int, column: int, facts: BatchFacts) -> bool:

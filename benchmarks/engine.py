@@ -46,7 +46,7 @@ from sentence_transformers.sentence_transformer.losses import CachedMultipleNega
 from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import logging as transformers_logging
 
-from farnear.config import LossConfig, ModelConfig, RunConfig, parse_config
+from farnear.config import RunConfig, parse_config
 from farnear.data.dealing import SIDES, Dealing
 from farnear.data.index import Index
 from farnear.data.index_cache import ShardSet, SourceShards, cached_index
@@ -65,6 +65,7 @@ from farnear.model.pixels import page_tokens
 from farnear.model.tiny import save_tiny_model
 from farnear.parallel.strategy import Strategy, build_strategy
 from farnear.parallel.world import World
+from farnear.sections import LossConfig, ModelConfig
 from farnear.training.cache import CachedStep, StepFigures
 
 DIMS = (128, 96, 64, 32)

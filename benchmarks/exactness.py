@@ -39,7 +39,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from farnear.config import LossConfig, ModelConfig, RunConfig, parse_config
+from farnear.config import RunConfig, parse_config
 from farnear.data.budget import cut
 from farnear.data.dealing import SIDES
 from farnear.data.loader import MiniBatch, RankBatch
@@ -52,6 +52,7 @@ from farnear.model.tiny import save_tiny_model
 from farnear.model.trainable import choose_trainable
 from farnear.parallel.strategy import Strategy, build_strategy
 from farnear.parallel.world import World
+from farnear.sections import LossConfig, ModelConfig
 from farnear.training.cache import CachedStep, StepFigures, turn_seed
 
 BOUND_FP32 = 1e-5

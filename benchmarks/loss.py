@@ -36,11 +36,11 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss, MatryoshkaLoss
 from torch import Tensor, nn
 
-from farnear.config import LossConfig
 from farnear.data.loader import RankBatch
 from farnear.loss.contrastive import TILE_BYTES, contrastive_gradient, tile_rows
 from farnear.loss.false_negatives import BatchFacts
 from farnear.parallel.world import World
+from farnear.sections import LossConfig
 from farnear.training.objective import Sizes, embedding_gradient
 
 DIMS = (1024, 768, 512, 384, 256, 128, 64)

@@ -21,7 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.qwen3_vl import modeling_qwen3_vl
 
 import farnear
-from farnear.config import ModelConfig, load_config
+from farnear.config import load_config
 from farnear.errors import UserError
 from farnear.model import attention, attention_choice
 from farnear.model.attention import by_kernel, one_by_one, packing_of, varlen_attention
@@ -29,6 +29,7 @@ from farnear.model.attention_choice import check_attention
 from farnear.model.embedder import Preprocessing
 from farnear.model.load import load_model
 from farnear.model.tiny import save_tiny_model
+from farnear.sections import ModelConfig
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 PAGES = [

@@ -11,11 +11,11 @@ import torch
 from tiny_runs import make_inputs, run_config
 
 import farnear
-from farnear.config import TrainingConfig
 from farnear.errors import UserError
 from farnear.model.features import FeatureMerger
 from farnear.model.tiny import save_tiny_model
 from farnear.parallel.world import World
+from farnear.sections import TrainingConfig
 from farnear.training.checkpoint import open_checkpoint
 from farnear.training.choices import Choices, _saved_for_backward
 from farnear.training.run import open_run

@@ -9,8 +9,9 @@ import pytest
 from conftest import WriteRunFile
 
 from farnear import config as config_module
-from farnear.config import FOREIGN_KEYS, RunConfig, TrainingConfig, dump_config, known_keys, load_config, parse_config
+from farnear.config import FOREIGN_KEYS, RunConfig, dump_config, known_keys, load_config, parse_config
 from farnear.errors import UserError
+from farnear.sections import TrainingConfig
 
 
 def _refusal(path: Path, *overrides: str) -> str:

@@ -9,9 +9,9 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, MultipleNegativesRankingLoss
 from torch import Tensor, nn
 
-from farnear.config import LossConfig
 from farnear.loss.contrastive import LossGradient, contrastive_gradient, needs_all_queries
 from farnear.loss.false_negatives import BatchFacts, false_negatives
+from farnear.sections import LossConfig
 
 SYMMETRIC = ("query_to_doc", "doc_to_query")
 ALL = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")

@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 
-from farnear.config import ModelConfig
 from farnear.model.embedder import Preprocessing, to_device
 from farnear.model.features import CannotMergeError, FeatureMerger
 from farnear.model.load import load_model
 from farnear.model.tiny import save_tiny_model
+from farnear.sections import ModelConfig
 
 CPU = torch.device("cpu")
 

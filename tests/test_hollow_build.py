@@ -10,7 +10,6 @@ import torch
 from ranks import run_ranks
 from torch import Tensor, nn
 
-from farnear.config import ModelConfig
 from farnear.model.embedder import Embedder
 from farnear.model.load import load_model
 from farnear.model.tiny import save_tiny_model
@@ -19,6 +18,7 @@ from farnear.parallel.loading import is_on_main_rank_only, partition_one_by_one,
 from farnear.parallel.strategy import build_strategy
 from farnear.parallel.world import start_world, stop_world
 from farnear.parallel.zero import deepspeed_config
+from farnear.sections import ModelConfig
 
 MIB = 2**20
 

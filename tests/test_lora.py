@@ -18,7 +18,6 @@ from sentence_transformers import SentenceTransformer
 from tiny_runs import make_inputs, run_config
 
 import farnear
-from farnear.config import ModelConfig
 from farnear.errors import UserError
 from farnear.model.embedder import Embedder, Preprocessing
 from farnear.model.load import load_model
@@ -26,6 +25,7 @@ from farnear.model.tiny import save_tiny_model
 from farnear.model.trainable import checkpoint_activations, choose_trainable
 from farnear.parallel.strategy import build_strategy
 from farnear.parallel.world import World, start_world, stop_world
+from farnear.sections import ModelConfig
 from farnear.training.cache import CachedStep, StepFigures
 from farnear.training.checkpoint import open_checkpoint
 from farnear.training.run import train_in

@@ -14,12 +14,12 @@ from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from farnear.config import ModelConfig
 from farnear.errors import UserError
 from farnear.model.embedder import Embedder, Preprocessing, to_device
 from farnear.model.export import export_model
 from farnear.model.load import cast_weights, describe_base, load_model
 from farnear.model.tiny import save_tiny_model
+from farnear.sections import ModelConfig
 
 QUERIES = ["Which page shows revenue?", "costs 2019"]
 PAGES = [Image.new("RGB", (64, 96), "red"), Image.new("RGB", (96, 64), "blue")]

@@ -11,11 +11,12 @@ import torch
 from conftest import WriteRunFile
 from torch import Tensor, nn
 
-from farnear.config import TrainingConfig, load_config
+from farnear.config import load_config
 from farnear.errors import UserError
 from farnear.parallel.eight_bit import is_eight_bit, pack, unpack
 from farnear.parallel.replicated import Replicated
 from farnear.parallel.world import World
+from farnear.sections import TrainingConfig
 from farnear.training.checkpoint import Progress, load_state, open_checkpoint, save_checkpoint
 from farnear.training.optim import build_optimizer
 from farnear.training.scale import TrainedState

@@ -10,12 +10,13 @@ from ranks import run_ranks
 from tiny_runs import make_inputs, run_config
 
 import farnear
-from farnear.config import LossConfig, load_config, parse_config
+from farnear.config import load_config, parse_config
 from farnear.errors import UserError
 from farnear.loss.contrastive import contrastive_gradient
 from farnear.loss.false_negatives import BatchFacts
 from farnear.loss.own import load_own_loss, own_gradient
 from farnear.parallel.world import start_world, stop_world
+from farnear.sections import LossConfig
 from farnear.training.run import train_in
 
 

@@ -16,11 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPProcessor, Qwen2VLImageProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from farnear.config import ModelConfig
 from farnear.model.embedder import Preprocessing, to_device
 from farnear.model.load import load_model
 from farnear.model.pixels import PixelBytes, page_tokens
 from farnear.model.tiny import CHAT_TEMPLATE, save_tiny_model
+from farnear.sections import ModelConfig
 
 CPU = torch.device("cpu")
 LIMITS = {"min_pixels": 64 * 64, "max_pixels": 256 * 256}

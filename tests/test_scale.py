@@ -10,8 +10,8 @@ import torch
 from tiny_runs import make_inputs, run_config
 
 import farnear
-from farnear.config import LossConfig, TrainingConfig
 from farnear.errors import UserError
+from farnear.sections import LossConfig, TrainingConfig
 from farnear.training.checkpoint import open_checkpoint
 from farnear.training.scale import NAME, LearnedScale
 

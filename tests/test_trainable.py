@@ -13,11 +13,11 @@ from sentence_transformers import SentenceTransformer
 from tiny_runs import make_inputs, run_config
 
 import farnear
-from farnear.config import ModelConfig
 from farnear.errors import UserError
 from farnear.model.load import load_model
 from farnear.model.tiny import save_tiny_model
 from farnear.model.trainable import checkpoint_activations, choose_trainable
+from farnear.sections import ModelConfig
 from farnear.training.checkpoint import open_checkpoint
 
 Freeze = Callable[..., SentenceTransformer]

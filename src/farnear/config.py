@@ -1,36 +1,37 @@
 """The run file: one YAML that decides everything about a training.
 
-A run file has five sections (`model`, `data`, `loss`, `training`, `evaluation`) and a few keys of its own. Names that
-users of sentence-transformers and transformers know keep the meaning they have there. Three ways lead to a
-``RunConfig``, and all end in the same validation:
+A run file has five sections (`model`, `data`, `loss`, `training`, `evaluation`) and a few keys of its own. Three ways
+lead to a ``RunConfig``, and all end in the same validation:
 
     load_config("run.yaml", ["training.learning_rate=1e-5"])     what the commands do
     RunConfig.model_validate({...})                              from Python
     load_config("runs/x/run.yaml")                               the resolved copy that a run leaves: the same config
 
-The models are frozen and know no extra keys. An unknown key is an error that proposes the nearest known one, wherever
-it lives; names that mean something else here (`per_device_train_batch_size`) are answered with the conversion. The
-line of text under each field is its documentation.
+The keys of the sections are in `farnear.sections`. An unknown key is an error that proposes the nearest known one,
+wherever it lives; names that mean something else here (`per_device_train_batch_size`) are answered with the conversion.
 """
 
 import difflib
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from farnear.errors import UserError
+from farnear.sections import (
+    DataConfig,
+    EvaluationConfig,
+    LossConfig,
+    ModelConfig,
+    Section,
+    SourceConfig,
+    Strategy,
+    TrainingConfig,
+)
 from farnear.yaml_text import read_yaml
-
-Side = Literal["query", "document"]
-NumTokens = PositiveInt | Literal["auto"]
-Direction = Literal["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"]
-Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
-Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "varlen"]
 
 # What users of other trainers write, and what to write here instead.
 FOREIGN_KEYS = {
@@ -53,358 +54,6 @@ FOREIGN_KEYS = {
     "lr": "write training.learning_rate",
     "max_length": "pages are bounded by model.max_pixels, queries by the tokenizer's own limit",
 }
-
-
-class Section(BaseModel):
-    """A part of the run file: frozen, without unknown keys, documented by the line under each field."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
-    )
-
-
-# Keys of the loss section that a user's own function does not read; it gets what it needs from its own code.
-_OF_INFONCE = (
-    "learn_scale",
-    "directions",
-    "partition_mode",
-    "hardness_mode",
-    "margin",
-)
-
-
-def _of_sides(value: Any) -> dict[str, Any]:
-    """One value stands for both sides; a side that is not named has none."""
-    return {side: value.get(side) if isinstance(value, dict) else value for side in ("document", "query")}
-
-
-def _patterns(value: Any) -> Any:
-    """One pattern stands for a list of it, an empty one for none."""
-    return tuple(filter(None, [value])) if value is None or isinstance(value, str) else value
-
-
-class ModelConfig(Section):
-    """Which model is trained and how it reads its inputs."""
-
-    name_or_path: str = Field(min_length=1)
-    """A SentenceTransformer with image support, or a vision-language model: a hub name or a folder."""
-    revision: str | None = None
-    """Commit, tag or branch on the hub. Pin a commit for runs that must be repeatable."""
-    trust_remote_code: bool = False
-    """Whether code from the model's repository may run. Leave off unless you have read it."""
-    model_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Passed to the model's from_pretrained, as in SentenceTransformer(model_kwargs=...)."""
-    processor_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Passed to the processor's from_pretrained, as in SentenceTransformer(processor_kwargs=...)."""
-    attn_implementation: Attention | None = None
-    """eager, sdpa, flash_attention_2 or _3, flex_attention, or varlen, which packs; unset leaves it to transformers."""
-    allow_kernel_download: bool = False
-    """Whether transformers may download compiled kernels from the hub and run them where a package is missing."""
-    freeze: tuple[str, ...] = ()
-    """Modules that are not trained, as shell-style patterns on their names: visual, language_model.layers.[0-7]."""
-    lora: dict[str, Any] | None = None
-    """Trains adapters beside a frozen model: keys of peft.LoraConfig. No target_modules: all of the language model."""
-    min_pixels: int | None = Field(default=None, ge=1)
-    """Smallest page in pixels (width x height); smaller ones are enlarged by the processor."""
-    max_pixels: int | None = Field(default=None, ge=1)
-    """Largest page in pixels (width x height); larger ones are reduced. It sets the tokens a page costs."""
-    pooling: Literal["lasttoken", "mean"] | None = None
-    """Pooling added to a model that has none; unset means lasttoken. A model with its own pooling keeps it."""
-    normalize: bool = True
-    """Whether a normalisation layer is added to a model that has none."""
-    prompts: dict[str, str] | None = None
-    """Prompts by name; `query` and `document` are used in training, evaluation and export. Unset: the model's own."""
-
-    @field_validator("freeze", mode="before")
-    @classmethod
-    def _one_or_several(cls, value: Any) -> Any:
-        return _patterns(value)
-
-    @model_validator(mode="after")
-    def _pixels_in_order(self) -> "ModelConfig":
-        if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
-            raise ValueError(f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}")
-        return self
-
-
-class SourceConfig(Section):
-    """One of several sources of pairs, drawn from by its weight."""
-
-    train: tuple[str, ...] = Field(min_length=1)
-    """Shards of the source: paths, URLs, globs or braces."""
-    corpus: tuple[str, ...] = ()
-    """Shards of pages that the source's pairs name by pos_id and neg_ids, beside data.train_corpus."""
-    weight: float | None = Field(default=None, gt=0)
-    """Share of the pairs that are drawn from it, relative to the other sources'; unset on all: by number of pairs."""
-
-    @field_validator("train", "corpus", mode="before")
-    @classmethod
-    def _one_or_several(cls, value: Any) -> Any:
-        return _patterns(value)
-
-
-class DataConfig(Section):
-    """Where the pairs are. Training and evaluation shards are named apart; no file may be in both."""
-
-    train: tuple[str, ...] = ()
-    """Training shards: paths, URLs (https, s3, hf), globs or braces such as pages-{000..031}.tar."""
-    train_corpus: tuple[str, ...] = ()
-    """Shards of pages that training pairs name by pos_id and neg_ids."""
-    sources: dict[str, SourceConfig] = Field(default_factory=dict)
-    """Several sources of training pairs by name, in place of train: {slides: {train: a-*.tar, weight: 2}, ...}."""
-    mixing: Literal["within_batch", "per_batch"] = "within_batch"
-    """Whether a batch holds pairs of all sources by their weights, or of one source each."""
-    tail: Literal["carry", "pad", "drop"] = "carry"
-    """Pairs of an epoch that fill no batch: carried into the next epoch, a short batch, or left out."""
-    shards_per_window: int | None = Field(default=None, ge=1)
-    """Shards that are shuffled together, so that a batch touches few of them; unset shuffles over all."""
-    eval: tuple[str, ...] = ()
-    """Evaluation shards: their queries are searched in their pages."""
-    eval_corpus: tuple[str, ...] = ()
-    """Shards of further pages that join the evaluation corpus; evaluation pairs may name them by pos_id and neg_ids."""
-    num_negatives: int | None = Field(default=None, ge=0)
-    """Hard negatives used of each pair in training; unset uses all that the shards hold."""
-    exclude: tuple[str, ...] = ()
-    """Files of JSON lines with "shard" and "key", such as a former run's quarantine.jsonl: pairs to leave out."""
-    max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
-    """Share of the training pairs that may be lost to damaged shards and undecodable pages before the run stops."""
-    max_image_pixels: int = Field(default=89_478_485, ge=1, le=178_956_970)
-    """Images with more pixels (width x height, by their header) are not decoded and their pairs not used."""
-    cache_dir: str | None = None
-    """Folder for indexes, plans and remote shards; unset: $FARNEAR_CACHE, else ~/.cache/farnear."""
-    remote: Literal["cache", "ranges"] = "cache"
-    """Shards behind URLs: downloaded whole into the cache, or read pair by pair."""
-    remote_cache_gb: float | None = Field(default=None, gt=0)
-    """Most disk, in 10^9 bytes, that downloaded shards take on a node; the least recently used go. Unset: no limit."""
-    remote_prefetch_shards: int = Field(default=4, ge=0)
-    """Shards behind URLs that a rank downloads ahead of the step that needs them."""
-    dataloader_num_workers: int = Field(default=2, ge=0)
-    """Worker processes a rank that read, decode and preprocess; 0 does it in the training process."""
-    dataloader_prefetch_factor: int = Field(default=4, ge=1)
-    """Mini-batches each worker prepares ahead."""
-
-    @field_validator("train", "train_corpus", "eval", "eval_corpus", "exclude", mode="before")
-    @classmethod
-    def _one_or_several(cls, value: Any) -> Any:
-        return _patterns(value)
-
-    @model_validator(mode="after")
-    def _one_way_to_name_the_pairs(self) -> "DataConfig":
-        if not self.train and not self.sources:
-            raise ValueError("no training shards are named; set data.train, or data.sources with a train each")
-        if self.train and self.sources:
-            raise ValueError(
-                "data.train and data.sources both name training shards; make data.train one of the sources"
-            )
-        weighted = [source.weight is not None for source in self.sources.values()]
-        if any(weighted) and not all(weighted):
-            raise ValueError("some sources have a weight and some have none; give one to each, or to none")
-        return self
-
-    @property
-    def weights(self) -> tuple[float, ...] | None:
-        """Of the sources in their order; None where pairs count alike."""
-        weights = tuple(source.weight for source in self.sources.values() if source.weight is not None)
-        return weights or None
-
-
-class LossConfig(Section):
-    """The objective: InfoNCE over the whole global batch, summed over Matryoshka dimensions, or a function of yours."""
-
-    function: str | None = None
-    """A loss of your own as package.module:function, in place of InfoNCE; see farnear.training.own_loss."""
-    gather: bool = True
-    """Whether your own function is given the embeddings of all ranks or those of its rank alone."""
-    scale: float = Field(default=20.0, gt=0)
-    """Factor on the cosine similarities: the inverse of the temperature."""
-    learn_scale: bool = False
-    """Whether the scale is trained, beginning at `scale`, by its logarithm and with an optimizer of its own."""
-    scale_learning_rate: float | None = Field(default=None, gt=0)
-    """Learning rate of the trained scale's logarithm; unset: training.learning_rate. It has the same schedule."""
-    max_scale: float = Field(default=100.0, gt=0)
-    """Bound of a trained scale, as in CLIP."""
-    directions: tuple[Direction, ...] = ("query_to_doc",)
-    """Which similarities take part: query_to_doc, and any of query_to_query, doc_to_query, doc_to_doc."""
-    partition_mode: Literal["joint", "per_direction"] = "joint"
-    """One softmax over all directions, or one for each, averaged (for query_to_doc with doc_to_query)."""
-    hardness_mode: Literal["in_batch_negatives", "hard_negatives", "all_negatives"] | None = None
-    """Which negatives count more the more similar they are to the query; unset: none."""
-    hardness_strength: float = Field(default=0.0, ge=0)
-    """Factor on the cosine that hardness_mode adds to a negative's score; 5 to 9 in the literature."""
-    margin: float | None = Field(default=None, ge=-1, le=1)
-    """Leave out negatives more similar than the positive less this margin, as likely false negatives; unset: none."""
-    margin_strategy: Literal["absolute", "relative"] = "absolute"
-    """Whether the margin is taken from the positive's cosine or is a share of it."""
-    matryoshka_dims: tuple[int, ...] | None = Field(default=None, min_length=1)
-    """Prefixes of the embedding that are trained to work alone. The losses of all dims are summed."""
-    matryoshka_weights: tuple[float, ...] | None = None
-    """Weight of each dim's loss, in the order of matryoshka_dims; unset means 1 for each."""
-
-    @model_validator(mode="after")
-    def _directions_make_a_loss(self) -> "LossConfig":
-        if "query_to_doc" not in self.directions:
-            raise ValueError("directions needs query_to_doc: it holds the pairs that are pulled together")
-        if len(set(self.directions)) != len(self.directions):
-            raise ValueError("directions names one twice")
-        without_positive = {"query_to_query", "doc_to_doc"} & set(self.directions)
-        if self.partition_mode == "per_direction" and without_positive:
-            raise ValueError(
-                f"partition_mode per_direction takes a softmax for each direction, and {min(without_positive)} has no "
-                "positive in it; use joint"
-            )
-        if (self.hardness_mode is None) != (self.hardness_strength == 0):
-            raise ValueError("hardness_mode and a hardness_strength above 0 belong together; set both or neither")
-        return self
-
-    @model_validator(mode="after")
-    def _scale_is_learned_in_bounds(self) -> "LossConfig":
-        if self.learn_scale and self.scale > self.max_scale:
-            raise ValueError(
-                f"scale {self.scale} is above max_scale {self.max_scale}, where a trained scale may not go"
-            )
-        if self.scale_learning_rate is not None and not self.learn_scale:
-            raise ValueError("scale_learning_rate is set, but learn_scale is not")
-        return self
-
-    @model_validator(mode="after")
-    def _own_function_decides_alone(self) -> "LossConfig":
-        if self.function is None:
-            return self
-        if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", self.function):
-            raise ValueError(f"function is package.module:function, not {self.function!r}")
-        defaults = LossConfig()
-        if odd := [name for name in _OF_INFONCE if getattr(self, name) != getattr(defaults, name)]:
-            raise ValueError(f"{odd[0]} belongs to InfoNCE, but function {self.function} takes its place; take it out")
-        return self
-
-    @model_validator(mode="after")
-    def _weights_match_dims(self) -> "LossConfig":
-        if self.matryoshka_weights is not None:
-            if self.matryoshka_dims is None:
-                raise ValueError("matryoshka_weights needs matryoshka_dims")
-            if len(self.matryoshka_weights) != len(self.matryoshka_dims):
-                raise ValueError(
-                    f"matryoshka_weights has {len(self.matryoshka_weights)} values for "
-                    f"{len(self.matryoshka_dims)} matryoshka_dims; give one a dim"
-                )
-            if min(self.matryoshka_weights) <= 0:
-                raise ValueError("matryoshka_weights must be positive; take a dim out instead of giving it no weight")
-        if self.matryoshka_dims is not None:
-            if min(self.matryoshka_dims) < 1:
-                raise ValueError("matryoshka_dims must be positive")
-            if len(set(self.matryoshka_dims)) != len(self.matryoshka_dims):
-                raise ValueError("matryoshka_dims names a dim twice")
-        return self
-
-
-class TrainingConfig(Section):
-    """How the model is optimised, saved and reported."""
-
-    global_batch_size: int = Field(default=64, ge=2, le=2**20)
-    """Pairs in one optimizer step, over all ranks. Every pair is a negative for every other."""
-    mini_batch_size: PositiveInt | dict[Side, PositiveInt] | None = None
-    """Most inputs in a mini-batch, or {query: N, document: N}; unset: 8, or no bound where there are num_tokens."""
-    mini_batch_num_tokens: NumTokens | dict[Side, NumTokens] | None = None
-    """Most tokens in one, visual ones and padding too, or {query: N, document: N}; auto: what memory and speed say."""
-    no_grad_mini_batch_factor: int = Field(default=4, ge=1)
-    """Mini-batches that go through the pass without graph together. Dropout, which has to be replayed, turns it off."""
-    keep_graphs: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = 0.0
-    """Share of the mini-batches that keep their graph and are computed once; auto: as many as memory has room for."""
-    frozen_cache_gb: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
-    """Host memory a rank, in 10^9 bytes, to keep outputs of frozen parts in; auto: a quarter of the free; 0: off."""
-    optim: Literal["adamw_torch", "adamw_8bit"] = "adamw_torch"
-    """AdamW, or AdamW whose moments take a quarter of the memory: bitsandbytes on a GPU, under single and ddp."""
-    learning_rate: float = Field(default=2e-5, gt=0, le=100)
-    """Peak learning rate of AdamW."""
-    weight_decay: float = Field(default=0.0, ge=0, le=100)
-    """Decoupled weight decay; biases and norms are left out, as in transformers."""
-    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
-    """Decay of AdamW's first moment."""
-    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
-    """Decay of AdamW's second moment."""
-    adam_epsilon: float = Field(default=1e-8, gt=0)
-    """AdamW's epsilon."""
-    lr_scheduler_type: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
-    """Course of the learning rate after the warm-up."""
-    warmup_steps: float = Field(default=0, ge=0)
-    """Steps of linear warm-up; below 1 it is a share of all steps. It takes precedence over warmup_ratio."""
-    warmup_ratio: float = Field(default=0.0, ge=0, le=1)
-    """Warm-up as a share of all steps."""
-    num_train_epochs: float = Field(default=1.0, gt=0, le=1_000_000)
-    """Passes over the training pairs; may be a fraction."""
-    max_steps: int = -1
-    """Optimizer steps in all; when positive it overrides num_train_epochs."""
-    max_grad_norm: float = Field(default=1.0, ge=0)
-    """Gradients are scaled down to this global norm; 0 turns clipping off."""
-    bf16: bool = False
-    """bf16 compute with fp32 master weights and fp32 accumulation."""
-    fp16: bool = False
-    """fp16 compute with fp32 master weights and dynamic loss scaling, for GPUs that have no bf16."""
-    pure_bf16: bool = False
-    """bf16 weights and optimizer moments too: half the memory, and small updates are lost to rounding."""
-    reduce: Literal["step", "mini_batch"] = "step"
-    """When gradients meet: once a step and whole on every rank until then, or after each mini-batch, kept in parts."""
-    reshard: Literal["forward", "step"] = "forward"
-    """zero3, fsdp2: when gathered parameters are given back. step keeps them, all of them, until the optimizer step."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass. With small mini-batches it is rarely needed."""
-    logging_steps: int = Field(default=10, ge=1)
-    """Steps between progress lines. metrics.jsonl always holds every step."""
-    save_steps: float = Field(default=500, ge=0)
-    """Steps between checkpoints; below 1 a share of all steps; 0 saves at the end only."""
-    save_total_limit: int | None = Field(default=None, ge=1)
-    """Checkpoints kept; the newest and the best are never removed."""
-    load_best_model_at_end: bool = False
-    """Whether the best checkpoint by the evaluations, not the last one, is evaluated and exported at the end."""
-    report_to: tuple[str, ...] = ()
-    """Trackers beside metrics.jsonl, by accelerate's names: tensorboard, wandb, trackio, mlflow, ..."""
-
-    @field_validator("report_to", mode="before")
-    @classmethod
-    def _one_tracker_or_none(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return () if value == "none" else (value,)
-        return value
-
-    @property
-    def mini_batch_size_of(self) -> dict[str, int | None]:
-        """Most inputs of a mini-batch of each side; None for no bound."""
-        given, tokens = _of_sides(self.mini_batch_size), self.mini_batch_num_tokens_of
-        return {side: given[side] or (None if tokens[side] else 8) for side in given}
-
-    @property
-    def mini_batch_num_tokens_of(self) -> dict[str, NumTokens | None]:
-        """Most tokens of a mini-batch of each side; None for no bound."""
-        return _of_sides(self.mini_batch_num_tokens)
-
-    @model_validator(mode="after")
-    def _one_meaning_of_bf16(self) -> "TrainingConfig":
-        if self.bf16 and self.pure_bf16:
-            raise ValueError("bf16 keeps fp32 weights and pure_bf16 does not; set one of them")
-        if self.fp16 and (self.bf16 or self.pure_bf16):
-            raise ValueError("fp16 and bf16 are two ways to compute; set one of them, bf16 where the GPU has it")
-        if self.max_steps == 0 or self.max_steps < -1:
-            raise ValueError("max_steps is a positive number, or -1 to go by num_train_epochs")
-        return self
-
-
-class EvaluationConfig(Section):
-    """Retrieval measured in the run: before training, every eval_steps, and at the end."""
-
-    eval_on_start: bool = True
-    """Whether the untrained model is measured too, on all evaluation queries."""
-    eval_steps: float | None = Field(default=None, gt=0)
-    """Steps between evaluations on the sample; below 1 a share of all steps; unset means none between start and end."""
-    sample_queries: int = Field(default=500, ge=1)
-    """Queries in the fixed sample that is measured during the run. Start and end always measure all."""
-    sample_pages: int = Field(default=2000, ge=1)
-    """Pages in that sample; the pages relevant to the sampled queries are always among them."""
-    per_device_eval_batch_size: int = Field(default=16, ge=1)
-    """Queries or pages that are embedded at once on one rank."""
-    metric_for_best_model: Literal["ndcg@1", "ndcg@5", "ndcg@10", "recall@1", "recall@5", "recall@10", "mrr@10"] = (
-        "ndcg@10"
-    )
-    """Measure, at the full dimension, by which the best checkpoint is chosen."""
 
 
 class RunConfig(Section):

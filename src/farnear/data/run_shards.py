@@ -5,13 +5,13 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from farnear.config import DataConfig
 from farnear.data.index_cache import ShardSet, SourceShards
 from farnear.data.remote import is_remote, short_name, shown
 from farnear.data.shard_cache import ShardCache
 from farnear.data.shard_names import expand_shards
 from farnear.data.shard_store import ShardStore
 from farnear.errors import UserError
+from farnear.sections import DataConfig
 
 ONE_SOURCE = "train"
 

@@ -41,8 +41,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from farnear.config import LossConfig
 from farnear.loss.false_negatives import BatchFacts, Places, false_negatives, own_hard_negatives
+from farnear.sections import LossConfig
 
 TILE_BYTES = 128 * 1024 * 1024
 """Memory of a tile's buffers. Small tiles stay in a CPU's cache, large ones fill a GPU."""

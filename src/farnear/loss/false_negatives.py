@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from farnear.config import Direction
+from farnear.sections import Direction
 
 
 @dataclass(frozen=True)

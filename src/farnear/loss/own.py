@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from farnear.config import LossConfig
 from farnear.errors import UserError
 from farnear.loss.false_negatives import BatchFacts
+from farnear.sections import LossConfig
 
 OwnLoss = Callable[[Tensor, Tensor, BatchFacts], Tensor]
 

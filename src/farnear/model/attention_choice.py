@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available, is_kernels_available
 
-from farnear.config import ModelConfig
 from farnear.errors import UserError
 from farnear.model.attention import VARLEN
+from farnear.sections import ModelConfig
 
 # What makes transformers fetch compiled code from the hub, beside the name of an attention.
 KERNEL_SWITCHES = ("use_kernels", "kernel_config", "allow_all_kernels")

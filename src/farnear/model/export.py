@@ -20,10 +20,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from farnear.config import ModelConfig
 from farnear.files import give_usual_mode
 from farnear.model.load import BaseCheckpoint, cast_weights, describe_base, load_model
 from farnear.model.trainable import add_adapters, freeze
+from farnear.sections import ModelConfig
 
 
 def export_model(config: ModelConfig, weights: Mapping[str, Tensor], folder: Path) -> None:

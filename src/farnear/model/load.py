@@ -22,11 +22,11 @@ from sentence_transformers.util import is_sentence_transformer_model
 from torch import nn
 from transformers.utils.hub import cached_file
 
-from farnear.config import ModelConfig
 from farnear.errors import UserError
 from farnear.model.attention import VARLEN, register_varlen, tell_towers
 from farnear.model.attention_choice import refuse_kernels
 from farnear.model.pixels import call_settings, image_processor_of, is_qwen_family
+from farnear.sections import ModelConfig
 
 FLOAT_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 

@@ -23,8 +23,8 @@ from sentence_transformers import SentenceTransformer
 from torch import nn
 from transformers import PreTrainedModel
 
-from farnear.config import ModelConfig
 from farnear.errors import UserError
+from farnear.sections import ModelConfig
 
 # Keys of peft.LoraConfig that follow from what is trained here.
 OWN_KEYS = (

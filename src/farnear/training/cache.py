@@ -39,7 +39,6 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from farnear.config import LossConfig
 from farnear.data.dealing import SIDES
 from farnear.data.loader import MiniBatch, RankBatch
 from farnear.loss.own import OwnLoss
@@ -48,6 +47,7 @@ from farnear.model.frozen import FrozenOutputs
 from farnear.parallel.collectives import exchange_ints
 from farnear.parallel.strategy import Strategy
 from farnear.parallel.world import World
+from farnear.sections import LossConfig
 from farnear.training.objective import EmbeddingGradient, Sizes, embedding_gradient, own_loss_gradient
 
 

@@ -26,7 +26,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from farnear.config import TrainingConfig
 from farnear.data.budget import PageTokens, input_cost
 from farnear.data.dealing import SIDES
 from farnear.data.index import Index, modality_name
@@ -36,6 +35,7 @@ from farnear.model.features import CannotMergeError, FeatureMerger
 from farnear.parallel.collectives import exchange_ints
 from farnear.parallel.strategy import Strategy
 from farnear.parallel.world import World
+from farnear.sections import TrainingConfig
 
 # Of the free device memory: what graphs may take in all, and what one mini-batch may.
 _SHARE_OF_GRAPHS = 0.6

@@ -1,4 +1,4 @@
-"""The cached step of a run, with what the run chooses for it."""
+"""What computes a run: its model, the strategy around it, and the cached step with what the run chooses for it."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -11,15 +11,50 @@ from sentence_transformers import SentenceTransformer
 from farnear.config import RunConfig
 from farnear.data.index import Index
 from farnear.loss.own import OwnLoss
-from farnear.model.embedder import Preprocessing
+from farnear.model.attention_choice import check_attention
+from farnear.model.embedder import Embedder, Preprocessing
 from farnear.model.features import FeatureMerger
 from farnear.model.frozen import FrozenOutputs, has_dropout
+from farnear.model.load import load_model
 from farnear.model.pixels import page_tokens
-from farnear.parallel.strategy import Strategy
+from farnear.model.trainable import checkpoint_activations, choose_trainable, store_frozen_in
+from farnear.parallel.strategy import Strategy, build_strategy
 from farnear.parallel.world import World
 from farnear.training.cache import CachedStep
 from farnear.training.checkpoint import Progress
 from farnear.training.choices import Choices, choose
+from farnear.training.optim import build_optimizer
+
+
+def build_model(
+    config: RunConfig, world: World
+) -> tuple[SentenceTransformer, Preprocessing, Strategy, FrozenOutputs | None, dict[str, torch.Size]]:
+    """Model, preprocessing, strategy, what keeps outputs of frozen parts, and the shapes of what is trained."""
+    training = config.training
+    check_attention(config.model, world.device, half_precision=training.bf16 or training.pure_bf16 or training.fp16)
+    # Where each rank holds a part of the parameters, rank 0 hands the parts out.
+    is_spread = config.strategy in ("zero3", "fsdp2")
+    model = load_model(
+        config.model,
+        dtype=torch.bfloat16 if training.pure_bf16 else torch.float32,
+        with_weights=world.is_main or not is_spread,
+    )
+    preprocess = Preprocessing(model)
+    choose_trainable(model, config.model, seed=config.seed)
+    if (training.bf16 or training.fp16) and config.strategy in ("single", "ddp"):
+        # ZeRO and FSDP2 take all weights in one type.
+        store_frozen_in(torch.bfloat16 if training.bf16 else torch.float16, model)
+    if training.gradient_checkpointing:
+        checkpoint_activations(model)
+    module = Embedder(model, bf16=training.bf16, fp16=training.fp16)
+    if not is_spread:
+        module.to(world.device)
+    # Taken now: ZeRO-3 leaves parameters without a shape.
+    shapes = {name: parameter.shape for name, parameter in module.named_parameters() if parameter.requires_grad}
+    # Before the strategy hangs hooks on the modules.
+    frozen = FrozenOutputs(module) if training.frozen_cache_gb else None
+    strategy = build_strategy(config, module, build_optimizer(module, training), world)
+    return model, preprocess, strategy, frozen, shapes
 
 
 def build_step(

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from farnear.config import LossConfig
 from farnear.data.loader import RankBatch
 from farnear.loss.contrastive import contrastive_gradient, needs_all_queries
 from farnear.loss.false_negatives import BatchFacts
 from farnear.loss.own import OwnLoss, own_gradient
 from farnear.parallel.collectives import all_reduce_sum, gather_together, reduce_to_owners, row_weight
 from farnear.parallel.world import World
+from farnear.sections import LossConfig
 
 # Counts are summed over ranks as float32, which is exact up to 2**24: they travel in two digits of this base.
 _DIGIT = 2**16

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
-from farnear.config import TrainingConfig
 from farnear.errors import UserError
+from farnear.sections import TrainingConfig
 
 
 def build_optimizer(module: nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:

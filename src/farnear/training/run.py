@@ -20,11 +20,10 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-import torch
 from sentence_transformers import SentenceTransformer
 
 import farnear
-from farnear.config import RunConfig, TrainingConfig, dump_config, load_config
+from farnear.config import RunConfig, dump_config, load_config
 from farnear.data.dealing import Dealing
 from farnear.data.faults import Fault
 from farnear.data.index import modality_name
@@ -36,18 +35,16 @@ from farnear.data.remote import shown
 from farnear.errors import UserError
 from farnear.files import replace_text
 from farnear.loss.own import load_own_loss
-from farnear.model.attention_choice import check_attention
-from farnear.model.embedder import Embedder, Preprocessing
+from farnear.model.embedder import Preprocessing
 from farnear.model.export import export_model
-from farnear.model.frozen import FrozenOutputs
-from farnear.model.load import embedding_dimension, load_model
+from farnear.model.load import embedding_dimension
 from farnear.model.pixels import page_tokens
-from farnear.model.trainable import checkpoint_activations, choose_trainable, store_frozen_in
-from farnear.parallel.strategy import LossScale, Strategy, build_strategy
+from farnear.parallel.strategy import LossScale, Strategy
 from farnear.parallel.trackers import Trackers
 from farnear.parallel.world import World, on_main_rank, start_world, stop_world
 from farnear.retrieve.evaluate import evaluate
 from farnear.run_folder import Resume, RunFolder, check_start, claimed
+from farnear.sections import TrainingConfig
 from farnear.training.cache import CachedStep
 from farnear.training.checkpoint import (
     Progress,
@@ -60,10 +57,10 @@ from farnear.training.checkpoint import (
 )
 from farnear.training.choices import Choices
 from farnear.training.describe import derived_numbers
-from farnear.training.engine import build_step
+from farnear.training.engine import build_model, build_step
 from farnear.training.loop import Parts, train
 from farnear.training.metrics import ProgressLines, append_line, cut_after
-from farnear.training.optim import build_optimizer, learning_rate_schedule, steps_of
+from farnear.training.optim import learning_rate_schedule, steps_of
 from farnear.training.quarantine import Quarantine
 from farnear.training.resume import (
     agree_on_order,
@@ -176,7 +173,7 @@ def open_run(config: RunConfig, resume: Resume | None, world: World) -> tuple[Ru
     refuse_shorter_run(config, total_steps, progress)
     agree_on_order(config, order, total_steps, progress)
     own_loss = load_own_loss(config.loss.function) if config.loss.function else None
-    model, preprocess, strategy, frozen, shapes = build(config, world)
+    model, preprocess, strategy, frozen, shapes = build_model(config, world)
     scale = LearnedScale(config.loss, config.training) if config.loss.learn_scale else None
     state = TrainedState(strategy, shapes, scale, is_main=world.is_main)
     if checkpoint is not None:
@@ -215,37 +212,6 @@ def prepare_workers() -> None:
     """Start the process that workers are forked from: it imports what they need once, while the model is loaded."""
     multiprocessing.set_forkserver_preload(["farnear.data.loader", "farnear.model.embedder"])
     forkserver.ensure_running()
-
-
-def build(
-    config: RunConfig, world: World
-) -> tuple[SentenceTransformer, Preprocessing, Strategy, FrozenOutputs | None, dict[str, torch.Size]]:
-    """Model, preprocessing, strategy, what keeps outputs of frozen parts, and the shapes of what is trained."""
-    training = config.training
-    check_attention(config.model, world.device, half_precision=training.bf16 or training.pure_bf16 or training.fp16)
-    # Where each rank holds a part of the parameters, rank 0 hands the parts out.
-    is_spread = config.strategy in ("zero3", "fsdp2")
-    model = load_model(
-        config.model,
-        dtype=torch.bfloat16 if training.pure_bf16 else torch.float32,
-        with_weights=world.is_main or not is_spread,
-    )
-    preprocess = Preprocessing(model)
-    choose_trainable(model, config.model, seed=config.seed)
-    if (training.bf16 or training.fp16) and config.strategy in ("single", "ddp"):
-        # ZeRO and FSDP2 take all weights in one type.
-        store_frozen_in(torch.bfloat16 if training.bf16 else torch.float16, model)
-    if training.gradient_checkpointing:
-        checkpoint_activations(model)
-    module = Embedder(model, bf16=training.bf16, fp16=training.fp16)
-    if not is_spread:
-        module.to(world.device)
-    # Taken now: ZeRO-3 leaves parameters without a shape.
-    shapes = {name: parameter.shape for name, parameter in module.named_parameters() if parameter.requires_grad}
-    # Before the strategy hangs hooks on the modules.
-    frozen = FrozenOutputs(module) if training.frozen_cache_gb else None
-    strategy = build_strategy(config, module, build_optimizer(module, training), world)
-    return model, preprocess, strategy, frozen, shapes
 
 
 def plan_settings(config: RunConfig) -> PlanSettings:

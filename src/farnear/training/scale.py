@@ -11,8 +11,8 @@ import math
 import torch
 from torch import nn
 
-from farnear.config import LossConfig, TrainingConfig
 from farnear.parallel.strategy import ParameterSlice, Strategy, adam_state
+from farnear.sections import LossConfig, TrainingConfig
 
 NAME = "loss.log_scale"
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from farnear.config import DataConfig, EvaluationConfig
 from farnear.data.faults import fault_table, pairs_lost
 from farnear.data.index import Index
 from farnear.data.index_cache import ShardSet, cache_folder, cached_index
@@ -19,6 +18,7 @@ from farnear.data.shard_store import ShardStore
 from farnear.errors import UserError
 from farnear.parallel.world import World, on_main_rank
 from farnear.retrieve.evaluate import RetrievalTask, build_task, sample_task
+from farnear.sections import DataConfig, EvaluationConfig
 from farnear.wording import counted
 
 FAULTS_SHOWN = 20
