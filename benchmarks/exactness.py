@@ -580,15 +580,19 @@ def run(world_sizes: tuple[int, ...], small: bool) -> list[dict[str, Any]]:
         }
         for world_size in world_sizes:
             out = str(Path(folder) / f"{world_size}.json")
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
             # Forked from one process that has imported everything: each rank would take ten seconds for that.
             multiprocessing.set_forkserver_preload(["sentence_transformers", "deepspeed", "farnear.training.cache"])
-            arguments = (world_size, port, models, small, out)
+            arguments = (world_size, free_port(), models, small, out)
             mp.start_processes(rank_main, arguments, nprocs=world_size, start_method="forkserver")
             results += json.loads(Path(out).read_text(encoding="utf-8"))
     return results
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
