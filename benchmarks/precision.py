@@ -35,10 +35,10 @@ from exactness import (
 )
 from transformers.utils import logging as transformers_logging
 
-from farnear.config import ModelConfig
 from farnear.model.load import load_model
 from farnear.model.tiny import save_tiny_model
 from farnear.parallel.world import World
+from farnear.sections import ModelConfig
 
 STRATEGIES = ("ddp", "zero2", "zero3", "fsdp2")
 MINI_BATCHES = (8, 64, 512)
