@@ -19,7 +19,7 @@ The sum of pass two's gradients is the gradient of the whole batch. It is exact 
 
 With the forward as 1 and the backward as 2 this costs 4 where an uncached step costs 3. Three things bring it down:
 
-- the last mini-batches of pass one may keep their graph, as many as fit in memory, and are not embedded again: with a
+- mini-batches may keep their graph from pass one, as many as fit in memory, and are not embedded again: with a
   fraction f of them the step costs 4 - f;
 - without dropout several mini-batches go through pass one together (`farnear.model.features`);
 - what a frozen part of the model gives in pass one is kept for pass two (`farnear.model.frozen`);
@@ -91,12 +91,18 @@ class StepFigures:
 
 @dataclass(frozen=True)
 class Turn:
-    """One mini-batch's place in both passes; ``counts`` is False where the rank only keeps step with others."""
+    """One mini-batch's place in both passes.
+
+    Attributes:
+        counts: False where the rank only keeps step with others.
+        keeps_graph: Whether pass one is to leave its graph for pass two.
+    """
 
     position: int
     mini_batch: MiniBatch
     seed: int
     counts: bool
+    keeps_graph: bool
 
     @property
     def group(self) -> tuple[str, str]:
@@ -112,7 +118,7 @@ class CachedStep:
         loss: The objective.
         own_loss: What ``loss.function`` names.
         seed: Of every dropout mask.
-        keep_graphs: Share of the mini-batches that keep their graph from pass one.
+        keep_graphs: Share of the mini-batches, the last of each group, that keep their graph from pass one.
         together: Most mini-batches that go through pass one at once; 1 where dropout has to be replayed.
         merge: Makes one mini-batch's features of several; needed where ``together`` is above 1.
         frozen: Keeps outputs of frozen parts.
@@ -173,7 +179,8 @@ class CachedStep:
         pairs_W, documents_W, answers_W, quarantined_W, tokens_W, padding_W, *counts_W = zip(*of_rank, strict=True)
         figures.quarantined, figures.tokens, figures.padding = sum(quarantined_W), sum(tokens_W), sum(padding_W)
         turns_of_groups = [max(of_group) for of_group in counts_W] or [len(group) for group in groups]
-        turns = list(_turns(groups, turns_of_groups, (self.seed, batch.step, self.world.rank)))
+        scope = (self.seed, batch.step, self.world.rank)
+        turns = list(_turns(groups, turns_of_groups, self.keep_graphs, scope))
         return turns, Sizes(pairs_W, documents_W, answers_W)
 
     def _look_at(self, turn: Turn) -> None:
@@ -188,14 +195,10 @@ class CachedStep:
         """Embeddings of each side in the order of their rows, and by its position each embedding that has a graph."""
         if self.frozen is not None:
             self.frozen.forget()
-        first_with_graph = len(turns) - int(self.keep_graphs * len(turns))
         graphs: dict[int, Tensor] = {}
         embedded: dict[str, list[Tensor]] = {side: [] for side in SIDES}
         rows: dict[str, list[Tensor]] = {side: [] for side in SIDES}
-        for keeps_graph, bundles in groupby(
-            self._bundles(turns, first_with_graph),
-            lambda bundle: bundle[0].position >= first_with_graph and self._trains[bundle[0].group],
-        ):
+        for keeps_graph, bundles in groupby(self._bundles(turns), lambda bundle: self._keeps_graph(bundle[0])):
             with self.cast_once():
                 for bundle in bundles:
                     for turn, e_nD in zip(bundle, self._embed_bundle(bundle, keeps_graph), strict=True):
@@ -208,12 +211,12 @@ class CachedStep:
         place = {side: torch.cat(rows[side]).argsort().to(self.world.device) for side in SIDES}
         return {side: torch.cat(embedded[side])[place[side]] for side in SIDES}, graphs
 
-    def _bundles(self, turns: Sequence[Turn], first_with_graph: int) -> Iterator[list[Turn]]:
+    def _bundles(self, turns: Sequence[Turn]) -> Iterator[list[Turn]]:
         """Turns that go through pass one together: of one group, and those whose graph or outputs are kept alone."""
         for _, of_group in groupby(turns, key=lambda turn: turn.group):
             waiting: list[Turn] = []
             for turn in of_group:
-                is_alone = turn.position >= first_with_graph or self._records(turn)
+                is_alone = self._keeps_graph(turn) or self._records(turn)
                 if waiting and (is_alone or len(waiting) == self.together):
                     yield waiting
                     waiting = []
@@ -236,6 +239,9 @@ class CachedStep:
         context = self.frozen.recording(turn.position, turn.seed) if self.frozen and records else nullcontext()
         with torch.set_grad_enabled(keeps_graph), context:
             return [self._embed(turn.mini_batch.features, turn.seed)]
+
+    def _keeps_graph(self, turn: Turn) -> bool:
+        return turn.keeps_graph and self._trains[turn.group]
 
     def _records(self, turn: Turn) -> bool:
         # Text alone goes through no tower.
@@ -295,14 +301,18 @@ def _groups(mini_batches: Sequence[MiniBatch]) -> list[list[MiniBatch]]:
     return list(groups.values())
 
 
-def _turns(groups: Sequence[Sequence[MiniBatch]], counts: Sequence[int], scope: tuple[int, ...]) -> Iterator[Turn]:
+def _turns(
+    groups: Sequence[Sequence[MiniBatch]], counts: Sequence[int], keep_graphs: float, scope: tuple[int, ...]
+) -> Iterator[Turn]:
     """As many turns of each group as ``counts`` says; a rank with fewer mini-batches repeats its first for nothing."""
     position = 0
     for own, count in zip(groups, counts, strict=True):
+        # Of each group: queries come last and cost little, so their graphs alone would be worth little.
+        first_kept = count - int(keep_graphs * count)
         for place in range(count):
             mini_batch = own[place] if place < len(own) else own[0]
             counts_here = place < len(own) and len(mini_batch.rows) > 0
-            yield Turn(position, mini_batch, turn_seed(*scope, position), counts_here)
+            yield Turn(position, mini_batch, turn_seed(*scope, position), counts_here, place >= first_kept)
             position += 1
 
 
