@@ -14,6 +14,7 @@ import torch
 from ranks import run_ranks
 from test_resume import state
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from farnear.errors import UserError
 from farnear.parallel.fsdp2 import shard_mesh
@@ -52,7 +53,10 @@ class Towers(nn.Module):
         x_nD = self.vision(features["x"]) if features["image"] else features["x"]
         if features["rare"]:
             x_nD = x_nD * self.rare.sum(0)
-        return self.text(x_nD)
+        for block in self.text:
+            # As transformers does it under gradient_checkpointing.
+            x_nD = checkpoint(block, x_nD, use_reentrant=False) if features["image"] else block(x_nD)
+        return x_nD
 
 
 def turns_of(rank: int, name: str) -> list[dict[str, Any]]:
