@@ -135,5 +135,5 @@ def test_it_is_refused_where_it_cannot_work(write_run_file: WriteRunFile) -> Non
     ):
         build_optimizer(module, training)
     assert isinstance(build_optimizer(module, TrainingConfig()), torch.optim.AdamW)
-    with pytest.raises(UserError, match=r"adamw_8bit works under single and ddp; ZeRO cuts the moments across"):
+    with pytest.raises(UserError, match=r"adamw_8bit works under single and ddp; zero2 cuts the moments across"):
         load_config(write_run_file(strategy="zero2"), ["training.optim=adamw_8bit"])

@@ -32,7 +32,7 @@ def test_its_logarithm_moves_as_adamw_says() -> None:
         plain.grad = torch.tensor([gradient])  # neither clipped nor decayed
         optimizer.param_groups[0]["lr"] = 1e-2 * share
         optimizer.step()
-    assert scale.value == pytest.approx(math.exp(float(plain)), rel=1e-6)
+    assert scale.value == pytest.approx(math.exp(plain.item()), rel=1e-6)
 
 
 def test_it_stays_below_its_bound() -> None:

@@ -51,6 +51,7 @@ FOREIGN_KEYS = {
         "training.global_batch_size counts the pairs of all ranks together, training.mini_batch_size sets what fits "
         "through the model at once"
     ),
+    "train_batch_size": "training.global_batch_size counts the pairs of all ranks together",
     "lr": "write training.learning_rate",
     "max_length": "pages are bounded by model.max_pixels, queries by the tokenizer's own limit",
 }

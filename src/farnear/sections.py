@@ -174,7 +174,7 @@ class LossConfig(Section):
     """The objective: InfoNCE over the whole global batch, summed over Matryoshka dimensions, or a function of yours."""
 
     function: str | None = None
-    """A loss of your own as package.module:function, in place of InfoNCE; see farnear.training.own_loss."""
+    """A loss of your own as package.module:function, in place of InfoNCE; see farnear.loss.own."""
     gather: bool = True
     """Whether your own function is given the embeddings of all ranks or those of its rank alone."""
     scale: float = Field(default=20.0, gt=0)

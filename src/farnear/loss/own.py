@@ -4,6 +4,9 @@ The run file names it, ``loss: package.module:function``, and it is called as
 
     function(query_BD, document_ND, batch) -> loss
 
+    def softmax(query_BD, document_ND, batch):
+        return cross_entropy(20 * normalize(query_BD) @ normalize(document_ND).T, batch.positive_B)
+
 with float32 embeddings and a `BatchFacts` that says which document is which query's positive or hard negative, what is
 quarantined, and by hashes what is alike. It may use autograd as it likes: the embeddings are leaves.
 
@@ -16,7 +19,9 @@ prefix, normalised, and the results are weighted and summed.
 """
 
 import importlib
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -36,12 +41,15 @@ def load_own_loss(name: str) -> OwnLoss:
         UserError: It cannot be imported, or is nothing that can be called.
     """
     module_name, _, function_name = name.partition(":")
+    # Where the run is started, as `python -m` looks there; a launched script has only its own folder.
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # whatever the user's module raises
         raise UserError(
-            f"loss.function: {module_name} cannot be imported ({type(error).__name__}: {error}); put its folder on "
-            "PYTHONPATH, or install it"
+            f"loss.function: {module_name} cannot be imported ({type(error).__name__}: {error}); start the run in "
+            "its folder, put that on PYTHONPATH, or install it"
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):

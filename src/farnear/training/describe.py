@@ -9,6 +9,7 @@ from farnear.data.index import modality_name
 from farnear.data.scan_rows import MODALITY_BITS
 from farnear.data.summary import ignored_members
 from farnear.model.embedder import Preprocessing
+from farnear.sections import LossConfig
 from farnear.training.loop import Parts
 from farnear.training.optim import warmup_steps
 from farnear.training.shards import RunData
@@ -23,7 +24,8 @@ def derived_numbers(parts: Parts, data: RunData, model: SentenceTransformer, pre
     batch = len(parts.loader.order.global_batch(0))
     pairs_per_rank = -(-batch // world.world_size)
     pooling = next((str(module.pooling_mode) for module in model if isinstance(module, Pooling)), "its own")
-    precision = "bf16 weights" if training.pure_bf16 else f"fp32 weights, {'bf16' if training.bf16 else 'fp32'} compute"
+    compute = "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32"
+    precision = "bf16 weights" if training.pure_bf16 else f"fp32 weights, {compute} compute"
     prompts = ", ".join(f"{name}: {text!r}" for name, text in model.prompts.items() if text) or "none"
     hard = len(index.negatives) if config.data.num_negatives != 0 else 0
     all_there_are = f" (all there are, training.global_batch_size is {training.global_batch_size})"
@@ -49,6 +51,7 @@ def derived_numbers(parts: Parts, data: RunData, model: SentenceTransformer, pre
             f"negatives a query: {batch - 1}{' and the hard ones' if hard else ''}",
         ),
         ("cache", _cache(parts)),
+        ("loss", _loss(config.loss)),
         (
             "duplicates",
             f"first epoch: {plan.moved} pairs moved to another batch, {plan.masked} masked where they could not be",
@@ -73,16 +76,25 @@ def _cache(parts: Parts) -> str:
         size, tokens = training.mini_batch_size_of[side], choices.mini_batch_num_tokens[side]
         bounds = [f"{size}" if size else "", f"{tokens:,} tokens" if tokens else ""]
         sizes.append(f"{name} {' or '.join(filter(None, bounds))}")
-    frozen = parts.step.frozen
-    kept = (
-        f", frozen parts kept in {choices.frozen_bytes / 1e9:.1f} GB: {', '.join(sorted(frozen.names))}"
-        if frozen
-        else ""
-    )
-    return (
-        f"mini-batches of up to {', '.join(sizes)}; {counted(choices.together, 'mini-batch', 'mini-batches')} at once "
-        f"without graph; graphs kept {choices.keep_graphs:.0%}{kept}"
-    )
+    text = f"mini-batches of up to {', '.join(sizes)}"
+    if choices.keep_graphs < 1:
+        text += f"; {counted(choices.together, 'mini-batch', 'mini-batches')} at once without graph"
+    text += f"; graphs kept of {choices.keep_graphs:.0%} of them"
+    if frozen := parts.step.frozen:
+        text += f"; outputs of {', '.join(sorted(frozen.names))} kept in up to {choices.frozen_bytes / 1e9:.1f} GB"
+    return text
+
+
+def _loss(loss: LossConfig) -> str:
+    """What the objective is."""
+    dims = f", summed over dims {', '.join(map(str, loss.matryoshka_dims))}" if loss.matryoshka_dims else ""
+    if loss.function:
+        return f"{loss.function} on the embeddings of {'all ranks' if loss.gather else 'each rank'}{dims}"
+    scale = f"scale {loss.scale:g}, {'trained up to ' + format(loss.max_scale, 'g') if loss.learn_scale else 'fixed'}"
+    softmax = "" if len(loss.directions) == 1 else f" in {loss.partition_mode} softmax"
+    hardness = f", {loss.hardness_mode} by {loss.hardness_strength:g}" if loss.hardness_mode else ""
+    margin = f", without what is within {loss.margin:g} ({loss.margin_strategy})" if loss.margin is not None else ""
+    return f"InfoNCE, {', '.join(loss.directions)}{softmax}, {scale}{hardness}{margin}{dims}"
 
 
 def _parameters(model: SentenceTransformer) -> str:

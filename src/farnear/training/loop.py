@@ -111,7 +111,7 @@ def train_step(parts: Parts, batch: RankBatch) -> dict[str, Any]:
         "lr": learning_rate,
         "grad_norm": grad_norm,
         **({"loss_scale": loss_scale.scale, "skipped": loss_scale.skipped} if loss_scale else {}),
-        "scale": scale,
+        "scale": None if parts.config.loss.function else scale,
         "pairs": figures.pairs,
         "pairs_per_s": figures.pairs / (batch.seconds_waited + now - started),
         "masked": figures.masked,
