@@ -16,13 +16,14 @@ from exactness import relative_error
 from gpu_inputs import WORDS, Inputs, Setting
 from torch import Tensor
 
-from farnear.config import LossConfig, ModelConfig, RunConfig, parse_config
+from farnear.config import RunConfig, parse_config
 from farnear.model.embedder import Embedder
 from farnear.model.load import load_model
 from farnear.model.tiny import save_tiny_model
 from farnear.parallel.strategy import build_strategy
 from farnear.parallel.world import World
 from farnear.resources import resource
+from farnear.sections import LossConfig, ModelConfig
 from farnear.training.cache import CachedStep, StepFigures
 
 OF_ZERO = Setting({}, {}, 12, 12, (64, 128), 12, (2,), (128, 64), bf16=False)

@@ -14,9 +14,9 @@ from ranks import run_ranks
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel
 
-from farnear.config import ModelConfig
 from farnear.model.load import load_model
 from farnear.model.tiny import save_tiny_model
+from farnear.sections import ModelConfig
 
 CPU = torch.device("cpu")
 
