@@ -55,13 +55,13 @@ def dense_loss(
                         continue
                     score = scale * row @ column
                     own = {"query_to_doc": positive[i], "doc_to_query": i}.get(direction)
+                    if loss.margin is not None and j != own and score > limit:
+                        continue
                     if direction == "query_to_doc" and j != own:
                         is_hard = int(facts.owner_N[j]) == i
                         lifted = {"in_batch_negatives": not is_hard, "hard_negatives": is_hard, "all_negatives": True}
                         if loss.hardness_mode and lifted[loss.hardness_mode]:
                             score = score + loss.hardness_strength * (row @ column).detach()
-                    if loss.margin is not None and j != own and score > limit:
-                        continue
                     of_direction.append(score)
                 logits.append(torch.stack(of_direction) if of_direction else q.new_zeros(0))
             if loss.partition_mode == "joint":

@@ -223,6 +223,13 @@ def test_an_embedding_of_zeros_has_a_finite_gradient() -> None:
     assert mine.dq_bD.isfinite().all() and mine.dk_ND.isfinite().all()
 
 
+def test_the_margin_looks_at_cosines_and_not_at_what_hardness_makes_of_them() -> None:
+    q_BD, k_ND = torch.eye(2), torch.tensor([[0.8, 0.6], [0.6, 0.8]])
+    options = {"margin": 0.05, "hardness_mode": "in_batch_negatives", "hardness_strength": 9.0}
+    mine = gradient_of_rows(q_BD, k_ND, plain_facts(2), slice(0, 2), torch.ones(2), LossConfig(**options))
+    assert mine.beyond_margin == 0 and (mine.loss_b > 1.0).all()
+
+
 def test_the_margin_counts_what_it_leaves_out() -> None:
     q_BD = torch.eye(3)
     k_ND = torch.tensor([[1.0, 0.9, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])

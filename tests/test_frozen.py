@@ -50,9 +50,9 @@ def test_an_output_is_computed_once_and_the_gradient_is_the_same() -> None:
     model.zero_grad()
     kept = FrozenOutputs(model, 1000)
     model.tower.calls = 0
-    with torch.no_grad(), kept.recording(0, 7):
+    with torch.no_grad(), kept.recording(0):
         first = model(x)
-    with kept.replaying(0, 7):
+    with kept.replaying(0):
         second = model(x)
     assert model.tower.calls == 1
     assert kept.kept_bytes == 2 * 5 * 4 * 4
@@ -61,7 +61,7 @@ def test_an_output_is_computed_once_and_the_gradient_is_the_same() -> None:
     for mine, wanted in zip((p.grad for p in model.head.parameters()), expected, strict=True):
         assert mine is not None and torch.equal(mine, wanted)
     # Given back once: what is asked for again is computed again, and outside of a step nothing is kept.
-    with kept.replaying(0, 7):
+    with kept.replaying(0):
         model(x)
     model(x)
     assert model.tower.calls == 3
@@ -71,9 +71,9 @@ def test_a_part_that_a_gradient_passes_is_left_alone() -> None:
     model, x = Model(), torch.randn(5, 4)
     kept = FrozenOutputs(model, 1000)
     assert kept.names == {"tower"}
-    with torch.no_grad(), kept.recording(0, 7):
+    with torch.no_grad(), kept.recording(0):
         model(x, through_below=True)
-    with kept.replaying(0, 7):
+    with kept.replaying(0):
         model(x, through_below=True).sum().backward()
     assert model.below.weight.grad is not None and model.below.weight.grad.any()
     assert kept.names == set()
@@ -84,28 +84,41 @@ def test_what_does_not_fit_is_computed_again_and_nothing_after_it_is_kept() -> N
     kept = FrozenOutputs(model, 200)
     with torch.no_grad():
         for turn, x in enumerate((small, large, small)):
-            with kept.recording(turn, 7):
+            with kept.recording(turn):
                 model(x)
     assert kept.kept_bytes == 32
     model.tower.calls = 0
     for turn, x in enumerate((small, large, small)):
-        with kept.replaying(turn, 7):
+        with kept.replaying(turn):
             assert torch.equal(model(x), Model.forward(model, x))
     assert model.tower.calls == 2 + 3
     kept.forget()
     assert kept.kept_bytes == 0
 
 
-def test_dropout_after_a_kept_part_is_replayed() -> None:
-    model, x = Model(dropout=0.5), torch.randn(5, 4)
+def test_a_part_that_draws_is_computed_again_for_what_follows_draws_too() -> None:
+    model = Model(dropout=0.5)
     assert has_dropout(model) and has_dropout(model.tower) and not has_dropout(Model())
-    kept = FrozenOutputs(model, 1000)
-    torch.manual_seed(3)
-    with torch.no_grad(), kept.recording(0, 7):
-        first = model(x)
-    torch.manual_seed(3)
-    with kept.replaying(0, 7):
-        assert torch.equal(model(x), first)
+    assert FrozenOutputs(model, 1000).names == set()
+    # Dropout that only the configuration tells of counts too.
+    quiet = Tower()
+    quiet.config = type("Config", (), {})()
+    quiet.config.attention_dropout = 0.1
+    assert has_dropout(quiet)
+
+
+def test_a_mini_batch_is_kept_whole_or_not_at_all() -> None:
+    class Twice(Model):
+        def forward(self, x: torch.Tensor, through_below: bool = False) -> torch.Tensor:
+            return super().forward(x) + super().forward(2 * x)
+
+    model, x = Twice(), torch.randn(1, 4)
+    kept = FrozenOutputs(model, 3 * 32)
+    with torch.no_grad():
+        for turn in range(3):
+            with kept.recording(turn):
+                model(x)
+    assert kept.kept_turns == 1  # of the second, half would have fitted
 
 
 @pytest.fixture(scope="module")

@@ -56,9 +56,10 @@ def test_a_function_that_is_not_there_is_named(name: str, says: str) -> None:
     assert says in str(caught.value)
 
 
+@pytest.mark.parametrize("dims", [None, (4, 2)])
 @pytest.mark.parametrize("name", ["one_number_a_row", "constant"])
-def test_it_must_give_one_number_that_can_be_trained_by(name: str) -> None:
-    loss = LossConfig(function=f"own_losses:{name}")
+def test_it_must_give_one_number_that_can_be_trained_by(name: str, dims: tuple[int, ...] | None) -> None:
+    loss = LossConfig(function=f"own_losses:{name}", matryoshka_dims=dims)
     with pytest.raises(UserError, match="not one number that depends on the embeddings"):
         own_gradient(load_own_loss(f"own_losses:{name}"), torch.randn(3, 4), torch.randn(3, 4), plain_facts(3), loss)
 
@@ -73,6 +74,8 @@ def test_the_run_file_names_it_in_one_word_or_in_its_section(folder: Path, tmp_p
     for odd, says in (
         ({"function": "own_losses.softmax"}, "package.module:function"),
         ({"function": "own_losses:softmax", "margin": 0.1}, "margin belongs to InfoNCE"),
+        ({"function": "own_losses:softmax", "scale": 50}, "scale belongs to InfoNCE"),
+        ({"gather": False}, "gather: false is for a function of your own"),
     ):
         with pytest.raises(UserError, match=says):
             parse_config({**tree, "loss": odd})

@@ -78,6 +78,8 @@ def test_a_checkpoint_without_it_does_not_fit(folder: Path) -> None:
     [
         ({"learn_scale": True, "scale": 200.0}, "above max_scale"),
         ({"scale_learning_rate": 0.1}, "learn_scale is not"),
+        ({"max_scale": 50.0}, "learn_scale is not"),
+        ({"margin_strategy": "relative"}, "margin is not"),
         ({"directions": ["doc_to_query"]}, "needs query_to_doc"),
         ({"directions": ["query_to_doc", "query_to_doc"]}, "names one twice"),
         ({"directions": ["query_to_doc", "doc_to_doc"], "partition_mode": "per_direction"}, "doc_to_doc has no"),

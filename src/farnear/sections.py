@@ -5,10 +5,11 @@ meaning they have there. The line of text under each field is its documentation;
 checked here too, and `farnear.config` turns what is wrong into one line for the user.
 """
 
+import math
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationInfo, field_validator, model_validator
 
 Side = Literal["query", "document"]
 NumTokens = PositiveInt | Literal["auto"]
@@ -27,12 +28,19 @@ class Section(BaseModel):
 
 # Keys of the loss section that a user's own function does not read; it gets what it needs from its own code.
 _OF_INFONCE = (
+    "scale",
     "learn_scale",
+    "max_scale",
     "directions",
     "partition_mode",
     "hardness_mode",
     "margin",
+    "margin_strategy",
 )
+
+
+def _is_number(value: Any, kind: type) -> bool:
+    return isinstance(value, (int, kind)) and not isinstance(value, bool)
 
 
 def _of_sides(value: Any) -> dict[str, Any]:
@@ -216,6 +224,8 @@ class LossConfig(Section):
             )
         if (self.hardness_mode is None) != (self.hardness_strength == 0):
             raise ValueError("hardness_mode and a hardness_strength above 0 belong together; set both or neither")
+        if self.margin is None and self.margin_strategy != "absolute":
+            raise ValueError("margin_strategy is set, but margin is not")
         return self
 
     @model_validator(mode="after")
@@ -224,13 +234,18 @@ class LossConfig(Section):
             raise ValueError(
                 f"scale {self.scale} is above max_scale {self.max_scale}, where a trained scale may not go"
             )
-        if self.scale_learning_rate is not None and not self.learn_scale:
-            raise ValueError("scale_learning_rate is set, but learn_scale is not")
+        for name in ("scale_learning_rate", "max_scale"):
+            if not self.learn_scale and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is set, but learn_scale is not")
         return self
 
     @model_validator(mode="after")
     def _own_function_decides_alone(self) -> "LossConfig":
         if self.function is None:
+            if not self.gather:
+                raise ValueError(
+                    "gather: false is for a function of your own; InfoNCE takes its negatives from all ranks"
+                )
             return self
         if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", self.function):
             raise ValueError(f"function is package.module:function, not {self.function!r}")
@@ -326,6 +341,28 @@ class TrainingConfig(Section):
     def _one_tracker_or_none(cls, value: Any) -> Any:
         if isinstance(value, str):
             return () if value == "none" else (value,)
+        return value
+
+    @field_validator("mini_batch_size", "mini_batch_num_tokens", "keep_graphs", "frozen_cache_gb", mode="before")
+    @classmethod
+    def _one_complaint(cls, value: Any, info: ValidationInfo) -> Any:
+        """Say what is wrong in one line; for a union of types pydantic has one line a type."""
+        name = str(info.field_name)
+        is_auto = name != "mini_batch_size"
+        auto = ", or auto" if is_auto else ""
+        if name in ("keep_graphs", "frozen_cache_gb"):
+            low, high, most = (0.0, 1.0, " to 1") if name == "keep_graphs" else (0.0, math.inf, " on")
+            if not (_is_number(value, float) and low <= value <= high) and value != "auto":
+                raise ValueError(f"a number from 0{most}{auto}, not {value!r}")
+            return value
+        if value is None:
+            return value
+        of_sides = value if isinstance(value, dict) else {"query": value}
+        if not of_sides.keys() <= {"query", "document"}:
+            raise ValueError(f"the keys are query and document, not {', '.join(map(str, of_sides))}")
+        for one in of_sides.values():
+            if not (_is_number(one, int) and one >= 1) and not (is_auto and one == "auto"):
+                raise ValueError(f"a whole number from 1 on{auto}, or {{query: N, document: N}}, not {one!r}")
         return value
 
     @property

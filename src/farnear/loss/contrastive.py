@@ -223,11 +223,11 @@ def _add_tile(
             dot_tc.addmm_(block.row.x_nD[tile, span], block.column.x_nD[:, span].T)
             score_tc = torch.mul(dot_tc, block.column.inverse_dn[d], out=score_tM[:, block.span])
             score_tc.mul_(scale * block.row.inverse_dn[d, tile, None])
-        if hard is not None:
-            _lift(score_tM[:, blocks[0].span], hard.of_rows(tile), own_t1, loss, scale)
         if loss.margin is not None:
             count = _leave_out_beyond_margin(score_tM, blocks, tile, own_t1, weight_t, loss, scale)
             beyond_margin += count if d == last else 0
+        if hard is not None:
+            _lift(score_tM[:, blocks[0].span], hard.of_rows(tile), own_t1, loss, scale)
         loss_t += dim_weight * _probabilities(score_tM, blocks, own_t1, loss)
         # From here on H: the gradient with respect to the dot products.
         for block in blocks:

@@ -66,28 +66,28 @@ def own_gradient(
         UserError: The function gave something else than one number that depends on the embeddings.
     """
     query_BD, document_ND = (x.detach().requires_grad_() for x in (query_BD, document_ND))
+
+    def number(query: Tensor, document: Tensor) -> Tensor:
+        result = function(query, document, facts)
+        if not isinstance(result, Tensor) or result.numel() != 1 or not result.requires_grad:
+            raise UserError(
+                f"loss.function: {loss.function} gave {_shown(result)}, not one number that depends on the embeddings; "
+                "return a scalar tensor computed from them"
+            )
+        return result.float().sum()
+
     if loss.matryoshka_dims is None:
-        total = function(query_BD, document_ND, facts)
+        total = number(query_BD, document_ND)
     else:
         weights = loss.matryoshka_weights or (1.0,) * len(loss.matryoshka_dims)
-        total = torch.stack(
-            [
-                weight
-                * function(normalize(query_BD[:, :dim], dim=1), normalize(document_ND[:, :dim], dim=1), facts).float()
-                for dim, weight in zip(loss.matryoshka_dims, weights, strict=True)
-            ]
-        ).sum()
-    if not isinstance(total, Tensor) or total.numel() != 1 or not total.requires_grad:
-        raise UserError(
-            f"loss.function: {loss.function} gave {_shown(total)}, not one number that depends on the embeddings; "
-            "return a scalar tensor computed from them"
-        )
-    gradients = torch.autograd.grad(total.sum(), (query_BD, document_ND), allow_unused=True)
+        prefixes = [[normalize(x[:, :dim], dim=1) for x in (query_BD, document_ND)] for dim in loss.matryoshka_dims]
+        total = torch.stack([weight * number(*pair) for pair, weight in zip(prefixes, weights, strict=True)]).sum()
+    gradients = torch.autograd.grad(total, (query_BD, document_ND), allow_unused=True)
     dq_BD, dk_ND = (
         torch.zeros_like(x) if gradient is None else gradient
         for x, gradient in zip((query_BD, document_ND), gradients, strict=True)
     )
-    return total.detach().float().sum(), dq_BD, dk_ND
+    return total.detach(), dq_BD, dk_ND
 
 
 def _shown(total: object) -> str:

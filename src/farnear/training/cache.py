@@ -71,8 +71,8 @@ class StepFigures:
         longest_rank: Pass one on the rank where it took longest, over the mean.
         kept_graphs: Mini-batches of this rank that were not embedded twice.
         frozen_bytes: Outputs of frozen parts that this rank kept.
-        model_flops: Of this rank: three forwards' worth for what trains, one for what does not. What a gradient cache
-            computes twice counts once, as is usual where the utilisation of a device is told.
+        model_flops: Of this rank: a forward, and a backward as far as there is something to train. What a gradient
+            cache computes twice counts once, as is usual where the utilisation of a device is told.
     """
 
     loss: float = float("nan")
@@ -156,17 +156,17 @@ class CachedStep:
         for group in dict.fromkeys(turn.group for turn in turns):
             if group not in self._trains:
                 self._look_at(next(turn for turn in turns if turn.group == group))
-        figures.model_flops = sum(
-            sum(_tokens([turn.mini_batch])) * self._flops_per_token[turn.group] * (3 if self._trains[turn.group] else 1)
-            for turn in turns
-        )
+        figures.model_flops = sum(sum(_tokens([turn.mini_batch])) * self._flops_per_token[turn.group] for turn in turns)
         with _timed(figures, "pass_one"):
             embedding, graphs = self._pass_one(turns)
         figures.kept_graphs, figures.frozen_bytes = len(graphs), self.frozen.kept_bytes if self.frozen else 0
         with _timed(figures, "loss"), self.world.traffic.exchange():
-            outcome = self._loss(embedding, batch, sizes, figures, scale)
+            outcome = self._loss(embedding, turns, batch, sizes, figures, scale)
         with _timed(figures, "pass_two"):
-            self._pass_two(turns, graphs, outcome.of_side)
+            # Where every rank's mini-batches go through frozen parts alone there is no gradient, and no strategy has
+            # a way to reduce none.
+            if outcome.reaches_weights:
+                self._pass_two(turns, graphs, outcome)
         return outcome
 
     def _agree(self, batch: RankBatch, figures: StepFigures) -> tuple[list[Turn], Sizes]:
@@ -185,11 +185,21 @@ class CachedStep:
 
     def _look_at(self, turn: Turn) -> None:
         """See in a forward of its own what has a gradient: a step must do the same whether or not it is the first."""
-        context = self.frozen.replaying(turn.position, turn.seed) if self.frozen else nullcontext()
+        context = self.frozen.replaying(turn.position) if self.frozen else nullcontext()
         with context, FlopCounterMode(display=False) as counter:
-            self._trains[turn.group] = self._embed(turn.mini_batch.features, turn.seed).requires_grad
-        tokens, padding = _tokens([turn.mini_batch])
-        self._flops_per_token[turn.group] = counter.get_total_flops() / max(tokens + padding, 1)
+            trains = self._embed(turn.mini_batch.features, turn.seed).requires_grad
+        self._trains[turn.group] = trains
+        forward = counter.get_total_flops()
+        flops = float(forward)
+        if trains:
+            of_parts = counter.get_flop_counts()
+            names = self.frozen.names if self.frozen else ()
+            once = sum(
+                sum(of_parts[part].values()) for part in of_parts if part.endswith(tuple(f".{n}" for n in names))
+            )
+            # The gradient of the inputs, and that of the weights as far as they train.
+            flops = once + (forward - once) * (2 + (self.frozen.trained_share if self.frozen else 1.0))
+        self._flops_per_token[turn.group] = flops / max(sum(_tokens([turn.mini_batch])), 1)
 
     def _pass_one(self, turns: Sequence[Turn]) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
         """Embeddings of each side in the order of their rows, and by its position each embedding that has a graph."""
@@ -235,8 +245,7 @@ class CachedStep:
                 e_nD = self._embed(features, bundle[0].seed)
             return e_nD.split([turn.mini_batch.inputs for turn in bundle])
         turn = bundle[0]
-        records = self._records(turn) and not keeps_graph
-        context = self.frozen.recording(turn.position, turn.seed) if self.frozen and records else nullcontext()
+        context = self.frozen.recording(turn.position) if self.frozen and self._records(turn) else nullcontext()
         with torch.set_grad_enabled(keeps_graph), context:
             return [self._embed(turn.mini_batch.features, turn.seed)]
 
@@ -244,43 +253,62 @@ class CachedStep:
         return turn.keeps_graph and self._trains[turn.group]
 
     def _records(self, turn: Turn) -> bool:
+        if self.frozen is None or not self.frozen.names or not self.frozen.budget_bytes:
+            return False
         # Text alone goes through no tower.
-        has_frozen = self.frozen is not None and bool(self.frozen.names)
-        return has_frozen and turn.mini_batch.modality != "text" and self._trains[turn.group]
+        return turn.mini_batch.modality != "text" and self._trains[turn.group] and not turn.keeps_graph
 
     def _loss(
-        self, embedding: dict[str, Tensor], batch: RankBatch, sizes: Sizes, figures: StepFigures, scale: float
+        self,
+        embedding: dict[str, Tensor],
+        turns: Sequence[Turn],
+        batch: RankBatch,
+        sizes: Sizes,
+        figures: StepFigures,
+        scale: float,
     ) -> EmbeddingGradient:
-        seconds = figures.seconds["pass_one"]
+        told = (
+            figures.seconds["pass_one"],
+            any(self._trains[turn.group] for turn in turns),
+            self.frozen.kept_turns if self.frozen else 0,
+        )
         if self.own_loss is None:
-            outcome = embedding_gradient(embedding, batch, sizes, self.loss, self.world, scale=scale, seconds=seconds)
+            outcome = embedding_gradient(embedding, batch, sizes, self.loss, self.world, scale=scale, told=told)
         else:
-            outcome = own_loss_gradient(self.own_loss, embedding, batch, sizes, self.loss, self.world, seconds=seconds)
+            outcome = own_loss_gradient(self.own_loss, embedding, batch, sizes, self.loss, self.world, told=told)
         figures.loss, figures.pairs = outcome.loss, outcome.pairs
         figures.masked, figures.beyond_margin = outcome.masked, outcome.beyond_margin
-        figures.longest_rank = max(outcome.seconds_W) * len(outcome.seconds_W) / max(sum(outcome.seconds_W), 1e-9)
+        seconds_W, _, _ = zip(*outcome.told_Wn, strict=True)
+        figures.longest_rank = max(seconds_W) * len(seconds_W) / max(sum(seconds_W), 1e-9)
         if not math.isfinite(outcome.loss):
             raise NonFiniteLossError
         return outcome
 
-    def _pass_two(self, turns: Sequence[Turn], graphs: dict[int, Tensor], gradient: dict[str, Tensor]) -> None:
+    def _pass_two(self, turns: Sequence[Turn], graphs: dict[int, Tensor], outcome: EmbeddingGradient) -> None:
         training = [turn for turn in turns if self._trains[turn.group]]
         # Kept graphs first: each backward frees the memory that the next forward may need.
         training.sort(key=lambda turn: turn.position not in graphs)
+        given_again = self._turns_given_again(turns, outcome)
         with self.strategy.accumulate(), self.cast_once():
             for turn in training:
                 e_nD = graphs.pop(turn.position, None)
                 if e_nD is None:
-                    context = self.frozen.replaying(turn.position, turn.seed) if self.frozen else nullcontext()
-                    with context:
+                    is_given = self.frozen is not None and turn.position in given_again
+                    with self.frozen.replaying(turn.position) if self.frozen and is_given else nullcontext():
                         e_nD = self._embed(turn.mini_batch.features, turn.seed)
                 surrogate = e_nD.float().sum() * 0.0
                 if turn.counts:
                     rows = torch.from_numpy(turn.mini_batch.rows).to(self.world.device)
-                    surrogate = (e_nD.float() * gradient[turn.mini_batch.side][rows]).sum()
+                    surrogate = (e_nD.float() * outcome.of_side[turn.mini_batch.side][rows]).sum()
                 # A backward runs in the types of its forward; autocast would lower what the forward did in fp32.
                 with torch.autocast(self.world.device.type, enabled=False):
                     self.strategy.backward(surrogate)
+
+    def _turns_given_again(self, turns: Sequence[Turn], outcome: EmbeddingGradient) -> set[int]:
+        """The turns for which outputs of frozen parts are not computed again: on every rank, where ranks keep step."""
+        kept_W = [int(kept) for _, _, kept in outcome.told_Wn]
+        kept = min(kept_W) if self.strategy.forward_is_collective else kept_W[self.world.rank]
+        return {turn.position for turn in [turn for turn in turns if self._records(turn)][:kept]}
 
     def _embed(self, features: dict[str, Any], seed: int) -> Tensor:
         torch.manual_seed(seed)

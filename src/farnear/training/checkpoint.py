@@ -153,7 +153,7 @@ def load_state(checkpoint: Checkpoint, state: TrainedState) -> None:
     if odd := sorted(name for name in held.keys() | saved.keys() if held.get(name) != saved.get(name)):
         raise UserError(
             f"checkpoint {checkpoint.folder} is of another model: parameter {odd[0]} differs; "
-            "set model.name_or_path, model.freeze and model.lora as they were when the run was started"
+            "set model.name_or_path, model.freeze, model.lora and loss.learn_scale as they were when the run began"
         )
     pieces = state.slices(owned=False)
     # One kind after the other: only a third of the state is whole in memory at a time.

@@ -55,7 +55,7 @@ class Choices:
         mini_batch_num_tokens: Of each side; None for no bound.
         keep_graphs: Share of a step's mini-batches.
         together: Mini-batches in pass one.
-        frozen_bytes: Host memory of this rank for outputs of frozen parts.
+        frozen_bytes: Host memory of each rank for outputs of frozen parts.
     """
 
     mini_batch_num_tokens: Mapping[str, int | None]
@@ -113,6 +113,7 @@ def choose(
         limit = training.frozen_cache_gb
         host = psutil.virtual_memory().available // (4 * _ranks_of_node())
         frozen_bytes = int(host if limit == "auto" else limit * 1e9)
+        frozen_bytes = min(of_rank for (of_rank,) in exchange_ints([frozen_bytes], world.device))
         frozen_bytes = saved.get("frozen_bytes", frozen_bytes) if limit == "auto" else frozen_bytes
     return Choices(num_tokens, float(keep_graphs), together, frozen_bytes)
 

@@ -80,8 +80,9 @@ def _cache(parts: Parts) -> str:
     if choices.keep_graphs < 1:
         text += f"; {counted(choices.together, 'mini-batch', 'mini-batches')} at once without graph"
     text += f"; graphs kept of {choices.keep_graphs:.0%} of them"
-    if frozen := parts.step.frozen:
-        text += f"; outputs of {', '.join(sorted(frozen.names))} kept in up to {choices.frozen_bytes / 1e9:.1f} GB"
+    if (frozen := parts.step.frozen) and frozen.names and frozen.budget_bytes:
+        names, gigabytes = ", ".join(sorted(frozen.names)), frozen.budget_bytes / 1e9
+        text += f"; outputs of {names} kept in up to {gigabytes:.1f} GB a rank if no gradient passes there"
     return text
 
 

@@ -28,7 +28,7 @@ from farnear.training.optim import build_optimizer
 
 def build_model(
     config: RunConfig, world: World
-) -> tuple[SentenceTransformer, Preprocessing, Strategy, FrozenOutputs | None, dict[str, torch.Size]]:
+) -> tuple[SentenceTransformer, Preprocessing, Strategy, FrozenOutputs, dict[str, torch.Size]]:
     """Model, preprocessing, strategy, what keeps outputs of frozen parts, and the shapes of what is trained."""
     training = config.training
     check_attention(config.model, world.device, half_precision=training.bf16 or training.pure_bf16 or training.fp16)
@@ -52,7 +52,7 @@ def build_model(
     # Taken now: ZeRO-3 leaves parameters without a shape.
     shapes = {name: parameter.shape for name, parameter in module.named_parameters() if parameter.requires_grad}
     # Before the strategy hangs hooks on the modules.
-    frozen = FrozenOutputs(module) if training.frozen_cache_gb else None
+    frozen = FrozenOutputs(module)
     strategy = build_strategy(config, module, build_optimizer(module, training), world)
     return model, preprocess, strategy, frozen, shapes
 
@@ -63,7 +63,7 @@ def build_step(
     model: SentenceTransformer,
     preprocess: Preprocessing,
     strategy: Strategy,
-    frozen: FrozenOutputs | None,
+    frozen: FrozenOutputs,
     own_loss: OwnLoss | None,
     progress: Progress,
     world: World,
@@ -72,7 +72,6 @@ def build_step(
     pairs = -(-min(config.training.global_batch_size, len(index)) // world.world_size)
     negatives = len(index.negatives) / len(index) if config.data.num_negatives != 0 else 0.0
     merger = FeatureMerger(model)
-    has_frozen_parts = frozen is not None and bool(frozen.names)
     strategy.train(True)
     choices = choose(
         config.training,
@@ -85,10 +84,9 @@ def build_step(
         world,
         inputs_per_rank={"query": pairs, "document": round(pairs * (1 + negatives))},
         has_dropout=has_dropout(model),
-        has_frozen_parts=has_frozen_parts,
+        has_frozen_parts=bool(frozen.names),
     )
-    if frozen is not None:
-        frozen.budget_bytes = choices.frozen_bytes
+    frozen.budget_bytes = choices.frozen_bytes
     step = CachedStep(
         strategy,
         world,
@@ -98,7 +96,7 @@ def build_step(
         keep_graphs=choices.keep_graphs,
         together=choices.together,
         merge=merger,
-        frozen=frozen if has_frozen_parts and choices.frozen_bytes else None,
+        frozen=frozen,
         cast_once=casts_kept(config, world),
     )
     return step, choices

@@ -89,7 +89,7 @@ def train_step(parts: Parts, batch: RankBatch) -> dict[str, Any]:
     try:
         outcome = parts.step.gradient(batch, figures, scale=scale)
         before_update = perf_counter()
-        grad_norm = parts.strategy.step(learning_rate)
+        grad_norm = parts.strategy.step(learning_rate) if outcome.reaches_weights else 0.0
         if parts.scale is not None and not math.isnan(grad_norm):  # as it is where fp16 left the step out
             parts.scale.step(outcome.dlog_scale, learning_rate / parts.config.training.learning_rate)
     except (NonFiniteLossError, NonFiniteGradientError) as error:

@@ -53,7 +53,8 @@ class EmbeddingGradient:
         masked: Places of the score matrix that were left out as false negatives, by content.
         beyond_margin: Places left out by loss.margin, at the largest dimension.
         dlog_scale: With respect to the logarithm of the scale.
-        seconds_W: What each rank gave for itself.
+        told_Wn: What each rank told of itself: seconds of pass one, whether a gradient reaches its weights, turns whose
+            frozen outputs it keeps.
     """
 
     of_side: dict[str, Tensor]
@@ -62,7 +63,12 @@ class EmbeddingGradient:
     masked: int
     beyond_margin: int
     dlog_scale: float
-    seconds_W: list[float]
+    told_Wn: list[list[float]]
+
+    @property
+    def reaches_weights(self) -> bool:
+        """Whether any rank has something to train in this step."""
+        return any(trains for _, trains, _ in self.told_Wn)
 
 
 def embedding_gradient(
@@ -73,7 +79,7 @@ def embedding_gradient(
     world: World,
     *,
     scale: float,
-    seconds: float = 0.0,
+    told: Sequence[float] = (0.0, 1.0, 0.0),
 ) -> EmbeddingGradient:
     """Gather, loss, gradient, reduce: two exchanges, whatever the batch, its tiles and dimensions.
 
@@ -81,7 +87,7 @@ def embedding_gradient(
         embedding: "query" [b, D] and "document" [p, D] of this rank, any float type; everything here is fp32.
         sizes: Of all ranks.
         scale: Factor on the cosine similarities.
-        seconds: A figure of this rank for all ranks.
+        told: Of this rank, for all ranks; see `EmbeddingGradient`.
     """
     query_bD, document_pD = embedding["query"].float(), embedding["document"].float()
     with_queries = needs_all_queries(loss)
@@ -93,22 +99,22 @@ def embedding_gradient(
     outcome = contrastive_gradient(
         query_bD, k_ND, others[0] if others else None, facts, rows, weight_b, loss, scale=scale
     )
-    sums = torch.zeros(6 + world.world_size, device=world.device)
+    sums = torch.zeros(6 + len(told) * world.world_size, device=world.device)
     # A row that does not count must not show its nan.
     sums[0], sums[1] = torch.where(weight_b > 0, outcome.loss_b, 0.0).sum(), outcome.dlog_scale / world.world_size
     sums[2:4], sums[4:6] = _digits(outcome.masked), _digits(outcome.beyond_margin)
-    sums[6 + world.rank] = seconds
+    sums[6:].view(world.world_size, -1)[world.rank] = torch.tensor(told)
     said = [outcome.dk_ND] if outcome.dq_BD is None else [outcome.dk_ND, outcome.dq_BD]
     own, sums = reduce_to_owners(said, list(zip(sizes.documents_W, sizes.pairs_W, strict=True)), sums)
-    told = sums.tolist()
+    figures = sums[:6].tolist()
     return EmbeddingGradient(
         of_side={"document": own[0], "query": outcome.dq_bD + own[1] if len(own) > 1 else outcome.dq_bD},
-        loss=told[0] / max(valid_pairs, 1),
+        loss=figures[0] / max(valid_pairs, 1),
         pairs=valid_pairs,
-        masked=_number(told[2:4]),
-        beyond_margin=_number(told[4:6]),
-        dlog_scale=told[1],
-        seconds_W=told[6:],
+        masked=_number(figures[2:4]),
+        beyond_margin=_number(figures[4:6]),
+        dlog_scale=figures[1],
+        told_Wn=sums[6:].view(world.world_size, -1).tolist(),
     )
 
 
@@ -120,7 +126,7 @@ def own_loss_gradient(
     loss: LossConfig,
     world: World,
     *,
-    seconds: float = 0.0,
+    told: Sequence[float] = (0.0, 1.0, 0.0),
 ) -> EmbeddingGradient:
     """As `embedding_gradient`, by a function of the user's own."""
     query_bD, document_pD = embedding["query"].float(), embedding["document"].float()
@@ -131,20 +137,21 @@ def own_loss_gradient(
     # The strategy averages over ranks. A loss of all ranks' embeddings is one that each rank has the whole of, but
     # only its own rows' part of the gradient; of losses of their own the average is what is wanted.
     weight = world.world_size if loss.gather else 1
-    sums = torch.zeros(2 + world.world_size, device=world.device)
-    sums[0], sums[1], sums[2 + world.rank] = of_loss / world.world_size, int(facts.pair_valid_B.sum()) / weight, seconds
-    told = all_reduce_sum(sums).tolist()
+    sums = torch.zeros(2 + len(told) * world.world_size, device=world.device)
+    sums[0], sums[1] = of_loss / world.world_size, int(facts.pair_valid_B.sum()) / weight
+    sums[2:].view(world.world_size, -1)[world.rank] = torch.tensor(told)
+    all_reduce_sum(sums)
     return EmbeddingGradient(
         of_side={
             "document": dk_ND[_rows_of(everybodys.documents_W, mine)] * weight,
             "query": dq_BD[_rows_of(everybodys.pairs_W, mine)] * weight,
         },
-        loss=told[0],
-        pairs=round(told[1]),
+        loss=float(sums[0]),
+        pairs=round(float(sums[1])),
         masked=0,
         beyond_margin=0,
         dlog_scale=0.0,
-        seconds_W=told[2:],
+        told_Wn=sums[2:].view(world.world_size, -1).tolist(),
     )
 
 
