@@ -1,6 +1,6 @@
 """Is the cached, distributed gradient the plain one? Every strategy, number of ranks and awkward batch, one SGD step.
 
-    python benchmarks/exactness.py                 all cases, about five minutes on two cores
+    python benchmarks/exactness.py                 all cases, about ten minutes on two cores
     python benchmarks/exactness.py --slice         the few that run in `make test`
 
 The reference is a single process that puts the whole global batch through the model at once, with a loss written out

@@ -1,4 +1,4 @@
-"""How gradients meet and parameters change: one interface over single, ddp and ZeRO-1, 2, 3.
+"""How gradients meet and parameters change: one interface over single, ddp, ZeRO-1, 2, 3 and FSDP2.
 
 The cached step needs five verbs from a strategy and knows nothing else about it:
 
