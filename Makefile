@@ -26,13 +26,18 @@ lint: $(INSTALLED) ## ruff, mypy and the layering
 	$(RUN)/mypy
 	$(RUN)/lint-imports
 
-bench: $(INSTALLED) ## the gradient against a plain single process, and pairs a second against webdataset and datasets
+bench: $(INSTALLED) ## exactness of the gradient, and speed of a step, of the loss and of the data against other libraries
 	$(RUN)/python benchmarks/exactness.py
+	$(RUN)/python benchmarks/engine.py
+	$(RUN)/python benchmarks/loss.py
 	$(RUN)/python benchmarks/data.py
 
 soak: $(INSTALLED) ## what takes longer: the tests left out of `make test`, and the benchmarks
 	$(RUN)/pytest -m soak
 	$(RUN)/python benchmarks/exactness.py
+	$(RUN)/python benchmarks/precision.py
+	$(RUN)/python benchmarks/engine.py
+	$(RUN)/python benchmarks/loss.py
 	$(RUN)/python benchmarks/data.py
 
 # The exact versions need Python 3.11; on 3.10 pip picks the newest ones that still support it.

@@ -8,9 +8,10 @@ lengths, the same global batch, the same Matryoshka dims, one AdamW step each. T
 
     sentence-transformers   CachedMultipleNegativesRankingLoss(gather_across_devices=True) inside MatryoshkaLoss, the
                             model in DistributedDataParallel, as its trainer sets them up; at its best mini-batch size
-    farnear                 the cached step; as it comes, with half of the graphs kept, and with as many kept as need
-                            no more memory than sentence-transformers
-    uncached                plain forward and backward of the whole batch, one reduction
+    farnear                 the cached step with mini-batches by tokens; at the best of some budgets and shares of kept
+                            graphs that need no more memory than sentence-transformers, with no graph kept, with half
+    uncached                plain forward and backward of the whole batch in one piece, one reduction; and of its sorted
+                            mini-batches, which has no padding either and so is what a cache has to be held against
 
 and the first two again with the vision tower frozen. A step is timed from features on the host to changed weights;
 making features is left out on both sides. Memory is the kernel's high-water mark of the process above what it held
@@ -70,9 +71,9 @@ from farnear.training.cache import CachedStep, StepFigures
 
 DIMS = (128, 96, 64, 32)
 WORDS = ("revenue", "costs", "chart", "page", "table", "report", "2019", "2021", "quarter", "annual", "of", "the", "in")
-ST_MINI_BATCH_SIZES = (4, 8, 16)
-KEPT_SHARES = (0.25, 0.5, 0.75, 1.0)
-MINI_BATCH_SIZE = 8
+ST_MINI_BATCH_SIZES = (2, 4, 8, 16)
+NUM_TOKENS = (256, 768)
+KEPT_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 CPU = torch.device("cpu")
 
 
@@ -125,20 +126,23 @@ class Bench:
                 parameter.requires_grad_(".visual." not in name)
         return model.train()
 
-    def batch(self, preprocess: Preprocessing, mini_batch_size: int) -> RankBatch:
-        """This rank's part of the first global batch, by the loader."""
+    def batch(self, preprocess: Preprocessing, num_tokens: int | None) -> RankBatch:
+        """This rank's part of the first global batch, by the loader; in one piece where there is no bound."""
         model = preprocess._model
         dealing = Dealing(
             rank=self.world.rank,
             world_size=self.world.world_size,
             page_tokens=page_tokens(model),
-            mini_batch_size=dict.fromkeys(SIDES, mini_batch_size),
+            mini_batch_size=dict.fromkeys(SIDES),
+            mini_batch_num_tokens=dict.fromkeys(SIDES, num_tokens),
         )
         order = Order(self.index, PlanSettings(0, self.pairs), self.folder)
         with closing(TrainLoader(order, dealing, self.store, preprocess, num_workers=0).batches(0, 1)) as batches:
             return next(batches)
 
-    def ours(self, *, frozen: bool = False, keep_graphs: float = 0.0, together: int = 1) -> Contestant:
+    def ours(
+        self, num_tokens: int | None, *, frozen: bool = False, keep_graphs: float = 0.0, together: int = 1
+    ) -> Contestant:
         """The cached step under ddp."""
         model = self.model(frozen=frozen)
         preprocess = Preprocessing(model)
@@ -162,7 +166,7 @@ class Bench:
             strategy.step(1e-6)
             return figures
 
-        return Contestant(lambda: self.batch(preprocess, MINI_BATCH_SIZE), take)
+        return Contestant(lambda: self.batch(preprocess, num_tokens), take)
 
     def theirs(self, mini_batch_size: int, *, frozen: bool = False) -> Contestant:
         """sentence-transformers' cached step under DistributedDataParallel."""
@@ -180,21 +184,6 @@ class Bench:
             optimizer.zero_grad(set_to_none=True)
 
         return Contestant(lambda: self._whole(model), take)
-
-    def uncached(self) -> Contestant:
-        """Everything through the model at once."""
-        model = self.model(frozen=False)
-        strategy = self._strategy(Embedder(model, bf16=False))
-        step = CachedStep(strategy, self.world, self.loss, 0, keep_graphs=1.0)
-        preprocess = Preprocessing(model)
-
-        def take(batch: RankBatch) -> StepFigures:
-            figures = StepFigures()
-            step.gradient(batch, figures, scale=self.loss.scale)
-            strategy.step(1e-6)
-            return figures
-
-        return Contestant(lambda: self.batch(preprocess, self.pairs), take)
 
     def _strategy(self, module: Embedder) -> Strategy:
         optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-6)
@@ -239,6 +228,13 @@ def measured(contestant: Contestant) -> tuple[float, int, StepFigures | None]:
     return float(worst[0]), int(worst[1]), figures
 
 
+def warmed(contestant: Contestant) -> tuple[float, int]:
+    """(seconds, memory) of a contestant that has run once."""
+    measured(contestant)
+    runs = [measured(contestant) for _ in range(2)]
+    return statistics.median(seconds for seconds, _, _ in runs), max(peak for _, peak, _ in runs)
+
+
 def rank_main(rank: int, port: int, folder: str, pairs: int, rounds: int, out: str) -> None:
     """One of two processes."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
@@ -253,38 +249,36 @@ def rank_main(rank: int, port: int, folder: str, pairs: int, rounds: int, out: s
     bench = Bench(path, index, pairs, World(rank, 2, CPU))
     say = print if rank == 0 else lambda *_: None
 
-    say("looking for the best mini-batch size of sentence-transformers, and for the graphs that its memory allows")
-    best: dict[bool, tuple[int, int]] = {}
-    share: dict[bool, float] = {}
+    say("looking for the best mini-batch size of sentence-transformers, and for the best of ours in its memory")
+    st_size: dict[bool, int] = {}
+    ours: dict[bool, tuple[int, float]] = {}
     for frozen in (False, True):
-        tried = {}
+        tried: dict[int, tuple[float, int]] = {}
         for size in ST_MINI_BATCH_SIZES:
-            contestant = bench.theirs(size, frozen=frozen)
-            measured(contestant)
-            seconds = statistics.median(measured(contestant)[0] for _ in range(2))
-            tried[size] = (seconds, measured(contestant)[1])
-            say(f"  frozen={frozen} mini-batch {size:3}: {seconds:6.2f} s, {tried[size][1] / 1e6:6.0f} MB")
-        size = min(tried, key=lambda one: tried[one][0])
-        best[frozen] = size, tried[size][1]
-        share[frozen] = 0.0
-        for keep in KEPT_SHARES:
-            contestant = bench.ours(frozen=frozen, keep_graphs=keep)
-            measured(contestant)
-            most = measured(contestant)[1]
-            say(f"  frozen={frozen} {keep:.2f} of the graphs kept: {most / 1e6:6.0f} MB")
-            if most <= best[frozen][1]:
-                share[frozen] = keep
+            tried[size] = warmed(bench.theirs(size, frozen=frozen))
+            say(f"  frozen={frozen} their mini-batch {size:3}: {tried[size][0]:6.2f} s, {tried[size][1] / 1e6:5.0f} MB")
+        st_size[frozen] = min(tried, key=lambda one: tried[one][0])
+        allowed = tried[st_size[frozen]][1]
+        of_ours: dict[tuple[int, float], float] = {}
+        for tokens in NUM_TOKENS:
+            for keep in KEPT_SHARES:
+                seconds, peak = warmed(bench.ours(tokens, frozen=frozen, keep_graphs=keep))
+                say(f"  frozen={frozen} our {tokens:4} tokens, {keep:.2f} kept: {seconds:6.2f} s, {peak / 1e6:5.0f} MB")
+                if peak > allowed:
+                    break
+                of_ours[tokens, keep] = seconds
+        ours[frozen] = min(of_ours, key=lambda one: of_ours[one], default=(NUM_TOKENS[0], 0.0))
+    tokens = ours[False][0]
     contestants = {
-        "sentence-transformers": bench.theirs(best[False][0]),
-        "farnear": bench.ours(),
-        "farnear, three at once": bench.ours(together=3),
-        "farnear, half kept": bench.ours(keep_graphs=0.5),
-        f"farnear, {share[False]:.2f} kept": bench.ours(keep_graphs=share[False]),
-        "uncached": bench.uncached(),
-        "uncached, sorted mini-batches": bench.ours(keep_graphs=1.0),
-        "sentence-transformers, frozen": bench.theirs(best[True][0], frozen=True),
-        "farnear, frozen": bench.ours(frozen=True),
-        f"farnear, frozen, {share[True]:.2f} kept": bench.ours(frozen=True, keep_graphs=share[True]),
+        "sentence-transformers": bench.theirs(st_size[False]),
+        "farnear": bench.ours(tokens, keep_graphs=ours[False][1]),
+        "farnear, none kept": bench.ours(tokens),
+        "farnear, none kept, three at once": bench.ours(tokens, together=3),
+        "farnear, half kept": bench.ours(tokens, keep_graphs=0.5),
+        "uncached": bench.ours(None, keep_graphs=1.0),
+        "uncached, sorted mini-batches": bench.ours(tokens, keep_graphs=1.0),
+        "sentence-transformers, frozen": bench.theirs(st_size[True], frozen=True),
+        "farnear, frozen": bench.ours(ours[True][0], frozen=True, keep_graphs=ours[True][1]),
     }
     times: dict[str, list[float]] = {name: [] for name in contestants}
     most_bytes = dict.fromkeys(contestants, 0)
@@ -306,23 +300,27 @@ def rank_main(rank: int, port: int, folder: str, pairs: int, rounds: int, out: s
 
     for name in contestants:
         say(f"{name:32} {statistics.median(times[name]):7.2f} s {most_bytes[name] / 1e6:7.0f} MB")
-    kept, kept_frozen = f"farnear, {share[False]:.2f} kept", f"farnear, frozen, {share[True]:.2f} kept"
     if rank == 0:
         figures = {
-            "speedup_vs_st": ratio("sentence-transformers", kept),
-            "speedup_vs_st_frozen": ratio("sentence-transformers, frozen", kept_frozen),
-            "vs_uncached": ratio("farnear", "uncached"),
+            "speedup_vs_st": ratio("sentence-transformers", "farnear"),
+            "speedup_vs_st_frozen": ratio("sentence-transformers, frozen", "farnear, frozen"),
+            "vs_uncached": ratio("farnear, none kept", "uncached"),
             "vs_uncached_half": ratio("farnear, half kept", "uncached"),
-            "vs_uncached_sorted": ratio("farnear", "uncached, sorted mini-batches"),
+            "vs_uncached_sorted": ratio("farnear, none kept", "uncached, sorted mini-batches"),
             "vs_uncached_sorted_half": ratio("farnear, half kept", "uncached, sorted mini-batches"),
-            "speedup_vs_st_nothing_kept": ratio("sentence-transformers", "farnear"),
-            "three_at_once": ratio("farnear", "farnear, three at once"),
+            "speedup_vs_st_none_kept": ratio("sentence-transformers", "farnear, none kept"),
+            "speedup_three_at_once": ratio("farnear, none kept", "farnear, none kept, three at once"),
             "padding_share": round(padding_share, 3),
-            "kept": share[False],
-            "kept_frozen": share[True],
-            "st_mini_batch_size": best[False][0],
-            "memory_over_st": round(most_bytes[kept] / most_bytes["sentence-transformers"], 3),
-            "memory_over_st_frozen": round(most_bytes[kept_frozen] / most_bytes["sentence-transformers, frozen"], 3),
+            "num_tokens": ours[False][0],
+            "kept": ours[False][1],
+            "num_tokens_frozen": ours[True][0],
+            "kept_frozen": ours[True][1],
+            "st_mini_batch_size": st_size[False],
+            "st_mini_batch_size_frozen": st_size[True],
+            "memory_over_st": round(most_bytes["farnear"] / most_bytes["sentence-transformers"], 3),
+            "memory_over_st_frozen": round(
+                most_bytes["farnear, frozen"] / most_bytes["sentence-transformers, frozen"], 3
+            ),
         }
         Path(out).write_text(json.dumps(figures), encoding="utf-8")
     dist.barrier()

@@ -120,6 +120,9 @@ def test_a_frozen_tower_is_left_alone_by_a_run(tmp_path: Path, capsys: pytest.Ca
     total = sum(weight.numel() for weight in before.values())
     left = sum(weight.numel() for name, weight in before.items() if name not in same)
     assert f"{total:,} parameters, {left:,} of them trained, fp32 weights" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"parameter model\.0\..* differs; set .*model\.freeze and model\.lora as they"):
+    with pytest.raises(
+        UserError,
+        match=r"parameter model\.0\..* differs; set .*model\.freeze, model\.lora and loss\.learn_scale as they",
+    ):
         farnear.train(run_config(folder, "run", training={"max_steps": 3}), "newest")
     assert json.loads((folder / "run" / "summary.json").read_text())["steps"] == 2
