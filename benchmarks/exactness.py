@@ -531,15 +531,20 @@ def names_for(case: Case, world_size: int, small: bool) -> list[str]:
     ]
 
 
-def rank_main(rank: int, world_size: int, port: int, models: dict[float, str], small: bool, out: str) -> None:
-    """One of W processes: all cases of this W, sharing the process group. Rank 0 writes the results."""
+def join_ranks(rank: int, world_size: int, port: int) -> tuple[World, dict[str, int]]:
+    """Become one of W processes of one thread each; the counts are those of `count_reductions`."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), DS_ACCELERATOR="cpu")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
     counts = count_reductions()
     dist.init_process_group("gloo")
-    world = World(rank, world_size, CPU)
+    return World(rank, world_size, CPU), counts
+
+
+def rank_main(rank: int, world_size: int, port: int, models: dict[float, str], small: bool, out: str) -> None:
+    """One of W processes: all cases of this W, sharing the process group. Rank 0 writes the results."""
+    world, counts = join_ranks(rank, world_size, port)
     results = []
     engine_cases = ENGINE_CASES if world_size in ENGINE_WORLD_SIZES else ()
     for case in (*CASES, *(DROPOUT_CASES if world_size == 1 else ()), *engine_cases):

@@ -39,13 +39,13 @@ from torch import Tensor, nn
 from farnear.data.loader import RankBatch
 from farnear.loss.contrastive import TILE_BYTES, contrastive_gradient, tile_rows
 from farnear.loss.false_negatives import BatchFacts
+from farnear.parallel.traffic import count_in
 from farnear.parallel.world import World
 from farnear.sections import LossConfig
 from farnear.training.objective import Sizes, embedding_gradient
 
 DIMS = (1024, 768, 512, 384, 256, 128, 64)
 CHUNKS = (256, 1024, 2048)
-COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast", "all_to_all")
 
 
 class Passing(nn.Module):
@@ -193,17 +193,8 @@ def count_collectives() -> list[int]:
 def _count_main(rank: int, port: int, out: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
     dist.init_process_group("gloo")
-    calls: list[str] = []
-
-    def counting(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            calls.append(name)
-            return original(*args, **kwargs)
-
-        return call
-
-    for name in COLLECTIVES:
-        setattr(dist, name, counting(name, getattr(dist, name)))
+    world = World(rank, 2, torch.device("cpu"))
+    count_in(world.traffic)
     counts = []
     for pairs in (8, 700):
         for options in (
@@ -212,7 +203,7 @@ def _count_main(rank: int, port: int, out: str) -> None:
             {"directions": ("query_to_doc", "doc_to_query"), "matryoshka_dims": (64, 32)},
         ):
             loss = LossConfig(**options)
-            calls.clear()
+            world.traffic.start()
             batch = RankBatch(
                 step=0,
                 epoch=0,
@@ -229,8 +220,8 @@ def _count_main(rank: int, port: int, out: str) -> None:
             )
             embedding = {"query": torch.randn(pairs, 64), "document": torch.randn(2 * pairs, 64)}
             sizes = Sizes((pairs, pairs), (2 * pairs, 2 * pairs), (1, 1))
-            embedding_gradient(embedding, batch, sizes, loss, World(rank, 2, torch.device("cpu")), scale=20.0)
-            counts.append(len(calls) + 1)  # and the one by which ranks agreed on the sizes
+            embedding_gradient(embedding, batch, sizes, loss, world, scale=20.0)
+            counts.append(sum(world.traffic.calls.values()) + 1)  # and the one by which ranks agreed on the sizes
     if rank == 0:
         Path(out).write_text(json.dumps(counts), encoding="utf-8")
     dist.destroy_process_group()

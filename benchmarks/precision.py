@@ -11,7 +11,6 @@ mini-batches, as it does in DeepSpeed's own bf16 mode, which adds them up in bf1
 
 import json
 import multiprocessing
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -24,20 +23,17 @@ from exactness import (
     BOUND_BF16,
     BOUND_FP16,
     BOUND_FP32,
-    CPU,
     Case,
     cached_update,
-    count_reductions,
     free_port,
+    join_ranks,
     make_batch,
     reference_gradient,
     relative_error,
 )
-from transformers.utils import logging as transformers_logging
 
 from farnear.model.load import load_model
 from farnear.model.tiny import save_tiny_model
-from farnear.parallel.world import World
 from farnear.sections import ModelConfig
 
 STRATEGIES = ("ddp", "zero2", "zero3", "fsdp2")
@@ -48,13 +44,7 @@ WORLD_SIZE = 2
 
 def rank_main(rank: int, port: int, model_path: str, mini_batches: tuple[int, ...], out: str) -> None:
     """One of two processes. Rank 0 writes the results."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD_SIZE), DS_ACCELERATOR="cpu")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    transformers_logging.disable_progress_bar()
-    counts = count_reductions()
-    dist.init_process_group("gloo")
-    world = World(rank, WORLD_SIZE, CPU)
+    world, counts = join_ranks(rank, WORLD_SIZE, port)
     rows = []
     for mini_batches_per_rank in mini_batches:
         # A pair is a mini-batch of one page and one of one query.

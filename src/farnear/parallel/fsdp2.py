@@ -46,7 +46,7 @@ from farnear.config import RunConfig
 from farnear.errors import UserError
 from farnear.parallel.collectives import agree_on_max, all_reduce_sum, exchange_ints
 from farnear.parallel.loading import is_on_main_rank_only, send_buffers, send_rows
-from farnear.parallel.strategy import Features, LossScale, NonFiniteGradientError, ParameterSlice, adam_state, divide
+from farnear.parallel.strategy import Features, LossScale, ParameterSlice, adam_state, clip_and_update, divide
 from farnear.parallel.world import World
 
 
@@ -124,16 +124,8 @@ class Fsdp2:
         square = torch.nn.utils.get_total_norm(gradients).square()
         # Every copy of the model adds the same.
         norm = (all_reduce_sum(square) / self._copies).sqrt()
-        if not torch.isfinite(norm):
-            self._optimizer.zero_grad(set_to_none=True)
-            raise NonFiniteGradientError
-        if self._max_grad_norm > 0:
-            torch.nn.utils.clip_grads_with_norm_([s.own for s in self._all_shards()], self._max_grad_norm, norm)
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        return float(norm)
+        own = [shard.own for shard in self._all_shards()]
+        return clip_and_update(self._optimizer, own, norm, self._max_grad_norm, learning_rate)
 
     def train(self, mode: bool) -> None:
         """Training mode (dropout) or evaluation mode."""

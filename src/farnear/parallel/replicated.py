@@ -15,7 +15,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from farnear.parallel.collectives import all_reduce_sum
 from farnear.parallel.eight_bit import is_eight_bit, read_moments, write_moments
-from farnear.parallel.strategy import Features, LossScale, NonFiniteGradientError, ParameterSlice, adam_state, divide
+from farnear.parallel.strategy import Features, LossScale, ParameterSlice, adam_state, clip_and_update, divide
 from farnear.parallel.world import World
 
 # Elements in a bucket: large enough for full bandwidth, small enough that its copy is no burden.
@@ -64,16 +64,7 @@ class Replicated:
         divide(gradients, gradient_scale)
         norm = torch.nn.utils.get_total_norm(gradients)
         # The gradients are the same on every rank by now, so every rank decides alike.
-        if not torch.isfinite(norm):
-            self._optimizer.zero_grad(set_to_none=True)
-            raise NonFiniteGradientError
-        if self._max_grad_norm > 0:
-            torch.nn.utils.clip_grads_with_norm_(self._named.values(), self._max_grad_norm, norm)
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        return float(norm)
+        return clip_and_update(self._optimizer, list(self._named.values()), norm, self._max_grad_norm, learning_rate)
 
     def train(self, mode: bool) -> None:
         """Training mode (dropout) or evaluation mode."""

@@ -156,3 +156,23 @@ def divide(gradients: Sequence[Tensor], scale: float) -> None:
     if scale != 1.0:
         for gradient in gradients:
             gradient.div_(scale)
+
+
+def clip_and_update(
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[nn.Parameter],
+    norm: Tensor,
+    max_grad_norm: float,
+    learning_rate: float,
+) -> float:
+    """Update from gradients whose global norm all ranks know, and clear them; see `Strategy.step`."""
+    if not torch.isfinite(norm):
+        optimizer.zero_grad(set_to_none=True)
+        raise NonFiniteGradientError
+    if max_grad_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(norm)
