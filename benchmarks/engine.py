@@ -14,9 +14,12 @@ lengths, the same global batch, the same Matryoshka dims, one AdamW step each. T
                             mini-batches, which has no padding either and so is what a cache has to be held against
 
 and the first two again with the vision tower frozen. A step is timed from features on the host to changed weights;
-making features is left out on both sides. Memory is the kernel's high-water mark of the process above what it held
-with the model alone, features included. Contestants take turns, the slower of the two ranks counts, and the figures are
-medians of the rounds' ratios. The last line is JSON.
+making features is left out on both sides. Contestants take turns, the slower of the two ranks counts, and the figures
+are medians of the rounds' ratios.
+
+Memory is the kernel's high-water mark of the process above what it held with the model alone, features included. It is
+measured in a trial of two fresh processes for each contestant: the heap that one leaves behind has holes, in which
+another's tensors may or may not find room. The last line is JSON.
 """
 
 import argparse
@@ -24,13 +27,13 @@ import ctypes
 import gc
 import json
 import os
-import socket
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
-from contextlib import closing
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from time import perf_counter
@@ -72,8 +75,9 @@ from farnear.training.cache import CachedStep, StepFigures
 DIMS = (128, 96, 64, 32)
 WORDS = ("revenue", "costs", "chart", "page", "table", "report", "2019", "2021", "quarter", "annual", "of", "the", "in")
 ST_MINI_BATCH_SIZES = (2, 4, 8, 16)
-NUM_TOKENS = (256, 768)
-KEPT_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+NUM_TOKENS = (256, 384, 512)
+KEPT_SHARES = (0.0, 0.1, 0.25, 0.5, 1.0)
+TRIAL_STEPS = 4
 CPU = torch.device("cpu")
 
 
@@ -101,6 +105,24 @@ def run_config(base: Path) -> RunConfig:
     )
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What one contestant is.
+
+    Attributes:
+        st_mini_batch_size: Of sentence-transformers; None for the step of farnear.
+        num_tokens: The mini-batches' budget; None for one mini-batch of everything.
+        together: Mini-batches that go through pass one at once.
+        frozen: Whether the vision tower is.
+    """
+
+    st_mini_batch_size: int | None = None
+    num_tokens: int | None = None
+    keep_graphs: float = 0.0
+    together: int = 1
+    frozen: bool = False
+
+
 @dataclass
 class Contestant:
     """Makes its features of a batch, and takes a step with them."""
@@ -118,9 +140,9 @@ class Bench:
         self.reader = InputReader(index, self.store)
         self.loss = LossConfig(matryoshka_dims=DIMS)
 
-    def model(self, *, frozen: bool) -> SentenceTransformer:
+    def model(self, load: Callable[[str], SentenceTransformer], *, frozen: bool) -> SentenceTransformer:
         """A fresh one, in training mode."""
-        model = load_model(ModelConfig(name_or_path=str(self.folder / "base")))
+        model = load(str(self.folder / "base"))
         if frozen:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(".visual." not in name)
@@ -140,22 +162,24 @@ class Bench:
         with closing(TrainLoader(order, dealing, self.store, preprocess, num_workers=0).batches(0, 1)) as batches:
             return next(batches)
 
-    def ours(
-        self, num_tokens: int | None, *, frozen: bool = False, keep_graphs: float = 0.0, together: int = 1
-    ) -> Contestant:
+    def contestant(self, setting: Setting) -> Contestant:
+        """A fresh one."""
+        return self._ours(setting) if setting.st_mini_batch_size is None else self._theirs(setting)
+
+    def _ours(self, setting: Setting) -> Contestant:
         """The cached step under ddp."""
-        model = self.model(frozen=frozen)
+        model = self.model(lambda name: load_model(ModelConfig(name_or_path=name)), frozen=setting.frozen)
         preprocess = Preprocessing(model)
         module = Embedder(model, bf16=False)
-        outputs = FrozenOutputs(module, 2 << 30) if frozen else None
+        outputs = FrozenOutputs(module, 2 << 30) if setting.frozen else None
         strategy = self._strategy(module)
         step = CachedStep(
             strategy,
             self.world,
             self.loss,
             0,
-            keep_graphs=keep_graphs,
-            together=together,
+            keep_graphs=setting.keep_graphs,
+            together=setting.together,
             merge=FeatureMerger(model),
             frozen=outputs,
         )
@@ -166,13 +190,15 @@ class Bench:
             strategy.step(1e-6)
             return figures
 
-        return Contestant(lambda: self.batch(preprocess, num_tokens), take)
+        return Contestant(lambda: self.batch(preprocess, setting.num_tokens), take)
 
-    def theirs(self, mini_batch_size: int, *, frozen: bool = False) -> Contestant:
+    def _theirs(self, setting: Setting) -> Contestant:
         """sentence-transformers' cached step under DistributedDataParallel."""
-        model = self.model(frozen=frozen)
+        model = self.model(SentenceTransformer, frozen=setting.frozen)
         wrapped = DistributedDataParallel(model)
-        loss = CachedMultipleNegativesRankingLoss(model, mini_batch_size=mini_batch_size, gather_across_devices=True)
+        loss = CachedMultipleNegativesRankingLoss(
+            model, mini_batch_size=setting.st_mini_batch_size, gather_across_devices=True
+        )
         with_dims = MatryoshkaLoss(model, loss, list(DIMS))
         loss.model = wrapped  # as its trainer does
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
@@ -228,103 +254,149 @@ def measured(contestant: Contestant) -> tuple[float, int, StepFigures | None]:
     return float(worst[0]), int(worst[1]), figures
 
 
-def warmed(contestant: Contestant) -> tuple[float, int]:
-    """(seconds, memory) of a contestant that has run once."""
-    measured(contestant)
-    runs = [measured(contestant) for _ in range(2)]
-    return statistics.median(seconds for seconds, _, _ in runs), max(peak for _, peak, _ in runs)
-
-
-def rank_main(rank: int, port: int, folder: str, pairs: int, rounds: int, out: str) -> None:
-    """One of two processes."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
-    os.environ["MASTER_PORT"] = str(port)
+@contextmanager
+def joined(rank: int, rendezvous: str, folder: Path, pairs: int) -> Iterator[Bench]:
+    """This process as one of two ranks."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
-    dist.init_process_group("gloo")
-    path = Path(folder)
-    store = ShardStore(ShardCache(path / "cache" / "shards"))
-    shards = tuple(map(str, sorted((path / "shards").glob("*.tar"))))
-    index = cached_index(ShardSet((SourceShards("train", shards),)), path / f"cache-{rank}", store, processes=1)
-    bench = Bench(path, index, pairs, World(rank, 2, CPU))
-    say = print if rank == 0 else lambda *_: None
+    warnings.filterwarnings("ignore", "torch.distributed.nn.functional.all_gather is deprecated")
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    store = ShardStore(ShardCache(folder / "cache" / "shards"))
+    shards = tuple(map(str, sorted((folder / "shards").glob("*.tar"))))
+    index = cached_index(ShardSet((SourceShards("train", shards),)), folder / f"cache-{rank}", store, processes=1)
+    yield Bench(folder, index, pairs, World(rank, 2, CPU))
+    dist.barrier()
+    dist.destroy_process_group()
 
-    say("looking for the best mini-batch size of sentence-transformers, and for the best of ours in its memory")
-    st_size: dict[bool, int] = {}
-    ours: dict[bool, tuple[int, float]] = {}
-    for frozen in (False, True):
-        tried: dict[int, tuple[float, int]] = {}
-        for size in ST_MINI_BATCH_SIZES:
-            tried[size] = warmed(bench.theirs(size, frozen=frozen))
-            say(f"  frozen={frozen} their mini-batch {size:3}: {tried[size][0]:6.2f} s, {tried[size][1] / 1e6:5.0f} MB")
-        st_size[frozen] = min(tried, key=lambda one: tried[one][0])
-        allowed = tried[st_size[frozen]][1]
-        of_ours: dict[tuple[int, float], float] = {}
-        for tokens in NUM_TOKENS:
-            for keep in KEPT_SHARES:
-                seconds, peak = warmed(bench.ours(tokens, frozen=frozen, keep_graphs=keep))
-                say(f"  frozen={frozen} our {tokens:4} tokens, {keep:.2f} kept: {seconds:6.2f} s, {peak / 1e6:5.0f} MB")
-                if peak > allowed:
-                    break
-                of_ours[tokens, keep] = seconds
-        ours[frozen] = min(of_ours, key=lambda one: of_ours[one], default=(NUM_TOKENS[0], 0.0))
-    tokens = ours[False][0]
-    contestants = {
-        "sentence-transformers": bench.theirs(st_size[False]),
-        "farnear": bench.ours(tokens, keep_graphs=ours[False][1]),
-        "farnear, none kept": bench.ours(tokens),
-        "farnear, none kept, three at once": bench.ours(tokens, together=3),
-        "farnear, half kept": bench.ours(tokens, keep_graphs=0.5),
-        "uncached": bench.ours(None, keep_graphs=1.0),
-        "uncached, sorted mini-batches": bench.ours(tokens, keep_graphs=1.0),
-        "sentence-transformers, frozen": bench.theirs(st_size[True], frozen=True),
-        "farnear, frozen": bench.ours(ours[True][0], frozen=True, keep_graphs=ours[True][1]),
-    }
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    most_bytes = dict.fromkeys(contestants, 0)
+
+def trial_main(rank: int, out: str, folder: Path, pairs: int, setting: Setting) -> None:
+    """One rank of a trial: a contestant's seconds and memory, the first step left out."""
+    with joined(rank, f"{out}.rendezvous", folder, pairs) as bench:
+        contestant = bench.contestant(setting)
+        runs = [measured(contestant) for _ in range(TRIAL_STEPS)][1:]
+        if rank == 0:
+            found = (statistics.median(seconds for seconds, _, _ in runs), max(peak for _, peak, _ in runs))
+            Path(out).write_text(json.dumps(found), encoding="utf-8")
+
+
+def rounds_main(rank: int, out: str, folder: Path, pairs: int, settings: dict[str, Setting], rounds: int) -> None:
+    """One rank of the rounds: seconds of every contestant, and the share of padding in farnear's mini-batches."""
+    times: dict[str, list[float]] = {name: [] for name in settings}
     padding_share = 0.0
-    for number in range(rounds + 1):
-        for name, contestant in contestants.items():
-            seconds, peak, figures = measured(contestant)
-            if number == 0:
-                continue  # the first is a warm-up
-            times[name].append(seconds)
-            most_bytes[name] = max(most_bytes[name], peak)
-            if name == "farnear" and figures is not None:
-                padding_share = figures.padding / (figures.padding + figures.tokens)
-                phases = {phase: round(value, 2) for phase, value in figures.seconds.items()}
-                say(f"  round {number}: farnear {seconds:.2f} s {phases}")
+    with joined(rank, f"{out}.rendezvous", folder, pairs) as bench:
+        contestants = {name: bench.contestant(setting) for name, setting in settings.items()}
+        for number in range(rounds + 1):
+            for name, contestant in contestants.items():
+                seconds, _, figures = measured(contestant)
+                if number == 0:
+                    continue  # the first is a warm-up
+                times[name].append(seconds)
+                if name == "farnear" and figures is not None:
+                    padding_share = figures.padding / (figures.padding + figures.tokens)
+                    phases = {phase: round(value, 2) for phase, value in figures.seconds.items()}
+                    if rank == 0:
+                        print(f"  round {number}: farnear {seconds:.2f} s {phases}", flush=True)
+        if rank == 0:
+            Path(out).write_text(json.dumps((times, padding_share)), encoding="utf-8")
+
+
+class Ranks:
+    """Runs functions in two fresh processes. They are forked: importing all that is needed here takes ten seconds."""
+
+    def __init__(self, folder: Path, pairs: int) -> None:
+        self.folder, self.pairs = folder, pairs
+        self._runs = 0
+
+    def __call__(self, function: Callable[..., None], *arguments: Any) -> Any:
+        """What rank 0 wrote down."""
+        self._runs += 1
+        out = self.folder / f"run-{self._runs}.json"
+        mp.start_processes(function, (str(out), self.folder, self.pairs, *arguments), nprocs=2, start_method="fork")
+        return json.loads(out.read_text(encoding="utf-8"))
+
+
+def search(ranks: Ranks, frozen: bool) -> tuple[Setting, Setting, dict[Setting, int]]:
+    """sentence-transformers' best, ours that is best in no more memory, and the memory of each."""
+    seconds: dict[Setting, float] = {}
+    memory: dict[Setting, int] = {}
+
+    def tries(setting: Setting) -> None:
+        seconds[setting], memory[setting] = ranks(trial_main, setting)
+        size = setting.st_mini_batch_size
+        what = f"our {setting.num_tokens:4} tokens, {setting.keep_graphs:.2f} kept" if size is None else f"their {size}"
+        print(f"  frozen={frozen} {what:27} {seconds[setting]:6.2f} s, {memory[setting] / 1e6:5.0f} MB", flush=True)
+
+    for size in ST_MINI_BATCH_SIZES:
+        tries(Setting(st_mini_batch_size=size, frozen=frozen))
+    theirs = min(seconds, key=lambda one: seconds[one])
+    fit: list[Setting] = []
+    for tokens in NUM_TOKENS:
+        for keep in KEPT_SHARES:
+            setting = Setting(num_tokens=tokens, keep_graphs=keep, frozen=frozen)
+            tries(setting)
+            if memory[setting] > memory[theirs]:
+                break
+            fit.append(setting)
+    none_fits = Setting(num_tokens=NUM_TOKENS[0], frozen=frozen)
+    return theirs, min(fit, key=lambda one: seconds[one], default=none_fits), memory
+
+
+def prepare(_: int, folder: Path, pairs: int) -> None:
+    """Shards and the model to begin with."""
+    write_pairs(folder, pairs)
+    raw = save_tiny_model(folder / "raw", texts=[" ".join(WORDS)])
+    # With its pooling, so that both sides load the same model, each in its own way.
+    load_model(ModelConfig(name_or_path=str(raw))).save(str(folder / "base"))
+
+
+def compare(ranks: Ranks, rounds: int) -> dict[str, Any]:
+    """All figures."""
+    print("looking for the best mini-batch size of sentence-transformers, and for the best of ours in its memory")
+    st, ours, memory = search(ranks, frozen=False)
+    st_frozen, ours_frozen, memory_frozen = search(ranks, frozen=True)
+    none_kept = replace(ours, keep_graphs=0.0)
+    settings = {
+        "sentence-transformers": st,
+        "farnear": ours,
+        "farnear, none kept": none_kept,
+        "farnear, none kept, three at once": replace(none_kept, together=3),
+        "farnear, half kept": replace(ours, keep_graphs=0.5),
+        "uncached": Setting(keep_graphs=1.0),
+        "uncached, sorted mini-batches": replace(ours, keep_graphs=1.0),
+        "sentence-transformers, frozen": st_frozen,
+        "farnear, frozen": ours_frozen,
+    }
+    memory |= memory_frozen
+    for setting in settings.values():
+        if setting not in memory:
+            _, memory[setting] = ranks(trial_main, setting)
+    times, padding_share = ranks(rounds_main, settings, rounds)
 
     def ratio(above: str, below: str) -> float:
         return round(statistics.median(a / b for a, b in zip(times[above], times[below], strict=True)), 3)
 
-    for name in contestants:
-        say(f"{name:32} {statistics.median(times[name]):7.2f} s {most_bytes[name] / 1e6:7.0f} MB")
-    if rank == 0:
-        figures = {
-            "speedup_vs_st": ratio("sentence-transformers", "farnear"),
-            "speedup_vs_st_frozen": ratio("sentence-transformers, frozen", "farnear, frozen"),
-            "vs_uncached": ratio("farnear, none kept", "uncached"),
-            "vs_uncached_half": ratio("farnear, half kept", "uncached"),
-            "vs_uncached_sorted": ratio("farnear, none kept", "uncached, sorted mini-batches"),
-            "vs_uncached_sorted_half": ratio("farnear, half kept", "uncached, sorted mini-batches"),
-            "speedup_vs_st_none_kept": ratio("sentence-transformers", "farnear, none kept"),
-            "speedup_three_at_once": ratio("farnear, none kept", "farnear, none kept, three at once"),
-            "padding_share": round(padding_share, 3),
-            "num_tokens": ours[False][0],
-            "kept": ours[False][1],
-            "num_tokens_frozen": ours[True][0],
-            "kept_frozen": ours[True][1],
-            "st_mini_batch_size": st_size[False],
-            "st_mini_batch_size_frozen": st_size[True],
-            "memory_over_st": round(most_bytes["farnear"] / most_bytes["sentence-transformers"], 3),
-            "memory_over_st_frozen": round(
-                most_bytes["farnear, frozen"] / most_bytes["sentence-transformers, frozen"], 3
-            ),
-        }
-        Path(out).write_text(json.dumps(figures), encoding="utf-8")
-    dist.barrier()
-    dist.destroy_process_group()
+    for name, setting in settings.items():
+        print(f"{name:34} {statistics.median(times[name]):6.2f} s {memory[setting] / 1e6:6.0f} MB")
+    return {
+        "speedup_vs_st": ratio("sentence-transformers", "farnear"),
+        "speedup_vs_st_frozen": ratio("sentence-transformers, frozen", "farnear, frozen"),
+        "vs_uncached": ratio("farnear, none kept", "uncached"),
+        "vs_uncached_half": ratio("farnear, half kept", "uncached"),
+        "vs_uncached_sorted": ratio("farnear, none kept", "uncached, sorted mini-batches"),
+        "vs_uncached_sorted_half": ratio("farnear, half kept", "uncached, sorted mini-batches"),
+        "speedup_vs_st_none_kept": ratio("sentence-transformers", "farnear, none kept"),
+        "speedup_three_at_once": ratio("farnear, none kept", "farnear, none kept, three at once"),
+        "padding_share": round(padding_share, 3),
+        "num_tokens": ours.num_tokens,
+        "kept": ours.keep_graphs,
+        "num_tokens_frozen": ours_frozen.num_tokens,
+        "kept_frozen": ours_frozen.keep_graphs,
+        "st_mini_batch_size": st.st_mini_batch_size,
+        "st_mini_batch_size_frozen": st_frozen.st_mini_batch_size,
+        "memory_over_st": round(memory[ours] / memory[st], 3),
+        "memory_over_st_frozen": round(memory[ours_frozen] / memory[st_frozen], 3),
+    }
 
 
 def main() -> int:
@@ -333,15 +405,11 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=128, help="the global batch (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="of each contestant (default: %(default)s)")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="farnear-bench-") as folder, socket.socket() as free:
-        write_pairs(Path(folder), options.pairs)
-        save_tiny_model(Path(folder) / "base", texts=[" ".join(WORDS)])
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
-        out = str(Path(folder) / "figures.json")
-        mp.spawn(rank_main, (port, folder, options.pairs, options.rounds, out), nprocs=2)
-        print(Path(out).read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory(prefix="farnear-bench-") as name:
+        folder = Path(name)
+        # Not here: threads that are started in this process are missing in those that are forked from it.
+        mp.start_processes(prepare, (folder, options.pairs), nprocs=1, start_method="fork")
+        print(json.dumps(compare(Ranks(folder, options.pairs), options.rounds)))
     return 0
 
 

@@ -48,6 +48,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
@@ -76,6 +77,7 @@ from farnear.model.attention_choice import check_attention
 from farnear.model.embedder import Embedder, to_device
 from farnear.model.features import FeatureMerger
 from farnear.model.load import load_model
+from farnear.model.patches import PatchConv3d, multiply_patches
 from farnear.model.tiny import save_tiny_model
 from farnear.parallel.strategy import build_strategy
 from farnear.parallel.world import World
@@ -196,6 +198,7 @@ class Bench:
         toy = load_model(self.config.model)
         self.inputs = Inputs(toy, setting)
         self.model = of_shape(toy, setting, attention, device)
+        multiply_patches(self.model)
         self.world = World(0, 1, device)
         module = Embedder(self.model, bf16=setting.bf16)
         self.optimizer = build_optimizer(module, self.config.training)
@@ -265,6 +268,10 @@ class Bench:
         loss.calculate_loss = calculate_loss
 
         def take(features: list[dict[str, Any]]) -> dict[str, float]:
+            with convolved_patches(self.model):
+                return step(features)
+
+        def step(features: list[dict[str, Any]]) -> dict[str, float]:
             spent["loss"] = 0.0
             losses: list[Tensor] = []
 
@@ -355,6 +362,18 @@ def of_shape(toy: SentenceTransformer, setting: Setting, attention: str, device:
     transformer.model = towers
     modules = [transformer, Pooling(towers.config.text_config.hidden_size, "lasttoken"), Normalize()]
     return SentenceTransformer(modules=modules, device=str(device)).train()
+
+
+@contextmanager
+def convolved_patches(model: SentenceTransformer) -> Iterator[None]:
+    """What `multiply_patches` changed is undone within: sentence-transformers computes as transformers has it."""
+    changed = [module for module in model.modules() if type(module) is PatchConv3d]
+    for module in changed:
+        module.__class__ = torch.nn.Conv3d
+    try:
+        yield
+    finally:
+        multiply_patches(model)
 
 
 def shaped_config(toy: SentenceTransformer, setting: Setting) -> Qwen3VLConfig:

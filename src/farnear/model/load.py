@@ -25,6 +25,7 @@ from transformers.utils.hub import cached_file
 from farnear.errors import UserError
 from farnear.model.attention import VARLEN, register_varlen, tell_towers
 from farnear.model.attention_choice import refuse_kernels
+from farnear.model.patches import multiply_patches
 from farnear.model.pixels import call_settings, image_processor_of, is_qwen_family
 from farnear.sections import ModelConfig
 
@@ -112,6 +113,7 @@ def load_model(
             "take model.pooling out of the run file"
         )
     cast_weights(model, dtype)
+    multiply_patches(model)
     wrong = {str(p.dtype) for p in model.parameters() if p.is_floating_point() and p.dtype != dtype}
     if wrong:
         raise RuntimeError(f"weights came up as {', '.join(sorted(wrong))}, not {dtype}")
