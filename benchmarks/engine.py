@@ -1,6 +1,6 @@
 """One training step of farnear against sentence-transformers' and against no gradient cache at all.
 
-    python benchmarks/engine.py                 everything, about ten minutes on two cores
+    python benchmarks/engine.py                 everything, about twelve minutes on two cores
     python benchmarks/engine.py --pairs 32      smaller, for a look
 
 Two gloo processes of one thread train the same tiny Qwen3-VL on the same pairs: pages of mixed sizes, queries of mixed

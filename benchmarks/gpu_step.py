@@ -11,8 +11,9 @@ which come back under new hashes, and queries have mixed lengths. A step is time
 changed weights, so making features is left out on both sides. The contestants are
 
     sentence-transformers   CachedMultipleNegativesRankingLoss inside MatryoshkaLoss, under autocast around the model's
-                            forward as accelerate puts it there; at the best of some mini-batch sizes, and of some
-                            numbers of tokens where the installed version knows them
+                            forward as accelerate puts it there, pages' patches embedded by a convolution as
+                            transformers does it; at the best of some mini-batch sizes, and of some numbers of tokens
+                            where the installed version knows them
     farnear                 the cached step; at the best of some token budgets
     farnear, N kept         the same with as many graphs kept from pass one as fit
 
