@@ -1,5 +1,6 @@
 """What a run chooses by itself: within its memory, the same on resume, and never against the run file."""
 
+import io
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -8,10 +9,12 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from PIL import Image
 from tiny_runs import make_inputs, run_config
 
 import farnear
 from farnear.errors import UserError
+from farnear.ingest.shards import Pair, write_shards
 from farnear.model.features import FeatureMerger
 from farnear.model.tiny import save_tiny_model
 from farnear.parallel.world import World
@@ -101,6 +104,41 @@ def test_a_resumed_run_does_as_before_on_a_machine_with_other_memory(folder: Pat
     assert after == saved == json.loads(json.dumps(saved))
     steps = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(step["kept_graphs"] > 0 for step in steps)
+
+
+def test_what_the_run_file_asks_for_now_goes_before_what_was_saved_for_something_else(folder: Path) -> None:
+    asked = {"mini_batch_size": 3, "no_grad_mini_batch_factor": 1, "keep_graphs": 0.0, "frozen_cache_gb": 0}
+    model = {"freeze": ["visual"]}
+    farnear.train(run_config(folder, "asked", model=model, training={**asked, "max_steps": 1}))
+    again = {"mini_batch_size": 3, "no_grad_mini_batch_factor": 3, "keep_graphs": 0.25, "frozen_cache_gb": "auto"}
+    run, _ = open_run(run_config(folder, "asked", model=model, training=again), "newest", ALONE)
+    assert run.choices.together == 3 and run.choices.keep_graphs == 0.25 and run.choices.frozen_bytes > 0
+    run, _ = open_run(
+        run_config(folder, "asked", model=model, training={**asked, "keep_graphs": "auto"}), "newest", ALONE
+    )
+    assert run.choices.keep_graphs > 0
+
+
+def test_a_page_that_the_processor_refuses_is_not_the_one_to_try(folder: Path, tmp_path: Path) -> None:
+    def page(width: int, height: int) -> bytes:
+        stream = io.BytesIO()
+        Image.new("RGB", (width, height), "red").save(stream, "PNG")
+        return stream.getvalue()
+
+    sizes = [(64, 64)] * 6 + [(96, 64), (900, 2)]
+    pairs = (Pair(f"k{n}", f"query {n}", page(*size), "png", document=str(n)) for n, size in enumerate(sizes))
+    write_shards(pairs, tmp_path / "shards", prefix="train", pairs_per_shard=8)
+    data = {"train": str(tmp_path / "shards" / "train-*.tar"), "max_bad_fraction": 1}
+    for number, training in enumerate((AUTO, {"mini_batch_size": 3})):
+        config = run_config(folder, f"thin-{number}", data=data, training={**training, "max_steps": 1})
+        farnear.train(config)
+        output_dir = Path(config.output_dir)
+        assert [json.loads(line)["key"] for line in (output_dir / "quarantine.jsonl").read_text().splitlines()] == [
+            "k7"
+        ]
+        choices = open_checkpoint(output_dir / "checkpoints" / "step-00000001").progress.choices
+        # The largest that can be used has 6 tokens, the one that cannot counts as hundreds.
+        assert (choices["mini_batch_num_tokens"]["document"] or 0) <= 8 * (6 + 16)
 
 
 def test_outputs_of_frozen_parts_have_a_budget(folder: Path) -> None:

@@ -101,6 +101,8 @@ def test_advice_for_foreign_keys_names_known_keys_only() -> None:
         ("model=3", ["model: input should be a section"]),
         ("training.learning_rate=.inf", ["training.learning_rate", "finite"]),
         ("training.num_train_epochs=.nan", ["training.num_train_epochs", "finite"]),
+        ("training.learning_rate=true", ["training.learning_rate", "a number, not true"]),
+        ("num_processes=false", ["num_processes", "a number, not false"]),
         ("training.global_batch_size=100000000000000", ["training.global_batch_size", "1048576"]),
         ("loss={matryoshka_dims: [64, 32], matryoshka_weights: [1, 0]}", ["matryoshka_weights must be positive"]),
         ("model={name_or_path: x, min_pixels: 9, max_pixels: 4}", ["min_pixels 9 is above max_pixels 4"]),

@@ -232,6 +232,39 @@ def test_every_rank_begins_with_the_same_adapters_and_freezing_goes_before_lora(
     assert len(Preprocessing(first)._snapshot) > 0
 
 
+@pytest.mark.parametrize(
+    ("began", "goes_on"),
+    [
+        ({"lora": {**LORA, "lora_alpha": 8}}, {"lora": {**LORA, "lora_alpha": 64}}),
+        ({"lora": LORA}, {"lora": LORA, "name_or_path": "other"}),
+        ({"freeze": ["visual"]}, {"freeze": ["visual"], "name_or_path": "other"}),
+    ],
+)
+def test_a_run_does_not_go_on_beside_other_frozen_weights(
+    folder: Path, tmp_path: Path, began: dict[str, Any], goes_on: dict[str, Any]
+) -> None:
+    texts = ["Which page shows the red bar chart of revenue in 2019?"]  # as the base's, so that all shapes are alike
+    save_tiny_model(tmp_path / "other", texts=texts, hidden_size=64, num_layers=2, seed=9)
+    base = {"name_or_path": str(folder / "base")}
+    output_dir, steps = str(tmp_path / "run"), {"max_steps": 1}
+    farnear.train(run_config(folder, output_dir, model={**base, **began}, training=steps))
+    # What the frozen weights are stored in is no difference.
+    bf16 = {"max_steps": 2, "bf16": True}
+    farnear.train(run_config(folder, output_dir, model={**base, **began}, training=bf16), "newest")
+    model = {**base, **goes_on}
+    if model["name_or_path"] == "other":
+        model["name_or_path"] = str(tmp_path / "other")
+    with pytest.raises(UserError, match="beside other frozen weights or with another scale of its adapters"):
+        farnear.train(run_config(folder, output_dir, model=model, training={"max_steps": 3}), "newest")
+
+
+def test_a_module_cannot_be_frozen_and_saved_beside_the_adapter(folder: Path) -> None:
+    model = load_model(ModelConfig(name_or_path=str(folder / "base")))
+    config = ModelConfig(name_or_path="unused", lora={**LORA, "modules_to_save": ["merger"]}, freeze=("visual",))
+    with pytest.raises(UserError, match=r"modules_to_save names .*visual\.merger, but model\.freeze freezes it"):
+        choose_trainable(model, config, seed=0)
+
+
 STRATEGIES = ("ddp", "zero2", "zero3")
 
 

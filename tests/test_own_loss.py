@@ -1,6 +1,7 @@
 """A loss of the user's own goes through the same cache, and what it may do wrong is said in one line."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,40 @@ def test_it_is_what_the_built_in_loss_would_be(dims: tuple[int, ...] | None) -> 
     )
     assert torch.allclose(total, wanted.loss_b.mean(), rtol=1e-5)
     assert torch.allclose(dq_BD, wanted.dq_bD, atol=1e-6) and torch.allclose(dk_ND, wanted.dk_ND, atol=1e-6)
+
+
+@pytest.mark.parametrize("dims", [None, (16, 4)])
+def test_what_is_quarantined_is_left_out_before_it_is_called(dims: tuple[int, ...] | None) -> None:
+    q_BD, k_ND = torch.randn(4, 16), torch.randn(6, 16)
+    # Pairs 1 and 2 are out: one by its query, which its page outlives, the other with its page; so is a hard negative.
+    facts = BatchFacts(
+        query_hash_B=torch.arange(100, 104),
+        pair_valid_B=torch.tensor([True, False, True, True]),
+        answers_Bm=torch.arange(4)[:, None],
+        positive_B=torch.arange(4),
+        page_hash_N=torch.arange(6),
+        owner_N=torch.tensor([0, 1, 2, 3, 3, 0]),
+        page_valid_N=torch.tensor([True, True, False, True, True, False]),
+    )
+    rows_B, rows_N = torch.tensor([0, 3]), torch.tensor([0, 1, 3, 4])
+    loss, softmax = LossConfig(function="own_losses:softmax", matryoshka_dims=dims), load_own_loss("own_losses:softmax")
+    seen: list[BatchFacts] = []
+
+    def function(query: torch.Tensor, document: torch.Tensor, batch: BatchFacts) -> torch.Tensor:
+        seen.append(batch)
+        return softmax(query, document, batch)
+
+    total, dq_BD, dk_ND = own_gradient(function, q_BD, k_ND, facts, loss)
+    assert seen[0].positive_B.tolist() == [0, 2] and seen[0].owner_N.tolist() == [0, -1, 1, 1]
+    assert seen[0].query_hash_B.tolist() == [100, 103] and seen[0].page_hash_N.tolist() == [0, 1, 3, 4]
+
+    alone = own_gradient(function, q_BD[rows_B], k_ND[rows_N], replace(seen[0], owner_N=torch.zeros(4).long()), loss)
+    assert torch.equal(total, alone[0])
+    assert torch.equal(dq_BD[rows_B], alone[1]) and torch.equal(dk_ND[rows_N], alone[2])
+    assert not dq_BD[[1, 2]].any() and not dk_ND[[2, 5]].any() and dk_ND[1].any()
+
+    nothing = own_gradient(function, q_BD, k_ND, replace(facts, pair_valid_B=torch.zeros(4, dtype=torch.bool)), loss)
+    assert all(not x.any() for x in nothing) and nothing[1].shape == q_BD.shape and nothing[2].shape == k_ND.shape
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ checked here too, and `farnear.config` turns what is wrong into one line for the
 
 import math
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationInfo, field_validator, model_validator
 
@@ -18,12 +18,27 @@ Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
 Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "varlen"]
 
 
+def _kinds(annotation: Any) -> set[Any]:
+    """The plain types that an annotation is made of."""
+    parts = get_args(annotation)
+    return set().union(*map(_kinds, parts)) if parts else {annotation}
+
+
 class Section(BaseModel):
     """A part of the run file: frozen, without unknown keys, documented by the line under each field."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic would take true for 1, a learning rate of 1.0 for instance."""
+        kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
+        if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
+            raise ValueError(f"a number, not {str(value).lower()}")
+        return value
 
 
 # Keys of the loss section that a user's own function does not read; it gets what it needs from its own code.

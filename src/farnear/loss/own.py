@@ -7,8 +7,9 @@ The run file names it, ``loss: package.module:function``, and it is called as
     def softmax(query_BD, document_ND, batch):
         return cross_entropy(20 * normalize(query_BD) @ normalize(document_ND).T, batch.positive_B)
 
-with float32 embeddings and a `BatchFacts` that says which document is which query's positive or hard negative, what is
-quarantined, and by hashes what is alike. It may use autograd as it likes: the embeddings are leaves.
+with float32 embeddings and a `BatchFacts` that says which document is which query's positive or hard negative, and by
+hashes what is alike: duplicates are for the function to mask. Quarantined pairs are left out before it is called. It
+may use autograd as it likes: the embeddings are leaves.
 
 With ``loss.gather``, the default, the embeddings are those of all ranks. Every rank then computes the same number, so
 the training does not depend on how many ranks there are; what it must not do is to draw random numbers of its own.
@@ -60,11 +61,43 @@ def load_own_loss(name: str) -> OwnLoss:
 def own_gradient(
     function: OwnLoss, query_BD: Tensor, document_ND: Tensor, facts: BatchFacts, loss: LossConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, its gradient by the queries, by the documents), all float32.
+    """(loss, its gradient by the queries, by the documents), all float32; zero for what is quarantined.
 
     Raises:
         UserError: The function gave something else than one number that depends on the embeddings.
     """
+    rows_B, rows_N, facts = usable(facts)
+    gradients = torch.zeros_like(query_BD), torch.zeros_like(document_ND)
+    if not len(rows_B):
+        return query_BD.new_zeros(()), *gradients
+    of_loss, dq_BD, dk_ND = _gradient_of_usable(function, query_BD[rows_B], document_ND[rows_N], facts, loss)
+    return of_loss, gradients[0].index_copy_(0, rows_B, dq_BD), gradients[1].index_copy_(0, rows_N, dk_ND)
+
+
+def usable(facts: BatchFacts) -> tuple[Tensor, Tensor, BatchFacts]:
+    """The pairs and documents that count, as rows of all, and what is known of them: their numbers are new ones."""
+    is_usable_B = facts.pair_valid_B & facts.page_valid_N[facts.positive_B]
+    rows_B, rows_N = is_usable_B.nonzero().flatten(), facts.page_valid_N.nonzero().flatten()
+    number_of_B = torch.where(is_usable_B, is_usable_B.cumsum(0) - 1, -1)
+    number_of_N = facts.page_valid_N.cumsum(0) - 1
+    return (
+        rows_B,
+        rows_N,
+        BatchFacts(
+            query_hash_B=facts.query_hash_B[rows_B],
+            pair_valid_B=facts.pair_valid_B[rows_B],
+            answers_Bm=facts.answers_Bm[rows_B],
+            positive_B=number_of_N[facts.positive_B[rows_B]],
+            page_hash_N=facts.page_hash_N[rows_N],
+            owner_N=number_of_B[facts.owner_N[rows_N]],
+            page_valid_N=facts.page_valid_N[rows_N],
+        ),
+    )
+
+
+def _gradient_of_usable(
+    function: OwnLoss, query_BD: Tensor, document_ND: Tensor, facts: BatchFacts, loss: LossConfig
+) -> tuple[Tensor, Tensor, Tensor]:
     query_BD, document_ND = (x.detach().requires_grad_() for x in (query_BD, document_ND))
 
     def number(query: Tensor, document: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ class PatchConv3d(nn.Conv3d):
 
     def forward(self, input: Tensor) -> Tensor:
         """[n, C, t, h, w] to [n, D, 1, 1, 1] where t, h, w is the kernel; else as ``Conv3d``."""
-        if tuple(input.shape[2:]) != self.kernel_size or input.dim() != 5:
+        if tuple(input.shape[2:]) != self.kernel_size:
             return super().forward(input)
         return linear(input.flatten(1), self.weight.flatten(1), self.bias)[..., None, None, None]
 

@@ -13,6 +13,7 @@ What is not trained has ``requires_grad`` off, and that is all that optimizer, s
 
 import dataclasses
 import difflib
+import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
@@ -38,6 +39,8 @@ OWN_KEYS = (
 )
 # Other ways to begin change the base's weights, and an adapter alone would not fit the base that others have.
 INITIALISATIONS = (True, False, "gaussian", "orthogonal")
+# About as many elements of a frozen weight stand for it.
+_SAMPLE = 1024
 
 
 def choose_trainable(model: SentenceTransformer, config: ModelConfig, *, seed: int) -> None:
@@ -52,10 +55,22 @@ def choose_trainable(model: SentenceTransformer, config: ModelConfig, *, seed: i
     if config.lora is not None:
         add_adapters(model, config, seed=seed)
     freeze(model, config.freeze)
+    _refuse_frozen_copies(model)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(
             f"model.freeze ({', '.join(config.freeze)}) leaves no parameter to train; take a pattern out of it"
         )
+
+
+def _refuse_frozen_copies(model: nn.Module) -> None:
+    """A module of `modules_to_save` that `freeze` covers would be saved beside the adapter, and be the base's."""
+    for name, module in model.named_modules():
+        copies = getattr(module, "modules_to_save", None)
+        if isinstance(copies, nn.ModuleDict) and not any(p.requires_grad for p in copies.parameters()):
+            raise UserError(
+                f"model.lora.modules_to_save names {name}, but model.freeze freezes it; take it out of one of them "
+                "(lora alone freezes everything beside the adapters)"
+            )
 
 
 def checkpoint_activations(model: SentenceTransformer) -> None:
@@ -88,6 +103,25 @@ def store_frozen_in(dtype: torch.dtype, model: nn.Module) -> None:
         for parameter in module.parameters(recurse=False) if isinstance(module, castable) else ():
             if not parameter.requires_grad and parameter.is_floating_point() and id(parameter) not in used_otherwise:
                 parameter.data = parameter.data.to(dtype)
+
+
+def frozen_hash(model: nn.Module) -> str:
+    """What trained weights stand beside, in a few characters: a sample of the frozen weights and adapters' scales.
+
+    Empty where everything is trained. Whether the weights are stored in fp32 or bf16 makes no difference.
+    """
+    digest, is_anything = hashlib.blake2b(digest_size=16), False
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            every = max(1, parameter.numel() // _SAMPLE)
+            sample = parameter.detach().flatten()[::every].to("cpu", torch.bfloat16)
+            digest.update(f"{name} {tuple(parameter.shape)}".encode() + sample.view(torch.int16).numpy().tobytes())
+            is_anything = True
+    for name, module in model.named_modules():
+        # peft's layers have one scale an adapter.
+        if isinstance(scaling := getattr(module, "scaling", None), dict):
+            digest.update(f"{name} {sorted(scaling.items())}".encode())
+    return digest.hexdigest() if is_anything else ""
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:

@@ -132,6 +132,7 @@ def save_checkpoint(
         "world_size": world.world_size,
         "progress": asdict(progress),
         "parameters": {n: {"shape": list(shape), "step": step_of_parameter[n]} for n, shape in state.shapes.items()},
+        "frozen_hash": state.frozen_hash,
         "files": {report[1]: report[2] for report in reports},
         **about,
     }
@@ -154,6 +155,11 @@ def load_state(checkpoint: Checkpoint, state: TrainedState) -> None:
         raise UserError(
             f"checkpoint {checkpoint.folder} is of another model: parameter {odd[0]} differs; "
             "set model.name_or_path, model.freeze, model.lora and loss.learn_scale as they were when the run began"
+        )
+    if checkpoint.manifest.get("frozen_hash", state.frozen_hash) != state.frozen_hash:
+        raise UserError(
+            f"checkpoint {checkpoint.folder} was trained beside other frozen weights or with another scale of its "
+            "adapters; set model.name_or_path, model.revision and model.lora as they were when the run began"
         )
     pieces = state.slices(owned=False)
     # One kind after the other: only a third of the state is whole in memory at a time.

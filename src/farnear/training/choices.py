@@ -16,7 +16,7 @@ rounds as before.
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from farnear.data.budget import PageTokens, input_cost
 from farnear.data.dealing import SIDES
-from farnear.data.index import Index, modality_name
+from farnear.data.index import Index, Int64, modality_name
 from farnear.data.workers import Preprocess, stand_in
 from farnear.model.embedder import to_device
 from farnear.model.features import CannotMergeError, FeatureMerger
@@ -56,12 +56,14 @@ class Choices:
         keep_graphs: Share of a step's mini-batches.
         together: Mini-batches in pass one.
         frozen_bytes: Host memory of each rank for outputs of frozen parts.
+        asked: What they were chosen for: a run that asks for something else chooses anew what depends on it.
     """
 
     mini_batch_num_tokens: Mapping[str, int | None]
     keep_graphs: float
     together: int
     frozen_bytes: int
+    asked: Mapping[str, Any] = field(default_factory=dict)
 
 
 def choose(
@@ -86,24 +88,38 @@ def choose(
         has_frozen_parts: Whether there is anything to keep outputs of.
     """
     saved = saved or {}
+    asked = {
+        "tokens": dict(training.mini_batch_num_tokens_of),
+        "size": dict(training.mini_batch_size_of),
+        "keep_graphs": training.keep_graphs,
+        "together": training.no_grad_mini_batch_factor,
+        "frozen": training.frozen_cache_gb,
+        "has_dropout": has_dropout,
+    }
+
+    def before(name: str, *keys: str) -> Any:
+        """The saved choice, if what it was made for is still asked."""
+        saved_asked = saved.get("asked", {})
+        return saved[name] if all(key in saved_asked and saved_asked[key] == asked[key] for key in keys) else None
+
     trial = _Trial(strategy, preprocess, index, page_tokens, world)
     num_tokens: dict[str, int | None] = {}
     for side, wanted in training.mini_batch_num_tokens_of.items():
         if wanted != "auto":
             num_tokens[side] = wanted
-        elif (before := saved.get("mini_batch_num_tokens", {}).get(side)) is not None:
-            num_tokens[side] = before
+        elif (chosen := before("mini_batch_num_tokens", "tokens")) is not None:
+            num_tokens[side] = chosen[side]
         else:
             num_tokens[side] = trial.grown(side, inputs_per_rank[side])
     keep_graphs = training.keep_graphs
     if keep_graphs == "auto":
-        before = saved.get("keep_graphs")
-        keep_graphs = before if before is not None else trial.graphs_that_fit(training, num_tokens, inputs_per_rank)
+        chosen = before("keep_graphs", "tokens", "size", "keep_graphs")
+        keep_graphs = chosen if chosen is not None else trial.graphs_that_fit(training, num_tokens, inputs_per_rank)
     together = training.no_grad_mini_batch_factor
     if has_dropout or keep_graphs == 1.0:
         together = 1
-    elif saved.get("together") is not None:
-        together = min(together, saved["together"])
+    elif (chosen := before("together", "keep_graphs", "together", "has_dropout")) is not None:
+        together = chosen
     elif together > 1 and not trial.same_together(
         merger, _SAME_IN_HALF if training.bf16 or training.fp16 else _SAME_EMBEDDING
     ):
@@ -114,8 +130,9 @@ def choose(
         host = psutil.virtual_memory().available // (4 * _ranks_of_node())
         frozen_bytes = int(host if limit == "auto" else limit * 1e9)
         frozen_bytes = min(of_rank for (of_rank,) in exchange_ints([frozen_bytes], world.device))
-        frozen_bytes = saved.get("frozen_bytes", frozen_bytes) if limit == "auto" else frozen_bytes
-    return Choices(num_tokens, float(keep_graphs), together, frozen_bytes)
+        chosen = before("frozen_bytes", "frozen")
+        frozen_bytes = chosen if chosen is not None else frozen_bytes
+    return Choices(num_tokens, float(keep_graphs), together, frozen_bytes, asked)
 
 
 class _Trial:
@@ -131,9 +148,23 @@ class _Trial:
         }
         self._largest: dict[str, tuple[Any, int]] = {}
         for side, rows in rows_of_side.items():
-            cost = input_cost(index, rows, page_tokens)
-            row = int(rows[cost.argmax()])
-            self._largest[side] = _blank_like(index, row), int(cost.max())
+            self._largest[side] = self._largest_usable(side, index, rows, input_cost(index, rows, page_tokens))
+
+    def _largest_usable(self, side: str, index: Index, rows: Int64, cost_n: Int64) -> tuple[Any, int]:
+        """An input like the most expensive that the model's processor takes, and its cost.
+
+        What it refuses, as a page that is too long for its width, goes to quarantine when its batch comes.
+        """
+        for place in np.argsort(-cost_n, kind="stable"):
+            blank = _blank_like(index, int(rows[place]))
+            try:
+                self._preprocess([blank], side)
+            except Exception:
+                # Where a plain input fails too, it is a defect.
+                self._preprocess([stand_in(modality_name(int(index.input_modality_I[rows[place]])))], side)
+                continue
+            return blank, int(cost_n[place])
+        return stand_in(modality_name(int(index.input_modality_I[rows[0]]))), int(cost_n.max())
 
     def grown(self, side: str, most_inputs: int) -> int:
         """Tokens of a mini-batch: doubled while its graph has the memory and a larger one is worth it."""

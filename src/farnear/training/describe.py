@@ -143,6 +143,7 @@ def _evaluation(parts: Parts, data: RunData) -> str:
     if data.whole is None or data.sample is None:
         return "nothing: data.eval names no shards"
     when = f"every {counted(parts.eval_steps, 'step')}" if parts.eval_steps else "not in between"
-    return f"{len(data.whole.relevant)} queries on {data.whole.pages} pages at start and end; {when}" + (
+    ends = "at start and end" if parts.config.evaluation.eval_on_start else "at the end"
+    return f"{len(data.whole.relevant)} queries on {data.whole.pages} pages {ends}; {when}" + (
         f", on {len(data.sample.relevant)} queries and {data.sample.pages} pages" if parts.eval_steps else ""
     )

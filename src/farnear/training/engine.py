@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,19 +18,37 @@ from farnear.model.features import FeatureMerger
 from farnear.model.frozen import FrozenOutputs, has_dropout
 from farnear.model.load import load_model
 from farnear.model.pixels import page_tokens
-from farnear.model.trainable import checkpoint_activations, choose_trainable, store_frozen_in
+from farnear.model.trainable import checkpoint_activations, choose_trainable, frozen_hash, store_frozen_in
 from farnear.parallel.strategy import Strategy, build_strategy
-from farnear.parallel.world import World
+from farnear.parallel.world import World, on_main_rank
 from farnear.training.cache import CachedStep
 from farnear.training.checkpoint import Progress
 from farnear.training.choices import Choices, choose
 from farnear.training.optim import build_optimizer
 
 
-def build_model(
-    config: RunConfig, world: World
-) -> tuple[SentenceTransformer, Preprocessing, Strategy, FrozenOutputs, dict[str, torch.Size]]:
-    """Model, preprocessing, strategy, what keeps outputs of frozen parts, and the shapes of what is trained."""
+@dataclass(frozen=True)
+class BuiltModel:
+    """A model and what stands around it.
+
+    Attributes:
+        preprocess: From inputs to its features.
+        strategy: Trains it.
+        frozen: Keeps outputs of its frozen parts.
+        shapes: Of what is trained, by name.
+        frozen_hash: Stands for what is not.
+    """
+
+    model: SentenceTransformer
+    preprocess: Preprocessing
+    strategy: Strategy
+    frozen: FrozenOutputs
+    shapes: dict[str, torch.Size]
+    frozen_hash: str
+
+
+def build_model(config: RunConfig, world: World) -> BuiltModel:
+    """The run file's model under its strategy. A collective."""
     training = config.training
     check_attention(config.model, world.device, half_precision=training.bf16 or training.pure_bf16 or training.fp16)
     # Where each rank holds a part of the parameters, rank 0 hands the parts out.
@@ -41,6 +60,7 @@ def build_model(
     )
     preprocess = Preprocessing(model)
     choose_trainable(model, config.model, seed=config.seed)
+    hash_of_frozen = on_main_rank(world, lambda: frozen_hash(model))
     if (training.bf16 or training.fp16) and config.strategy in ("single", "ddp"):
         # ZeRO and FSDP2 take all weights in one type.
         store_frozen_in(torch.bfloat16 if training.bf16 else torch.float16, model)
@@ -54,16 +74,13 @@ def build_model(
     # Before the strategy hangs hooks on the modules.
     frozen = FrozenOutputs(module)
     strategy = build_strategy(config, module, build_optimizer(module, training), world)
-    return model, preprocess, strategy, frozen, shapes
+    return BuiltModel(model, preprocess, strategy, frozen, shapes, hash_of_frozen)
 
 
 def build_step(
     config: RunConfig,
     index: Index,
-    model: SentenceTransformer,
-    preprocess: Preprocessing,
-    strategy: Strategy,
-    frozen: FrozenOutputs,
+    built: BuiltModel,
     own_loss: OwnLoss | None,
     progress: Progress,
     world: World,
@@ -71,24 +88,24 @@ def build_step(
     """The step and the choices in it, those of the checkpoint where ``progress`` has some. A collective."""
     pairs = -(-min(config.training.global_batch_size, len(index)) // world.world_size)
     negatives = len(index.negatives) / len(index) if config.data.num_negatives != 0 else 0.0
-    merger = FeatureMerger(model)
-    strategy.train(True)
+    merger = FeatureMerger(built.model)
+    built.strategy.train(True)
     choices = choose(
         config.training,
         progress.choices,
-        strategy,
-        preprocess,
+        built.strategy,
+        built.preprocess,
         merger,
         index,
-        page_tokens(model),
+        page_tokens(built.model),
         world,
         inputs_per_rank={"query": pairs, "document": round(pairs * (1 + negatives))},
-        has_dropout=has_dropout(model),
-        has_frozen_parts=bool(frozen.names),
+        has_dropout=has_dropout(built.model),
+        has_frozen_parts=bool(built.frozen.names),
     )
-    frozen.budget_bytes = choices.frozen_bytes
+    built.frozen.budget_bytes = choices.frozen_bytes
     step = CachedStep(
-        strategy,
+        built.strategy,
         world,
         config.loss,
         config.seed,
@@ -96,7 +113,7 @@ def build_step(
         keep_graphs=choices.keep_graphs,
         together=choices.together,
         merge=merger,
-        frozen=frozen,
+        frozen=built.frozen,
         cast_once=casts_kept(config, world),
     )
     return step, choices

@@ -96,9 +96,12 @@ class ProgressLines:
         left = (
             "" if last == first else f"  {_duration((self._total_steps - last) * (now - then) / (last - first))} left"
         )
+        # Under fp16 alone: any other gradient that is not finite has stopped the run.
+        is_skipped = math.isnan(record["grad_norm"])
+        norm = "too large for fp16, step skipped" if is_skipped else f"{record['grad_norm']:.3f}"
         print(
             f"step {step}/{self._total_steps}  loss {mean_loss(self._since_line) or 0.0:.4f}  lr {record['lr']:.2e}  "
-            f"grad norm {record['grad_norm']:.3f}  {record['pairs_per_s']:.1f} pairs/s{left}",
+            f"grad norm {norm}  {record['pairs_per_s']:.1f} pairs/s{left}",
             flush=True,
         )
         self._since_line.clear()

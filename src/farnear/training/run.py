@@ -173,9 +173,10 @@ def open_run(config: RunConfig, resume: Resume | None, world: World) -> tuple[Ru
     refuse_shorter_run(config, total_steps, progress)
     agree_on_order(config, order, total_steps, progress)
     own_loss = load_own_loss(config.loss.function) if config.loss.function else None
-    model, preprocess, strategy, frozen, shapes = build_model(config, world)
+    built = build_model(config, world)
+    model, strategy = built.model, built.strategy
     scale = LearnedScale(config.loss, config.training) if config.loss.learn_scale else None
-    state = TrainedState(strategy, shapes, scale, is_main=world.is_main)
+    state = TrainedState(strategy, built.shapes, scale, is_main=world.is_main, frozen_hash=built.frozen_hash)
     if checkpoint is not None:
         load_state(checkpoint, state)
         if strategy.loss_scale is not None and checkpoint.progress.loss_scale is not None:
@@ -186,7 +187,7 @@ def open_run(config: RunConfig, resume: Resume | None, world: World) -> tuple[Ru
         progress = with_best_that_compares(progress, config, data, folder, world)
     on_main_rank(world, lambda: prepare_folder(config, folder, progress.step, data.train.faults))
     trackers = Trackers(config.training.report_to if world.is_main else (), folder.path, config.model_dump(mode="json"))
-    step, choices = build_step(config, data.train, model, preprocess, strategy, frozen, own_loss, progress, world)
+    step, choices = build_step(config, data.train, built, own_loss, progress, world)
     progress = replace(progress, choices=asdict(choices))
     run = Run(
         config,
@@ -196,7 +197,7 @@ def open_run(config: RunConfig, resume: Resume | None, world: World) -> tuple[Ru
         order,
         total_steps,
         model,
-        preprocess,
+        built.preprocess,
         strategy,
         step,
         choices,

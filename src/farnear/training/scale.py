@@ -56,12 +56,19 @@ class TrainedState:
 
     Attributes:
         shapes: Of every trained parameter, the scale's among them.
+        frozen_hash: Stands for what they were trained beside (`farnear.model.trainable.frozen_hash`).
     """
 
     def __init__(
-        self, strategy: Strategy, shapes: dict[str, torch.Size], scale: LearnedScale | None, *, is_main: bool
+        self,
+        strategy: Strategy,
+        shapes: dict[str, torch.Size],
+        scale: LearnedScale | None,
+        *,
+        is_main: bool,
+        frozen_hash: str = "",
     ) -> None:
-        self._strategy, self._scale, self._is_main = strategy, scale, is_main
+        self._strategy, self._scale, self._is_main, self.frozen_hash = strategy, scale, is_main, frozen_hash
         self.shapes = {**shapes, NAME: torch.Size([1])} if scale is not None else shapes
 
     def slices(self, *, owned: bool) -> list[ParameterSlice]:

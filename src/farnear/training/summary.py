@@ -32,6 +32,7 @@ def write_summary(
         "loss": mean_loss(steps[-config.training.logging_steps :]),
         "seconds": round(seconds, 1),
         "pairs_per_s": round(median(step["pairs_per_s"] for step in steps), 2) if steps else None,
+        **({"skipped": steps[-1]["skipped"]} if steps and "skipped" in steps[-1] else {}),
         "masked": sum(step["masked"] for step in steps),
         "lost_to_faults": losses.known,
         "presumed_lost": losses.presumed,
