@@ -44,7 +44,7 @@ from torch import Tensor
 from farnear.loss.false_negatives import BatchFacts, Places, false_negatives, own_hard_negatives
 from farnear.sections import LossConfig
 
-TILE_BYTES = 128 * 1024 * 1024
+TILE_BYTES = 256 * 1024 * 1024
 """Memory of a tile's buffers. Small tiles stay in a CPU's cache, large ones fill a GPU."""
 
 _SMALLEST_NORM = 1e-12  # that of torch.nn.functional.normalize
