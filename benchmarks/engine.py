@@ -112,6 +112,7 @@ class Setting:
     Attributes:
         st_mini_batch_size: Of sentence-transformers; None for the step of farnear.
         num_tokens: The mini-batches' budget; None for one mini-batch of everything.
+        keep_graphs: Share of the mini-batches.
         together: Mini-batches that go through pass one at once.
         frozen: Whether the vision tower is.
     """

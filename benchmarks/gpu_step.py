@@ -268,11 +268,8 @@ class Bench:
 
         loss.calculate_loss = calculate_loss
 
+        @convolved_patches(self.model)
         def take(features: list[dict[str, Any]]) -> dict[str, float]:
-            with convolved_patches(self.model):
-                return step(features)
-
-        def step(features: list[dict[str, Any]]) -> dict[str, float]:
             spent["loss"] = 0.0
             losses: list[Tensor] = []
 

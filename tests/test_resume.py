@@ -9,6 +9,7 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -21,10 +22,12 @@ from sentence_transformers import SentenceTransformer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import make_inputs, run_config
 
+from farnear.parallel.strategy import LossScale
 from farnear.parallel.world import World, start_world, stop_world
 from farnear.training.checkpoint import find_checkpoint, load_state, open_checkpoint
 from farnear.training.run import open_run, save, train_in
 
+ALONE = World(0, 1, torch.device("cpu"))
 STRATEGIES = ("ddp", "zero2", "zero3", "fsdp2")
 
 
@@ -185,11 +188,9 @@ def test_a_tracker_is_told_what_the_run_folder_holds(best: Path, strategy: str) 
 
 
 def test_fp16_goes_on_at_its_loss_scale(folder: Path) -> None:
-    alone = World(0, 1, torch.device("cpu"))
-
     def run_to(steps: int, name: str) -> list[dict[str, Any]]:
         training = {"fp16": True, "max_steps": steps, "save_steps": 1}
-        train_in(alone, run_config(folder, name, training=training), "auto")
+        train_in(ALONE, run_config(folder, name, training=training), "auto")
         return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
 
     run_to(2, "fp16")
@@ -205,3 +206,27 @@ def test_fp16_goes_on_at_its_loss_scale(folder: Path) -> None:
     assert [line["skipped"] for line in lines][2:] == [7]
     assert lines[2]["loss_scale"] == 6.0
     assert lines[2]["grad_norm"] > 0
+
+
+def test_a_step_that_fp16_leaves_out_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    training = {"fp16": True, "max_steps": 1, "logging_steps": 1}
+    huge = LossScale(2.0**120)
+    with patch("farnear.parallel.loss_scale.LossScale", lambda *fields: LossScale(*fields) if fields else huge):
+        summary = train_in(ALONE, run_config(folder, "overflows", training=training))
+    assert "grad norm too large for fp16, step skipped  " in capsys.readouterr().out
+    assert summary["skipped"] == 1
+    summary = train_in(ALONE, run_config(folder, "fp32", training={"max_steps": 1}))
+    assert "skipped" not in summary
+
+
+@pytest.mark.parametrize("eval_on_start", [True, False])
+def test_what_is_told_of_the_evaluations_is_what_is_evaluated(
+    folder: Path, capsys: pytest.CaptureFixture[str], eval_on_start: bool
+) -> None:
+    name = f"evaluates-{eval_on_start}"
+    data, evaluation = {"eval": str(folder / "data" / "eval-*.tar")}, {"eval_on_start": eval_on_start}
+    train_in(ALONE, run_config(folder, name, data=data, evaluation=evaluation, training={"max_steps": 1}))
+    kinds = [json.loads(line)["kind"] for line in (folder / name / "eval.jsonl").read_text().splitlines()]
+    told = "at start and end" if eval_on_start else "pages at the end"
+    assert f"{told}; not in between" in capsys.readouterr().out
+    assert kinds == (["before", "after"] if eval_on_start else ["after"])

@@ -167,12 +167,12 @@ class _Work(Dataset[tuple[Result | None, UserError | None]]):
             raise
         except Exception:
             # A page too thin for the model, a special token in a query? Where a plain input fails too, it is a defect.
-            if self._fault(stand_in(job.modality), job.side) is not None:
+            if preparation_fault(self.preprocess, stand_in(job.modality), job.side) is not None:
                 raise
             faults = {
                 place: why
                 for place, one in enumerate(inputs)
-                if place not in bad and (why := self._fault(one, job.side))
+                if place not in bad and (why := preparation_fault(self.preprocess, one, job.side))
             }
             if not faults:
                 raise
@@ -187,12 +187,14 @@ class _Work(Dataset[tuple[Result | None, UserError | None]]):
             inputs[place] = stand_in(job.modality)
         return self.preprocess(inputs, job.side)
 
-    def _fault(self, one: Any, side: str) -> str | None:
-        try:
-            self.preprocess([one], side)
-        except Exception as error:
-            return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        return None
+
+def preparation_fault(preprocess: Preprocess, one: Any, side: str) -> str | None:
+    """Why an input cannot be prepared for the model, a page too thin for it for instance; None where it can."""
+    try:
+        preprocess([one], side)
+    except Exception as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return None
 
 
 def stand_in(modality: str) -> Any:

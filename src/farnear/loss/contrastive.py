@@ -45,7 +45,7 @@ from farnear.loss.false_negatives import BatchFacts, Places, false_negatives, ow
 from farnear.sections import LossConfig
 
 TILE_BYTES = 256 * 1024 * 1024
-"""Memory of a tile's buffers. Small tiles stay in a CPU's cache, large ones fill a GPU."""
+"""Memory of a tile's buffers. What decides is the products of narrow blocks, which few rows make slow, on a CPU too."""
 
 _SMALLEST_NORM = 1e-12  # that of torch.nn.functional.normalize
 # A dot product that stands for minus infinity: its softmax is 0, and 0 times it is 0, not nan.

@@ -33,7 +33,8 @@ class BatchFacts:
             repeat one.
         positive_B: int64, the document that is each pair's positive.
         page_hash_N: int64, content of each document.
-        owner_N: int64, the pair whose positive or hard negative it is.
+        owner_N: int64, the pair whose positive or hard negative it is; -1 where a loss of the user's own is called
+            without that pair.
         page_valid_N: bool; False where the place holds no document.
     """
 

@@ -2,9 +2,9 @@
 
 Towers of the Qwen family get their pages cut into patches already, and embed each with a ``Conv3d`` whose kernel is
 as large as the patch: one window, nothing to slide over, a row times a matrix. Libraries of convolutions have no good
-algorithm for that. On a CPU it is slower than the product by an order of magnitude, a fifth of a small tower's step; on
-a GPU in bf16 it may take seconds a call, depending on the versions of torch and cuDNN
-(github.com/huggingface/transformers/issues/45750).
+algorithm for that. On a CPU it is four to six times slower than the product, a fifth of a small model's step; on a GPU
+in bf16 it may take seconds a call, depending on the versions of torch and cuDNN (not measured here;
+github.com/huggingface/transformers/issues/45750).
 
 transformers can replace the layer at loading (its ``fusion_config``), which gives the weight another shape and another
 name in everything that names weights: adapters, checkpoints, exports. Here the layer stays what it is, with its weight,

@@ -62,17 +62,6 @@ def choose_trainable(model: SentenceTransformer, config: ModelConfig, *, seed: i
         )
 
 
-def _refuse_frozen_copies(model: nn.Module) -> None:
-    """A module of `modules_to_save` that `freeze` covers would be saved beside the adapter, and be the base's."""
-    for name, module in model.named_modules():
-        copies = getattr(module, "modules_to_save", None)
-        if isinstance(copies, nn.ModuleDict) and not any(p.requires_grad for p in copies.parameters()):
-            raise UserError(
-                f"model.lora.modules_to_save names {name}, but model.freeze freezes it; take it out of one of them "
-                "(lora alone freezes everything beside the adapters)"
-            )
-
-
 def checkpoint_activations(model: SentenceTransformer) -> None:
     """Have activations computed again in the backward pass; in place.
 
@@ -110,18 +99,19 @@ def frozen_hash(model: nn.Module) -> str:
 
     Empty where everything is trained. Whether the weights are stored in fp32 or bf16 makes no difference.
     """
-    digest, is_anything = hashlib.blake2b(digest_size=16), False
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            every = max(1, parameter.numel() // _SAMPLE)
-            sample = parameter.detach().flatten()[::every].to("cpu", torch.bfloat16)
-            digest.update(f"{name} {tuple(parameter.shape)}".encode() + sample.view(torch.int16).numpy().tobytes())
-            is_anything = True
+    frozen = [(name, parameter) for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    if not frozen:
+        return ""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, parameter in frozen:
+        every = max(1, parameter.numel() // _SAMPLE)
+        sample = parameter.detach().flatten()[::every].to("cpu", torch.bfloat16)
+        digest.update(f"{name} {tuple(parameter.shape)}".encode() + sample.view(torch.int16).numpy().tobytes())
     for name, module in model.named_modules():
         # peft's layers have one scale an adapter.
         if isinstance(scaling := getattr(module, "scaling", None), dict):
             digest.update(f"{name} {sorted(scaling.items())}".encode())
-    return digest.hexdigest() if is_anything else ""
+    return digest.hexdigest()
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
@@ -218,6 +208,17 @@ def linear_layers_of_language_model(inner: Any) -> str:
     prefix = names.get(id(decoder), "")
     leaves = sorted({name.rpartition(".")[2] for name, part in decoder.named_modules() if isinstance(part, nn.Linear)})
     return (re.escape(prefix) + r"\." if prefix else "") + rf"(.*\.)?({'|'.join(map(re.escape, leaves))})"
+
+
+def _refuse_frozen_copies(model: nn.Module) -> None:
+    """A module of `modules_to_save` that `freeze` covers would be saved beside the adapter, and be the base's."""
+    for name, module in model.named_modules():
+        copies = getattr(module, "modules_to_save", None)
+        if isinstance(copies, nn.ModuleDict) and not any(p.requires_grad for p in copies.parameters()):
+            raise UserError(
+                f"model.lora.modules_to_save names {name}, but model.freeze freezes it; take it out of one of them "
+                "(lora alone freezes everything beside the adapters)"
+            )
 
 
 def _endings(name: str) -> Iterator[str]:

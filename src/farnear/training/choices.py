@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from farnear.data.budget import PageTokens, input_cost
 from farnear.data.dealing import SIDES
-from farnear.data.index import Index, Int64, modality_name
-from farnear.data.workers import Preprocess, stand_in
+from farnear.data.index import Index, modality_name
+from farnear.data.workers import Preprocess, preparation_fault, stand_in
 from farnear.model.embedder import to_device
 from farnear.model.features import CannotMergeError, FeatureMerger
 from farnear.parallel.collectives import exchange_ints
@@ -142,28 +142,30 @@ class _Trial:
         self, strategy: Strategy, preprocess: Preprocess, index: Index, page_tokens: PageTokens, world: World
     ) -> None:
         self._strategy, self._preprocess, self._world = strategy, preprocess, world
-        rows_of_side = {
-            "document": np.unique(np.concatenate([index.positives, index.negatives])),
-            "query": np.unique(index.query_N),
-        }
-        self._largest: dict[str, tuple[Any, int]] = {}
-        for side, rows in rows_of_side.items():
-            self._largest[side] = self._largest_usable(side, index, rows, input_cost(index, rows, page_tokens))
+        self._index, self._page_tokens = index, page_tokens
+        self._largest_of: dict[str, tuple[Any, int]] = {}
 
-    def _largest_usable(self, side: str, index: Index, rows: Int64, cost_n: Int64) -> tuple[Any, int]:
-        """An input like the most expensive that the model's processor takes, and its cost.
+    def _largest(self, side: str) -> tuple[Any, int]:
+        """An input like the most expensive one that the model's processor takes, and its cost.
 
-        What it refuses, as a page that is too long for its width, goes to quarantine when its batch comes.
+        What it refuses, as a page that is too long for its width, goes to quarantine when its batch comes. Looked for
+        when it is needed: a run that chooses nothing, or goes on with what was chosen, needs none.
         """
+        if side not in self._largest_of:
+            self._largest_of[side] = self._look_for_largest(side)
+        return self._largest_of[side]
+
+    def _look_for_largest(self, side: str) -> tuple[Any, int]:
+        index = self._index
+        rows = np.unique(index.query_N if side == "query" else np.concatenate([index.positives, index.negatives]))
+        cost_n = input_cost(index, rows, self._page_tokens)
         for place in np.argsort(-cost_n, kind="stable"):
-            blank = _blank_like(index, int(rows[place]))
-            try:
-                self._preprocess([blank], side)
-            except Exception:
-                # Where a plain input fails too, it is a defect.
-                self._preprocess([stand_in(modality_name(int(index.input_modality_I[rows[place]])))], side)
-                continue
-            return blank, int(cost_n[place])
+            row = int(rows[place])
+            blank = _blank_like(index, row)
+            if preparation_fault(self._preprocess, blank, side) is None:
+                return blank, int(cost_n[place])
+            # Where a plain input fails too, it is a defect.
+            self._preprocess([stand_in(modality_name(int(index.input_modality_I[row])))], side)
         return stand_in(modality_name(int(index.input_modality_I[rows[0]]))), int(cost_n.max())
 
     def grown(self, side: str, most_inputs: int) -> int:
@@ -176,7 +178,7 @@ class _Trial:
             if next_size > limit_bytes or next_seconds_each > (1.0 - _WORTHWHILE_GAIN) * seconds_each:
                 break
             inputs, size, seconds_each = 2 * inputs, next_size, next_seconds_each
-        return inputs * self._largest[side][1]
+        return inputs * self._largest(side)[1]
 
     def graphs_that_fit(
         self, training: TrainingConfig, num_tokens: Mapping[str, int | None], inputs_per_rank: Mapping[str, int]
@@ -186,7 +188,7 @@ class _Trial:
         for side in SIDES:
             inputs = training.mini_batch_size_of[side] or _MOST_INPUTS
             if (tokens := num_tokens[side]) is not None:
-                inputs = max(1, min(inputs, tokens // self._largest[side][1]))
+                inputs = max(1, min(inputs, tokens // self._largest(side)[1]))
             inputs = min(inputs, inputs_per_rank[side])
             size, _ = self._measure(side, inputs)
             whole += size * -(-inputs_per_rank[side] // inputs)
@@ -200,7 +202,7 @@ class _Trial:
         return all(self._same_together(side, merger, tolerance) for side in SIDES)
 
     def _same_together(self, side: str, merger: FeatureMerger, tolerance: float) -> bool:
-        largest, _ = self._largest[side]
+        largest, _ = self._largest(side)
         small = stand_in("text" if isinstance(largest, str) else "image")
         kinds = [[largest], [small, small]] if isinstance(largest, (str, Image.Image)) else [[largest], [largest] * 2]
         apart = [self._preprocess(inputs, side) for inputs in kinds]
@@ -219,7 +221,7 @@ class _Trial:
 
     def _measure(self, side: str, inputs: int) -> tuple[int, float]:
         """(bytes of the graph, seconds an input), the worst of all ranks."""
-        features = self._preprocess([self._largest[side][0]] * inputs, side)
+        features = self._preprocess([self._largest(side)[0]] * inputs, side)
         self._embed(features)  # what is set up at the first forward of a shape is not of interest
         started = perf_counter()
         with _saved_for_backward() as saved:
