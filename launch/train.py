@@ -5,11 +5,25 @@
     python launch/train.py RUN.yaml strategy=single
 
 `farnear launch RUN.yaml` prints and runs the right one of these.
+
+Exit codes: 0 the run is done; 75 a signal has stopped it and --resume goes on; 2 a mistake in what it was given; 1
+anything else. `status.json` in the run folder tells more.
 """
 
+import os
 import sys
+import traceback
 
 from farnear.cli import train_command
 
 if __name__ == "__main__":
-    sys.exit(train_command(sys.argv[1:]))
+    try:
+        code = train_command(sys.argv[1:])
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        # Other ranks learn that this one has failed when its process is gone; tidying up could wait for them.
+        os._exit(code)

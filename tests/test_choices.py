@@ -21,7 +21,7 @@ from farnear.parallel.world import World
 from farnear.sections import TrainingConfig
 from farnear.training.checkpoint import open_checkpoint
 from farnear.training.choices import Choices, _saved_for_backward
-from farnear.training.run import open_run
+from farnear.training.opening import open_run
 
 ALONE = World(0, 1, torch.device("cpu"))
 AUTO: dict[str, Any] = {"mini_batch_size": None, "mini_batch_num_tokens": "auto", "keep_graphs": "auto"}

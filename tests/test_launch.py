@@ -16,12 +16,12 @@ import yaml
 from conftest import WriteRunFile
 from tiny_runs import make_inputs, run_tree
 
-from farnear import resources
+from farnear import outcome, resources
 from farnear.cli import train_command
 from farnear.errors import RunStoppedError, UserError
-from farnear.launching import local, outcome
+from farnear.launching import local
 from farnear.launching.local import accelerate_command, launch, python_command, supervise
-from farnear.launching.outcome import OUTCOME_FILE, read_outcome, tell
+from farnear.outcome import OUTCOME_FILE, read_outcome, tell
 from farnear.run_folder import check_start
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,7 +35,7 @@ def program(tmp_path: Path) -> RunProgram:
     def write(*lines: str) -> list[str]:
         path = tmp_path / "program.py"
         imports = "import os, signal, subprocess, sys, time\nfrom farnear.errors import UserError\n"
-        path.write_text(imports + "from farnear.launching.outcome import tell\n" + "\n".join(lines))
+        path.write_text(imports + "from farnear.outcome import tell\n" + "\n".join(lines))
         return [sys.executable, str(path)]
 
     return write

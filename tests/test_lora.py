@@ -126,18 +126,18 @@ def finished(folder: Path) -> Path:
 
 def test_a_checkpoint_holds_adapters_alone(folder: Path, finished: Path) -> None:
     checkpoint = finished / "checkpoints" / "step-00000003"
-    names = list(open_checkpoint(checkpoint).manifest["parameters"])
+    names = list(open_checkpoint(checkpoint).manifest.parameters)
     assert all("lora_A.default" in n or "lora_B.default" in n or "merger.modules_to_save.default" in n for n in names)
     # Seven linear layers a layer, two matrices each; the merger has a norm and two linear layers.
     assert len(names) == 2 * 7 * 2 + 6
     assert not any(".visual." in name and "lora_" in name for name in names)
-    tensors = load_file(checkpoint / "rank-00000.safetensors")
-    shapes = open_checkpoint(checkpoint).manifest["parameters"].values()
-    elements = sum(torch.Size(facts["shape"]).numel() for facts in shapes)
+    tensors = load_file(checkpoint / "rank-00000.0.safetensors")
+    shapes = open_checkpoint(checkpoint).manifest.parameters.values()
+    elements = sum(torch.Size(facts.shape).numel() for facts in shapes)
     assert sum(tensor.numel() for tensor in tensors.values()) == 3 * elements
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     base_bytes = (folder / "base" / "model.safetensors").stat().st_size
-    assert (checkpoint / "rank-00000.safetensors").stat().st_size < base_bytes
+    assert (checkpoint / "rank-00000.0.safetensors").stat().st_size < base_bytes
 
 
 def embeddings(model: SentenceTransformer) -> torch.Tensor:
@@ -150,7 +150,7 @@ def test_export_adapter_and_trained_model_give_the_same_embeddings(folder: Path,
     trained = load_model(config)
     base = embeddings(trained)
     choose_trainable(trained, config, seed=0)
-    pieces = load_file(finished / "checkpoints" / "step-00000003" / "rank-00000.safetensors")
+    pieces = load_file(finished / "checkpoints" / "step-00000003" / "rank-00000.0.safetensors")
     named = dict(Embedder(trained, bf16=False).named_parameters())
     for key, piece in pieces.items():
         kind, _, name = key.split("/", 2)
@@ -192,7 +192,7 @@ def test_a_bf16_base_is_exported_in_bf16_with_an_fp32_adapter(folder: Path) -> N
         assert {w.dtype for w in load_file(export / "model.safetensors").values()} == {torch.bfloat16}
         adapter = load_file(export / "adapter" / "adapter_model.safetensors")
         assert {w.dtype for w in adapter.values()} == {torch.float32}
-        saved = load_file(folder / f"bf16-{name}" / "checkpoints" / "step-00000001" / "rank-00000.safetensors")
+        saved = load_file(folder / f"bf16-{name}" / "checkpoints" / "step-00000001" / "rank-00000.0.safetensors")
         # Steps of 1e-3 that bf16 would round away from weights near 0.1.
         assert any((w != w.bfloat16().float()).any() for key, w in saved.items() if key.startswith("weight"))
 

@@ -8,6 +8,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from checkpoints import load_checkpoint, save_checkpoint
 from conftest import WriteRunFile
 from torch import Tensor, nn
 
@@ -17,7 +18,6 @@ from farnear.parallel.eight_bit import is_eight_bit, pack, unpack
 from farnear.parallel.replicated import Replicated
 from farnear.parallel.world import World
 from farnear.sections import TrainingConfig
-from farnear.training.checkpoint import Progress, load_state, open_checkpoint, save_checkpoint
 from farnear.training.optim import build_optimizer
 from farnear.training.scale import TrainedState
 
@@ -101,11 +101,9 @@ def test_a_checkpoint_holds_the_moments_in_fp32_and_they_come_back(tmp_path: Pat
     assert is_eight_bit(optimizer)
     assert not is_eight_bit(torch.optim.AdamW(module.parameters()))
     shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
-    path = save_checkpoint(
-        tmp_path / "checkpoints", TrainedState(strategy, shapes, None, is_main=True), Progress(2, 1, 2, "f"), ALONE, {}
-    )
+    path = save_checkpoint(tmp_path / "checkpoints", TrainedState(strategy, shapes, None, is_main=True), 2, ALONE)
     other, fresh, target = module_and_strategy(seed=1, steps=0)
-    load_state(open_checkpoint(path), TrainedState(target, shapes, None, is_main=True))
+    load_checkpoint(path, TrainedState(target, shapes, None, is_main=True), ALONE)
     assert torch.equal(other.weight, module.weight)
     for ours, wanted in zip(other.parameters(), module.parameters(), strict=True):
         assert fresh.state[ours]["step"] == 2
@@ -115,7 +113,7 @@ def test_a_checkpoint_holds_the_moments_in_fp32_and_they_come_back(tmp_path: Pat
     assert fresh.state[other.weight]["state1"].dtype == torch.uint8
     # Any other optimizer goes on from it.
     plain = Replicated(other, torch.optim.AdamW(other.parameters()), 1.0, ALONE)
-    load_state(open_checkpoint(path), TrainedState(plain, shapes, None, is_main=True))
+    load_checkpoint(path, TrainedState(plain, shapes, None, is_main=True), ALONE)
     for ours, wanted in zip(plain.slices(owned=False), strategy.slices(owned=False), strict=True):
         assert torch.equal(ours.exp_avg_n, wanted.exp_avg_n)
         assert torch.equal(ours.exp_avg_sq_n, wanted.exp_avg_sq_n)

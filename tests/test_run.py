@@ -31,10 +31,12 @@ from farnear.model.pixels import page_tokens
 from farnear.parallel.world import World, start_world, stop_world
 from farnear.retrieve.encode import encode
 from farnear.retrieve.evaluate import build_task, sample_task
+from farnear.training.bad_steps import Numbers
 from farnear.training.loop import train_step
 from farnear.training.metrics import cut_after, mean_loss
+from farnear.training.opening import open_run
 from farnear.training.optim import learning_rate_schedule, steps_of
-from farnear.training.run import loop_parts, open_run, save, train_in
+from farnear.training.run import loop_parts, train_in
 
 
 def png(value: int) -> bytes:
@@ -170,7 +172,7 @@ def loss_that_is_not_finite(rank: int, world_size: int, folder: Path) -> None:
     with pytest.raises(
         RunStoppedError, match=r"step 3: the loss is not finite \(loss nan\).*train-000000\.tar/"
     ) as caught:
-        train_step(parts, batch)
+        parts.bad_steps.judge(train_step(parts, batch), Numbers())
     assert all(key in str(caught.value) for key in parts.loader.keys_of_batch(2))
     stop_world()
 
@@ -262,7 +264,8 @@ def test_weights_that_overflowed_are_neither_measured_nor_saved(folder: Path) ->
     run, progress = open_run(config, None, world)
     run.strategy.slices(owned=False)[0].weight_n.fill_(float("inf"))
     with pytest.raises(RunStoppedError, match=r"made model\..* non-finite, so nothing was saved"):
-        save(run, replace(progress, step=1))
+        run.saver.save(run.state, replace(progress, step=1), periodic=True)
+        run.saver.finish()
     assert not list((folder / "diverged").glob("checkpoints/*"))
     with pytest.raises(RunStoppedError, match=r"of 22 embeddings \(document\) are not finite"):
         how = {"batch_size": 8, "num_workers": 0}

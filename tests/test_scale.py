@@ -12,7 +12,7 @@ from tiny_runs import make_inputs, run_config
 import farnear
 from farnear.errors import UserError
 from farnear.sections import LossConfig, TrainingConfig
-from farnear.training.checkpoint import open_checkpoint
+from farnear.training.checkpoint import SavedParameter, open_checkpoint
 from farnear.training.scale import NAME, LearnedScale
 
 
@@ -53,7 +53,7 @@ def test_a_run_trains_it_saves_it_and_continues_with_it(folder: Path) -> None:
     scales = [step["scale"] for step in whole]
     assert scales[0] == pytest.approx(20.0) and len(set(scales)) == len(scales)
     checkpoint = open_checkpoint(folder / "whole" / "checkpoints" / "step-00000002")
-    assert checkpoint.manifest["parameters"][NAME] == {"shape": [1], "step": 2}
+    assert checkpoint.manifest.parameters[NAME] == SavedParameter(shape=(1,), step=2)
     # The model that is exported has no scale of its own.
     assert not any("scale" in name for name in json.loads((folder / "whole" / "export" / "config.json").read_text()))
 

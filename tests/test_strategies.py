@@ -11,6 +11,7 @@ import exactness
 import numpy as np
 import pytest
 import torch
+from checkpoints import load_checkpoint, save_checkpoint
 from ranks import run_ranks
 from test_resume import state
 from torch import Tensor, nn
@@ -21,7 +22,6 @@ from farnear.parallel.fsdp2 import shard_mesh
 from farnear.parallel.loss_scale import GOOD_STEPS_TO_DOUBLE
 from farnear.parallel.strategy import LossScale, NonFiniteGradientError, Strategy, build_strategy
 from farnear.parallel.world import World, start_world, stop_world
-from farnear.training.checkpoint import Progress, load_state, open_checkpoint, save_checkpoint
 from farnear.training.scale import TrainedState
 
 TURNS = 8
@@ -238,17 +238,9 @@ def pass_on(rank: int, world_size: int, names: Iterable[str], folder: Path) -> N
                 run_kept_first(strategy, turns_of(rank, name))
                 strategy.step(0.1)
         else:
-            load_state(
-                open_checkpoint(checkpoints[i - 1] / "step-00000002"),
-                TrainedState(strategy, shapes, None, is_main=world.is_main),
-            )
-        save_checkpoint(
-            checkpoints[i],
-            TrainedState(strategy, shapes, None, is_main=world.is_main),
-            Progress(2, 1, 2, "f"),
-            world,
-            {},
-        )
+            state = TrainedState(strategy, shapes, None, is_main=world.is_main)
+            load_checkpoint(checkpoints[i - 1] / "step-00000002", state, world)
+        save_checkpoint(checkpoints[i], TrainedState(strategy, shapes, None, is_main=world.is_main), 2, world)
     stop_world()
 
 

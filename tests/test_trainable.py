@@ -110,7 +110,7 @@ def test_a_frozen_tower_is_left_alone_by_a_run(tmp_path: Path, capsys: pytest.Ca
         "training": {"max_steps": 2, "gradient_checkpointing": True, "save_steps": 0},
     }
     farnear.train(run_config(folder, "run", **keys))
-    names = set(open_checkpoint(folder / "run" / "checkpoints" / "step-00000002").manifest["parameters"])
+    names = set(open_checkpoint(folder / "run" / "checkpoints" / "step-00000002").manifest.parameters)
     before, after = (load_file(folder / part / "model.safetensors") for part in ("base", "run/export"))
     assert before.keys() == after.keys()
     same = {name for name in before if torch.equal(before[name], after[name])}

@@ -31,12 +31,18 @@ def train(config: "RunConfig", resume: Literal["newest", "auto"] | None = None) 
 
     Raises:
         farnear.errors.UserError: Something in the run file, the data or the launch must be mended first.
+        farnear.errors.RunInterruptedError: SIGTERM, SIGUSR1 or SIGINT has come; what was done is saved.
     """
-    # torch and transformers take seconds to import; `farnear --help` does not need them.
-    from farnear.report.page import write_report
-    from farnear.training.run import run_training
+    from farnear.outcome import announce
+    from farnear.signals import Signals
 
-    summary = run_training(config, resume)
+    with Signals() as signals:
+        announce()
+        # torch and transformers take seconds to import; `farnear --help` does not need them.
+        from farnear.report.page import write_report
+        from farnear.training.run import run_training
+
+        summary = run_training(config, resume, signals)
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"report {write_report(Path(config.output_dir))}", flush=True)
     return summary

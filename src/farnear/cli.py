@@ -21,7 +21,7 @@ Command = Callable[[argparse.Namespace], int]
 
 def main(words: Sequence[str] | None = None) -> int:
     """The `farnear` command. Returns its exit code."""
-    from farnear.launching.outcome import error_line
+    from farnear.outcome import error_line
 
     try:
         arguments = parse(_farnear_parser(), sys.argv[1:] if words is None else words)
@@ -45,7 +45,7 @@ def main(words: Sequence[str] | None = None) -> int:
 def train_command(words: Sequence[str]) -> int:
     """What launch/train.py does on each rank. Returns the exit code."""
     from farnear.config import load_config
-    from farnear.launching.outcome import tell
+    from farnear.outcome import tell
     from farnear.processes import end_with_parent
 
     parser = Parser(prog="launch/train.py", description="Train one model on the ranks that the launcher started.")

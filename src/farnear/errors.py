@@ -17,6 +17,15 @@ class RunStoppedError(UserError):
     exit_code = 1
 
 
+class RunInterruptedError(UserError):
+    """A run that a signal has stopped in good order: what it had done is saved, and --resume goes on from there.
+
+    Its code is the EX_TEMPFAIL of sysexits.h: nothing is wrong, try again later.
+    """
+
+    exit_code = 75
+
+
 def as_user_error(error: UserError | OSError) -> UserError:
     """The error that a command ends with.
 

@@ -25,7 +25,7 @@ def published(path: Path) -> Iterator[BinaryIO]:
         os.replace(fresh, path)
     finally:
         fresh.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -42,17 +42,31 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def sync_folder(folder: Path) -> None:
-    """Bring renames in a folder to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Bring a file's content, or the renames in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
+def sync_tree(folder: Path) -> None:
+    """Bring all files below a folder, and their names, to the disk."""
+    for path in [folder, *folder.rglob("*")]:
+        sync(path)
+
+
 def give_usual_mode(path: Path) -> None:
     """The permissions that `open` would have given: safetensors writes files that only their owner may read."""
+    path.chmod(0o666 & ~_UMASK)
+
+
+def _umask() -> int:
+    """It can only be read by setting it, for all threads; so it is read once, before there are any."""
     umask = os.umask(0)
     os.umask(umask)
-    path.chmod(0o666 & ~umask)
+    return umask
+
+
+_UMASK = _umask()

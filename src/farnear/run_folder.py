@@ -64,6 +64,26 @@ class RunFolder:
         return self.path / "export"
 
     @property
+    def bad_steps(self) -> Path:
+        """One JSON object a step that was left out or rolled back: step, what, action, loss, grad_norm, keys."""
+        return self.path / "bad_steps.jsonl"
+
+    @property
+    def status(self) -> Path:
+        """How the run stands or has ended; see `farnear.status`."""
+        return self.path / "status.json"
+
+    @property
+    def heartbeats(self) -> Path:
+        """A file a rank: where it is. They go when the rank ends in order."""
+        return self.path / "heartbeats"
+
+    @property
+    def hang(self) -> Path:
+        """What the ranks leave for the report of a hang, while it is put together; reports are in `hangs`."""
+        return self.path / "hang"
+
+    @property
     def summary(self) -> Path:
         """The run in a few figures; it exists when the run is done."""
         return self.path / "summary.json"
@@ -80,7 +100,7 @@ class RunFolder:
 
     def written(self) -> tuple[Path, ...]:
         """What a new run would replace."""
-        records = (self.metrics, self.evaluations, self.faults, self.quarantine)
+        records = (self.metrics, self.evaluations, self.faults, self.quarantine, self.bad_steps, self.status)
         return (self.config, *records, self.export, self.summary, self.report)
 
 

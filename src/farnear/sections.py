@@ -346,6 +346,22 @@ class TrainingConfig(Section):
     """Steps between checkpoints; below 1 a share of all steps; 0 saves at the end only."""
     save_total_limit: int | None = Field(default=None, ge=1)
     """Checkpoints kept; the newest and the best are never removed."""
+    keep_every_n_steps: int | None = Field(default=None, ge=1)
+    """Checkpoints of steps that are a multiple of it are kept beyond save_total_limit."""
+    async_save: bool = True
+    """Whether the training goes on while a checkpoint is written, from a copy in host memory; false waits for it."""
+    verify_checkpoints: bool = True
+    """Whether a checkpoint's files are hashed before they are loaded; names and sizes are always looked at."""
+    ddp_timeout: float = Field(default=300.0, ge=5)
+    """Seconds without progress of any rank after which a run, once past its first step, is taken to hang and ends."""
+    on_non_finite: Literal["stop", "skip"] = "stop"
+    """When a step's loss or gradient is not finite: stop the run, or leave the step out, up to ten in a row."""
+    loss_spike_threshold: float | None = Field(default=None, gt=0)
+    """A loss so many times the usual spread above the median of those before it is a spike; unset: none is."""
+    loss_spike_window: int = Field(default=50, ge=8)
+    """Losses that are looked back over, once there are eight."""
+    on_loss_spike: Literal["rollback", "stop"] = "rollback"
+    """On a spike: return to the newest checkpoint's weights and go on with the next batch, or stop the run."""
     load_best_model_at_end: bool = False
     """Whether the best checkpoint by the evaluations, not the last one, is evaluated and exported at the end."""
     report_to: tuple[str, ...] = ()
@@ -397,6 +413,12 @@ class TrainingConfig(Section):
             raise ValueError("bf16 keeps fp32 weights and pure_bf16 does not; set one of them")
         if self.fp16 and (self.bf16 or self.pure_bf16):
             raise ValueError("fp16 and bf16 are two ways to compute; set one of them, bf16 where the GPU has it")
+        if self.loss_spike_threshold is None:
+            for name in ("loss_spike_window", "on_loss_spike"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name} is set, but loss_spike_threshold is not")
+        if self.keep_every_n_steps is not None and self.save_total_limit is None:
+            raise ValueError("keep_every_n_steps is set, but save_total_limit is not, so that all checkpoints are kept")
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError("max_steps is a positive number, or -1 to go by num_train_epochs")
         return self

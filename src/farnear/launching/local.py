@@ -3,7 +3,9 @@
 `farnear launch` adds three things to ``accelerate launch``. It picks the accelerate config of the run file's strategy
 and prints the whole command, which does the same when typed by hand. It validates the run file and the run folder
 before any process starts. And it sees the processes off: torchrun starts each rank in a session of its own, which
-neither Ctrl-C nor the end of the launcher reaches, so that a stopped launch can leave ranks behind on the GPUs.
+neither Ctrl-C nor the end of the launcher reaches, so that a stopped launch can leave ranks behind on the GPUs. SIGINT,
+SIGTERM, SIGHUP and SIGUSR1 are passed on to the ranks, which save and end with code 75; a second SIGINT ends them at
+once.
 
 Every process of a launch inherits the name of the launch's outcome file in its environment. That is how they are all
 found at the end, data workers and orphans included.
@@ -18,25 +20,26 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 import psutil
 
 from farnear.config import load_config
-from farnear.errors import UserError
-from farnear.launching.outcome import OUTCOME_FILE, read_outcome
+from farnear.errors import RunInterruptedError, RunStoppedError, UserError
+from farnear.outcome import OUTCOME_FILE, announced, read_outcome
 from farnear.processes import end_with_parent
 from farnear.resources import resource_root
 from farnear.run_folder import Resume, RunFolder, check_start, published_checkpoints
+from farnear.status import write_failure
 
 SECONDS_BETWEEN_LOOKS = 0.1
 # After the first error another rank may report a different one.
 SECONDS_FOR_OTHER_RANKS = 1.0
 SECONDS_FROM_SIGTERM_TO_SIGKILL = 5.0
 RESUME_WORDS: dict[Resume | None, tuple[str, ...]] = {None: (), "newest": ("--resume",), "auto": ("--resume", "auto")}
-SIGNALS_TO_END_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SIGNALS_TO_END_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def launch(
@@ -57,7 +60,8 @@ def launch(
         num_processes: Ranks; wins over the run file's.
 
     Returns:
-        The exit code: 0, or that of the training, or 128 + the number of the signal that stopped it.
+        The exit code: 0, or that of the training, 75 where a signal has stopped it in good order, or 128 + the number
+        of the signal that has ended it.
 
     Raises:
         UserError: Before the start, or the one that a rank met.
@@ -82,9 +86,12 @@ def launch(
         shown, run = accelerate_command(config.strategy, arguments, config_file, config.num_processes)
         environment = threads_of_a_rank(config.num_processes)
     print(shlex.join(shown), flush=True)
+    folder = RunFolder(Path(config.output_dir))
     code = supervise(run, environment)
+    if code not in (0, RunInterruptedError.exit_code):
+        write_failure(folder, RunStoppedError(f"a process of the launch ended with code {code}"))
     if code > 128:
-        published = published_checkpoints(RunFolder(Path(config.output_dir)).checkpoints)
+        published = published_checkpoints(folder.checkpoints)
         how = (
             f"with --resume continues from {published[-1].name}"
             if published
@@ -149,7 +156,16 @@ def supervise(command: Sequence[str], environment: Mapping[str, str] | None = No
             preexec_fn=partial(end_with_parent, os.getpid()),
         )
         try:
-            while child.poll() is None and not received and not outcome.exists():
+            passed_on = 0
+            while child.poll() is None and not outcome.exists():
+                if len(received) > passed_on:
+                    if (received[-1] == signal.SIGINT and passed_on) or not _pass_on(received[-1], outcome):
+                        break
+                    if not passed_on:
+                        print(
+                            f"farnear: {received[0].name}: the ranks save and stop; SIGINT ends them", file=sys.stderr
+                        )
+                    passed_on = len(received)
                 time.sleep(SECONDS_BETWEEN_LOOKS)
             if outcome.exists():
                 time.sleep(SECONDS_FOR_OTHER_RANKS)
@@ -158,7 +174,7 @@ def supervise(command: Sequence[str], environment: Mapping[str, str] | None = No
                 _end(child, str(outcome))
         if error := read_outcome(outcome):
             raise error
-        if received:
+        if received and child.returncode != 0:
             print(f"farnear: stopped by {received[0].name}; no process is left", file=sys.stderr)
             return 128 + received[0]
         if child.returncode != 0:
@@ -180,6 +196,16 @@ def _signals_received() -> Iterator[list[signal.Signals]]:
     finally:
         for number in heeded:
             signal.signal(number, previous[number])
+
+
+def _pass_on(number: signal.Signals, outcome: Path) -> bool:
+    """Send a signal to the ranks that would save; whether there are any."""
+    ranks = announced(outcome)
+    for pid in ranks:
+        with suppress(ProcessLookupError):
+            # What a hangup asks for, ranks know by the other name.
+            os.kill(pid, signal.SIGTERM if number == signal.SIGHUP else number)
+    return bool(ranks)
 
 
 def _end(child: subprocess.Popen[bytes], mark: str) -> None:

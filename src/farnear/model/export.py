@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from farnear.files import give_usual_mode
+from farnear.files import give_usual_mode, sync, sync_tree
 from farnear.model.load import BaseCheckpoint, cast_weights, describe_base, load_model
 from farnear.model.trainable import add_adapters, freeze
 from farnear.sections import ModelConfig
@@ -56,14 +56,26 @@ def export_model(config: ModelConfig, weights: Mapping[str, Tensor], folder: Pat
     cast_weights(model, base.dtype)
     model.save_pretrained(str(fresh), create_model_card=True)
     _restore_names(fresh, base)
+    sync_tree(fresh)
     if folder.exists():
-        old = folder.with_name(folder.name + ".old")
+        old = _former(folder)
         shutil.rmtree(old, ignore_errors=True)
-        os.replace(folder, old)
-        os.replace(fresh, folder)
+        os.rename(folder, old)
+        os.rename(fresh, folder)
         shutil.rmtree(old)
     else:
-        os.replace(fresh, folder)
+        os.rename(fresh, folder)
+    sync(folder.parent)
+
+
+def heal_export(folder: Path) -> None:
+    """Put back what a run had taken away when it was killed, in between the two renames of an export's replacement."""
+    if not folder.exists() and _former(folder).exists():
+        os.rename(_former(folder), folder)
+
+
+def _former(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".old")
 
 
 def _restore_names(folder: Path, base: BaseCheckpoint) -> None:

@@ -113,12 +113,12 @@ def reduce_to_owners(
     return own, total
 
 
-def gather_objects(value: Any) -> list[Any]:
-    """One small picklable object of each rank, in rank order."""
+def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """One small picklable object of each rank, in rank order, over a group of all ranks."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 
@@ -129,11 +129,11 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     return x
 
 
-def agree_on_max(values: Sequence[int], device: torch.device) -> list[int]:
-    """The elementwise maximum over ranks."""
+def agree_on_max(values: Sequence[int], device: torch.device, group: dist.ProcessGroup | None = None) -> list[int]:
+    """The elementwise maximum over ranks, asked in a group of all of them."""
     agreed = torch.tensor(list(values), dtype=torch.int64, device=device)
     if world_size() > 1:
-        dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
+        dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=group)
     return [int(number) for number in agreed]
 
 

@@ -71,21 +71,24 @@ class Replicated:
         self._module.train(mode)
 
     def slices(self, *, owned: bool) -> list[ParameterSlice]:
-        """Whole parameters, or with ``owned`` this rank's even share of each."""
+        """Whole parameters, or with ``owned`` this rank's even share of them all, laid end to end."""
         pieces = []
         self._unwritten = []
+        everything, before = sum(parameter.numel() for parameter in self._named.values()), 0
+        first, last = (everything * r // self._world.world_size for r in (self._world.rank, self._world.rank + 1))
         for name, parameter in self._named.items():
+            start, stop = 0, parameter.numel()
+            if owned:
+                start, stop = max(first - before, 0), min(last - before, parameter.numel())
+            before += parameter.numel()
+            if start >= stop:
+                continue
             if is_eight_bit(self._optimizer):
                 state = read_moments(self._optimizer, parameter)
                 # Copies, which `spread_weights` brings back after a load.
                 self._unwritten += [] if owned else [(parameter, state)]
             else:
                 state = adam_state(self._optimizer, parameter)
-            start, stop = 0, parameter.numel()
-            if owned:
-                start, stop = (
-                    parameter.numel() * r // self._world.world_size for r in (self._world.rank, self._world.rank + 1)
-                )
             weight, exp_avg, exp_avg_sq = (
                 tensor.detach().view(-1)[start:stop] for tensor in (parameter, state["exp_avg"], state["exp_avg_sq"])
             )

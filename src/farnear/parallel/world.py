@@ -25,6 +25,9 @@ from farnear.parallel.traffic import Traffic, count_in
 
 Result = TypeVar("Result")
 
+PATIENCE = timedelta(minutes=30)
+"""How long ranks wait for one that indexes shards, loads a model or searches."""
+
 
 @dataclass(frozen=True)
 class World:
@@ -35,12 +38,17 @@ class World:
         world_size: Number of ranks.
         device: Where this rank computes.
         traffic: Counts this rank's collectives.
+        control: All ranks once more, over gloo, for waits that may be long: while one rank searches, or to agree on
+            stopping. None stands for the default group.
+        saving: The same for the thread that publishes checkpoints while others train.
     """
 
     rank: int
     world_size: int
     device: torch.device
     traffic: Traffic = field(default_factory=Traffic, compare=False)
+    control: dist.ProcessGroup | None = field(default=None, compare=False)
+    saving: dist.ProcessGroup | None = field(default=None, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -58,13 +66,31 @@ def start_world(config: RunConfig, environment: Mapping[str, str] = os.environ) 
     rank = int(environment.get("RANK", 0))
     world_size = int(environment.get("WORLD_SIZE", 1))
     device = _pick_device(int(environment.get("LOCAL_RANK", 0)))
+    control: Any = None
+    saving: Any = None
     if "WORLD_SIZE" in environment:
-        # A rank may index shards or load a model for minutes while the others wait.
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
-    world = World(rank, world_size, device)
+        dist.init_process_group(backend, timeout=PATIENCE)
+        if world_size > 1:
+            control, saving = (dist.new_group(backend="gloo", timeout=PATIENCE) for _ in range(2))
+    world = World(rank, world_size, device, control=control, saving=saving)
     count_in(world.traffic)
     return world
+
+
+def tighten(world: World, timeout: timedelta) -> None:
+    """From now on no rank waits longer than this in a collective of the training.
+
+    Groups of their own (control, saving) keep their patience: there one rank may work while the others wait.
+    """
+    if world.world_size == 1:
+        return
+    patient = {world.control, world.saving}
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group not in patient:
+            # The second is the older name.
+            set_timeout = getattr(dist, "set_timeout", dist.distributed_c10d._set_pg_timeout)
+            set_timeout(timeout, group)
 
 
 def stop_world() -> None:
@@ -115,8 +141,11 @@ def check_launch(config: RunConfig, environment: Mapping[str, str]) -> None:
     _check_values(config, environment)
 
 
-def on_main_rank(world: World, work: Callable[[], Result]) -> Result:
+def on_main_rank(world: World, work: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
     """Run ``work`` on rank 0 and give its result, or its error, to every rank.
+
+    Args:
+        group: Of all ranks; the world's `control` if none is given.
 
     Raises:
         UserError: On all ranks alike: the one that ``work`` raised, or one for a file that it could not read or write.
@@ -134,7 +163,7 @@ def on_main_rank(world: World, work: Callable[[], Result]) -> Result:
         except Exception as error:
             told[1], defect = RuntimeError(f"rank 0 failed: {error!r}"), error
     if world.world_size > 1:
-        dist.broadcast_object_list(told, src=0)
+        dist.broadcast_object_list(told, src=0, group=group or world.control)
     if defect is not None:
         raise defect
     result, mistake = told

@@ -1,9 +1,10 @@
 """Embed many queries or documents with all ranks, through the strategy that trains the model.
 
-Each rank embeds a share of every modality. Where a forward is a collective (ZeRO-3), ranks agree on the number of
-batches of each modality and a rank that is done early repeats its last one. The embeddings meet on every rank's CPU.
+Each rank embeds a share of every modality. Ranks agree on the number of batches of each modality; where a forward is a
+collective (ZeRO-3), a rank that is done early repeats its last one. The embeddings meet on every rank's CPU.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ def encode(
     *,
     batch_size: int,
     num_workers: int,
+    between: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Embeddings of queries or documents, by input row. A collective.
 
@@ -45,6 +47,7 @@ def encode(
         rows: n input rows of the index; the same on every rank.
         batch_size: Inputs that go through the model at once on one rank.
         num_workers: Worker processes that read, decode and preprocess.
+        between: Called before every batch, equally often on every rank, so that it may be a collective.
 
     Returns:
         float32 [n, D] on the CPU, in the order of ``rows``, on every rank.
@@ -60,7 +63,7 @@ def encode(
         # A rank without a share still takes part in collective forwards; what it embeds is cut off again.
         share = own if len(own) else of_modality[:1]
         batches = -(-len(share) // batch_size)
-        turns = agree_on_max([batches], world.device)[0] if strategy.forward_is_collective else batches
+        turns = agree_on_max([batches], world.device)[0]
         features: dict[str, Any] = {}
         for positions, features in load_features(
             index,
@@ -72,11 +75,14 @@ def encode(
             page_tokens=page_tokens,
             num_workers=num_workers,
         ):
+            between()
             e_nD = strategy.embed(to_device(features, world.device)).float()
             parts.append(e_nD[: len(own)])
             places.append(torch.from_numpy(share[positions][: len(own)]).to(world.device))
         for _ in range(turns - batches):
-            strategy.embed(to_device(features, world.device))
+            between()
+            if strategy.forward_is_collective:
+                strategy.embed(to_device(features, world.device))
     e_nD, place_n = torch.cat(parts), torch.cat(places)
     rows_W = [(n, n) for (n,) in exchange_ints([len(e_nD)], world.device)]
     e_ND, place_N = gather_together([e_nD, place_n], rows_W)

@@ -10,7 +10,7 @@ the shards.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,6 +107,8 @@ def evaluate(
     *,
     batch_size: int,
     num_workers: int,
+    between: Callable[[], None] = lambda: None,
+    moved: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[str, float]]:
     """Measures by dimension (as text), the same on every rank. A collective; leaves the strategy in training mode.
 
@@ -115,28 +117,35 @@ def evaluate(
         dims: Prefixes of the embedding to search with; the full one among them.
         batch_size: Inputs that go through the model at once on one rank.
         num_workers: Worker processes a rank that prepare them.
+        between: Called before every batch, equally often on every rank; what it raises ends the evaluation.
+        moved: Called as rank 0's search goes on.
     """
     strategy.train(False)
     rows = {"query": task.index.query_N[task.query_pair_Q], "document": task.page_row_P}
-    embedding = {
-        side: encode(
-            strategy,
-            world,
-            task.index,
-            task.store,
-            preprocess,
-            page_tokens,
-            side,
-            rows_of_side,
-            batch_size=batch_size,
-            num_workers=num_workers,
-        )
-        for side, rows_of_side in rows.items()
-    }
-    strategy.train(True)
+    try:
+        embedding = {
+            side: encode(
+                strategy,
+                world,
+                task.index,
+                task.store,
+                preprocess,
+                page_tokens,
+                side,
+                rows_of_side,
+                batch_size=batch_size,
+                num_workers=num_workers,
+                between=between,
+            )
+            for side, rows_of_side in rows.items()
+        }
+    finally:
+        strategy.train(True)
 
     def measure_dims() -> dict[str, dict[str, float]]:
-        ranking = {dim: top_k(embedding["query"], embedding["document"], DEPTH, dim=dim)[1] for dim in dims}
+        ranking = {
+            dim: top_k(embedding["query"], embedding["document"], DEPTH, dim=dim, moved=moved)[1] for dim in dims
+        }
         return {str(dim): measure(ranking[dim], task.relevant) for dim in dims}
 
     return on_main_rank(world, measure_dims)

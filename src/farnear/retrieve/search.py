@@ -16,7 +16,7 @@ Shapes: Q queries, P pages, D components of an embedding, d kept ones, k results
 candidates for a query's k.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -27,14 +27,21 @@ COLUMNS_OF_A_KERNEL = 64
 
 
 def top_k(
-    query_QD: Tensor, page_PD: Tensor, k: int, *, dim: int | None = None, tile: tuple[int, int] = (256, 8192)
+    query_QD: Tensor,
+    page_PD: Tensor,
+    k: int,
+    *,
+    dim: int | None = None,
+    tile: tuple[int, int] = (256, 8192),
+    moved: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, Tensor]:
     """The ``k`` pages nearest to each query by cosine similarity: ``scores_Qk`` (fp32) and ``pages_Qk`` (int64).
 
     Best page first, equal scores by the lower page. ``k`` is clipped to P. Inputs may have any floating dtype and need
     not be normalised; a zero vector scores 0 everywhere. ``dim`` keeps that many leading components. ``tile`` is how
     many queries and pages are scored at once (pages rounded up to a multiple of 64): it bounds memory, about 30 bytes a
-    score, and never changes the order of equal scores. Queries times pages are never held at once.
+    score, and never changes the order of equal scores. Queries times pages are never held at once. ``moved`` is called
+    for every block of pages, by which a watchdog knows that a long search goes on.
 
     Raises ValueError for shapes that do not fit, ``k`` or ``dim`` out of range, and embeddings that are not finite
     (a ranking of NaN would look like any other).
@@ -52,6 +59,7 @@ def top_k(
         unit_query_Qd = _unit_prefix(query_QD, dim, "queries")
         best_Qk = query_QD.new_empty((queries, 0), dtype=torch.int64)
         for first_page in range(0, pages, pages_per_tile):
+            moved()
             unit_page_pd = _unit_prefix(page_PD[first_page : first_page + pages_per_tile], dim, "pages")
             pages_here = len(unit_page_pd)
             unit_page_pd = torch.nn.functional.pad(unit_page_pd, (0, 0, 0, pages_per_tile - pages_here))

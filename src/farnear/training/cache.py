@@ -49,6 +49,7 @@ from farnear.parallel.strategy import Strategy
 from farnear.parallel.world import World
 from farnear.sections import LossConfig
 from farnear.training.objective import EmbeddingGradient, Sizes, embedding_gradient, own_loss_gradient
+from farnear.training.watch import Int64, Watch
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -94,12 +95,14 @@ class Turn:
     """One mini-batch's place in both passes.
 
     Attributes:
+        pairs: Rows of the index that its inputs belong to.
         counts: False where the rank only keeps step with others.
         keeps_graph: Whether pass one is to leave its graph for pass two.
     """
 
     position: int
     mini_batch: MiniBatch
+    pairs: Int64
     seed: int
     counts: bool
     keeps_graph: bool
@@ -124,6 +127,7 @@ class CachedStep:
         frozen: Keeps outputs of frozen parts.
         cast_once: A context in which autocast keeps its casts of the weights. It is never open across a change between
             forwards with and without graph: a cast made without would be taken for one with, and hide its weight.
+        watch: Is told where the step is.
     """
 
     strategy: Strategy
@@ -136,6 +140,7 @@ class CachedStep:
     merge: Callable[[Sequence[dict[str, Any]]], dict[str, Any]] | None = None
     frozen: FrozenOutputs | None = None
     cast_once: Callable[[], AbstractContextManager[Any]] = nullcontext
+    watch: Watch = field(default_factory=Watch)
     # Whether a gradient reaches the weights from a group: not where everything that it goes through is frozen.
     _trains: dict[tuple[str, str], bool] = field(default_factory=dict)
     _flops_per_token: dict[tuple[str, str], float] = field(default_factory=dict)
@@ -160,6 +165,7 @@ class CachedStep:
         with _timed(figures, "pass_one"):
             embedding, graphs = self._pass_one(turns)
         figures.kept_graphs, figures.frozen_bytes = len(graphs), self.frozen.kept_bytes if self.frozen else 0
+        self.watch.at("loss", pairs=batch.pairs_b)
         with _timed(figures, "loss"), self.world.traffic.exchange():
             outcome = self._loss(embedding, turns, batch, sizes, figures, scale)
         with _timed(figures, "pass_two"):
@@ -180,11 +186,12 @@ class CachedStep:
         figures.quarantined, figures.tokens, figures.padding = sum(quarantined_W), sum(tokens_W), sum(padding_W)
         turns_of_groups = [max(of_group) for of_group in counts_W] or [len(group) for group in groups]
         scope = (self.seed, batch.step, self.world.rank)
-        turns = list(_turns(groups, turns_of_groups, self.keep_graphs, scope))
+        turns = list(_turns(batch, groups, turns_of_groups, self.keep_graphs, scope))
         return turns, Sizes(pairs_W, documents_W, answers_W)
 
     def _look_at(self, turn: Turn) -> None:
         """See in a forward of its own what has a gradient: a step must do the same whether or not it is the first."""
+        self.watch.at("first look", pairs=turn.pairs)
         context = self.frozen.replaying(turn.position) if self.frozen else nullcontext()
         with context, FlopCounterMode(display=False) as counter:
             trains = self._embed(turn.mini_batch.features, turn.seed).requires_grad
@@ -211,6 +218,7 @@ class CachedStep:
         for keeps_graph, bundles in groupby(self._bundles(turns), lambda bundle: self._keeps_graph(bundle[0])):
             with self.cast_once():
                 for bundle in bundles:
+                    self._at("pass one", bundle[0])
                     for turn, e_nD in zip(bundle, self._embed_bundle(bundle, keeps_graph), strict=True):
                         if keeps_graph:
                             graphs[turn.position] = e_nD
@@ -291,6 +299,7 @@ class CachedStep:
         given_again = self._turns_given_again(turns, outcome)
         with self.strategy.accumulate(), self.cast_once():
             for turn in training:
+                self._at("pass two", turn)
                 e_nD = graphs.pop(turn.position, None)
                 if e_nD is None:
                     is_given = self.frozen is not None and turn.position in given_again
@@ -303,12 +312,16 @@ class CachedStep:
                 # A backward runs in the types of its forward; autocast would lower what the forward did in fp32.
                 with torch.autocast(self.world.device.type, enabled=False):
                     self.strategy.backward(surrogate)
+            self.watch.at("reduce")
 
     def _turns_given_again(self, turns: Sequence[Turn], outcome: EmbeddingGradient) -> set[int]:
         """The turns for which outputs of frozen parts are not computed again: on every rank, where ranks keep step."""
         kept_W = [int(kept) for _, _, kept in outcome.told_Wn]
         kept = min(kept_W) if self.strategy.forward_is_collective else kept_W[self.world.rank]
         return {turn.position for turn in [turn for turn in turns if self._records(turn)][:kept]}
+
+    def _at(self, phase: str, turn: Turn) -> None:
+        self.watch.at(phase, mini_batch=turn.position + 1, pairs=turn.pairs)
 
     def _embed(self, features: dict[str, Any], seed: int) -> Tensor:
         torch.manual_seed(seed)
@@ -330,7 +343,11 @@ def _groups(mini_batches: Sequence[MiniBatch]) -> list[list[MiniBatch]]:
 
 
 def _turns(
-    groups: Sequence[Sequence[MiniBatch]], counts: Sequence[int], keep_graphs: float, scope: tuple[int, ...]
+    batch: RankBatch,
+    groups: Sequence[Sequence[MiniBatch]],
+    counts: Sequence[int],
+    keep_graphs: float,
+    scope: tuple[int, ...],
 ) -> Iterator[Turn]:
     """As many turns of each group as ``counts`` says; a rank with fewer mini-batches repeats its first for nothing."""
     position = 0
@@ -340,7 +357,9 @@ def _turns(
         for place in range(count):
             mini_batch = own[place] if place < len(own) else own[0]
             counts_here = place < len(own) and len(mini_batch.rows) > 0
-            yield Turn(position, mini_batch, turn_seed(*scope, position), counts_here, place >= first_kept)
+            rows = batch.owner_p[mini_batch.rows] if mini_batch.side == "document" else mini_batch.rows
+            seed = turn_seed(*scope, position)
+            yield Turn(position, mini_batch, batch.pairs_b[rows], seed, counts_here, place >= first_kept)
             position += 1
 
 
@@ -360,7 +379,9 @@ def _tokens(mini_batches: Sequence[MiniBatch]) -> tuple[int, int]:
 @contextmanager
 def _timed(figures: StepFigures, phase: str) -> Iterator[None]:
     started = perf_counter()
-    yield
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    figures.seconds[phase] = perf_counter() - started
+    try:
+        yield
+    finally:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        figures.seconds[phase] = perf_counter() - started

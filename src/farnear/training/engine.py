@@ -25,6 +25,7 @@ from farnear.training.cache import CachedStep
 from farnear.training.checkpoint import Progress
 from farnear.training.choices import Choices, choose
 from farnear.training.optim import build_optimizer
+from farnear.training.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ def build_step(
     own_loss: OwnLoss | None,
     progress: Progress,
     world: World,
+    watch: Watch,
 ) -> tuple[CachedStep, Choices]:
     """The step and the choices in it, those of the checkpoint where ``progress`` has some. A collective."""
     pairs = -(-min(config.training.global_batch_size, len(index)) // world.world_size)
@@ -115,6 +117,7 @@ def build_step(
         merge=merger,
         frozen=built.frozen,
         cast_once=casts_kept(config, world),
+        watch=watch,
     )
     return step, choices
 

@@ -1,7 +1,8 @@
-"""The loop, on a page: batch, gradient, step, record; evaluate and save when due.
+"""The loop, on a page: batch, gradient, step, record; evaluate, save and stop when due.
 
 Everything with more than one way to go lives elsewhere: order in the plan, gradients in the cache, ranks in the
-strategy, files in the checkpoint. `farnear.training.run` puts the parts together.
+strategy, files in the saver, signals in the guard, bad numbers in their own module. `farnear.training.run` puts the
+parts together.
 """
 
 import math
@@ -12,15 +13,19 @@ from typing import Any
 
 from farnear.config import RunConfig
 from farnear.data.loader import RankBatch, TrainLoader
-from farnear.errors import RunStoppedError
+from farnear.errors import RunInterruptedError
 from farnear.parallel.strategy import NonFiniteGradientError, Strategy
 from farnear.parallel.world import World
+from farnear.training.bad_steps import BadSteps, Numbers
 from farnear.training.cache import CachedStep, NonFiniteLossError, StepFigures
-from farnear.training.checkpoint import Progress
+from farnear.training.checkpoint import Progress, folder_name
 from farnear.training.choices import Choices
+from farnear.training.guard import Asked, Guard, StopAskedError
 from farnear.training.metrics import model_flops_utilisation, peak_memory_bytes
 from farnear.training.quarantine import Quarantine
+from farnear.training.saving import Saver
 from farnear.training.scale import LearnedScale
+from farnear.training.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -33,9 +38,12 @@ class Parts:
         scale: Trained beside the model, if it is.
         learning_rate: Of a 0-based step.
         quarantine: Takes the pairs that could not be used.
+        bad_steps: Says what becomes of steps whose numbers have gone wrong.
         record: Takes the figures of each step.
         evaluate: Measures the sample and returns the metric that decides which checkpoint is best.
-        save: Publishes a checkpoint; True where it is saved only because it is the best.
+        save: Has a checkpoint published; True where its step was due for one.
+        export: Writes the model as it is.
+        hurry: Called when the first step is done: from now on nobody takes minutes alone.
         eval_steps, save_steps: Intervals in steps; None means never.
     """
 
@@ -48,57 +56,107 @@ class Parts:
     scale: LearnedScale | None
     learning_rate: Callable[[int], float]
     quarantine: Quarantine
+    bad_steps: BadSteps
+    guard: Guard
+    watch: Watch
+    saver: Saver
     record: Callable[[dict[str, Any]], None]
     evaluate: Callable[[int], float]
     save: Callable[[Progress, bool], None]
+    export: Callable[[], None]
+    hurry: Callable[[], None]
     total_steps: int
     eval_steps: int | None
     save_steps: int | None
 
 
 def train(parts: Parts, progress: Progress) -> Progress:
-    """Train from where ``progress`` stands to the last step, which is always saved."""
+    """Train from where ``progress`` stands to the last step, which is always saved.
+
+    Raises:
+        RunInterruptedError: On every rank, after a signal: the step that it came in is saved.
+    """
     parts.strategy.train(True)
-    for batch in parts.loader.batches(progress.step, parts.total_steps):
-        parts.record(train_step(parts, batch))
+    if progress.step:
+        # An evaluation that the end of the run before has broken off.
+        progress = evaluate_and_save(parts, progress)
+    first_step = progress.step
+    parts.watch.at("data", step=first_step + 1)
+    for batch in parts.loader.batches(first_step, parts.total_steps):
+        numbers = Numbers(**progress.numbers)
+        figures, numbers = parts.bad_steps.judge(train_step(parts, batch), numbers)
+        parts.record(figures)
         parts.quarantine.stop_if_too_many(batch.step + 1)
         scale = parts.strategy.loss_scale
-        progress = replace(progress, step=batch.step + 1, loss_scale=asdict(scale) if scale else None)
-        is_best = False
-        if _is_due(progress.step, parts.eval_steps):
-            metric = parts.evaluate(progress.step)
-            is_best = progress.best_metric is None or metric > progress.best_metric
-            if is_best:
-                progress = replace(progress, best_metric=metric, best_step=progress.step)
-        is_due = _is_due(progress.step, parts.save_steps) or progress.step == parts.total_steps
-        if is_due or is_best:
-            parts.save(progress, not is_due)
+        progress = replace(
+            progress, step=batch.step + 1, loss_scale=asdict(scale) if scale else None, numbers=asdict(numbers)
+        )
+        if batch.step == first_step:
+            parts.hurry()
+        progress = evaluate_and_save(parts, progress)
+        parts.watch.at("data", step=progress.step + 1)
+    parts.saver.finish()
     return progress
 
 
-def train_step(parts: Parts, batch: RankBatch) -> dict[str, Any]:
-    """One optimizer step; its figures.
+def evaluate_and_save(parts: Parts, progress: Progress) -> Progress:
+    """What follows a step, each when it is due; and the end of the run, when a signal asks for it.
 
     Raises:
-        RunStoppedError: On every rank, when the loss or the gradient is not finite. No weight has changed.
+        RunInterruptedError: On every rank, when what was done is saved.
     """
+    parts.watch.at("ask")
+    asked = parts.guard.ask(save_failed=parts.saver.failed)
+    if asked.save_failed:
+        parts.saver.finish()  # raises it, on every rank
+    is_best = False
+    if asked.signal is None and _is_due(progress.step, parts.eval_steps) and progress.evaluated_step != progress.step:
+        try:
+            metric = parts.evaluate(progress.step)
+        except StopAskedError as stop:
+            asked = stop.asked
+        else:
+            progress = replace(progress, evaluated_step=progress.step)
+            is_best = progress.best_metric is None or metric > progress.best_metric
+            if is_best:
+                progress = replace(progress, best_metric=metric, best_step=progress.step)
+    is_due = _is_due(progress.step, parts.save_steps) or progress.step == parts.total_steps
+    if is_due or is_best or asked.signal:
+        parts.save(progress, is_due)
+    if is_best:
+        parts.export()
+    if asked.signal:
+        raise stopped(parts, asked, progress.step)
+    return progress
+
+
+def stopped(parts: Parts, asked: Asked, step: int) -> RunInterruptedError:
+    """What the run ends with when a signal has come, once the checkpoint is published."""
+    parts.saver.finish()
+    return RunInterruptedError(
+        f"stopped by {asked} after step {step}, saved in {folder_name(step)}; the same command with --resume continues"
+    )
+
+
+def train_step(parts: Parts, batch: RankBatch) -> dict[str, Any]:
+    """One optimizer step; its figures. Where ``left_out`` names what was not finite, no weight has changed."""
+    parts.watch.at("agree", step=batch.step + 1, pairs=batch.pairs_b)
     started = perf_counter()
     figures = StepFigures()
     learning_rate = parts.learning_rate(batch.step)
     scale = parts.config.loss.scale if parts.scale is None else parts.scale.value
+    grad_norm, left_out = math.nan, None
     try:
         outcome = parts.step.gradient(batch, figures, scale=scale)
         before_update = perf_counter()
+        parts.watch.at("update")
         grad_norm = parts.strategy.step(learning_rate) if outcome.reaches_weights else 0.0
         if parts.scale is not None and not math.isnan(grad_norm):  # as it is where fp16 left the step out
             parts.scale.step(outcome.dlog_scale, learning_rate / parts.config.training.learning_rate)
-    except (NonFiniteLossError, NonFiniteGradientError) as error:
-        what = "loss" if isinstance(error, NonFiniteLossError) else "gradient"
-        keys = parts.loader.keys_of_batch(batch.step)
-        raise RunStoppedError(
-            f"step {batch.step + 1}: the {what} is not finite (loss {figures.loss}), so nothing was updated; lower "
-            f"training.learning_rate, or look at the pairs of the batch: {' '.join(keys)}"
-        ) from error
+    except NonFiniteLossError:
+        before_update, left_out = perf_counter(), "loss"
+    except NonFiniteGradientError:
+        left_out = "gradient"
     now = perf_counter()
     seconds = {"data": batch.seconds_waited, **figures.seconds, "optimizer": now - before_update}
     loss_scale = parts.strategy.loss_scale
@@ -107,9 +165,10 @@ def train_step(parts: Parts, batch: RankBatch) -> dict[str, Any]:
     return {
         "step": batch.step + 1,
         "epoch": batch.epoch,
-        "loss": figures.loss,
+        "loss": figures.loss if math.isfinite(figures.loss) else None,
         "lr": learning_rate,
         "grad_norm": grad_norm,
+        "left_out": left_out,
         **({"loss_scale": loss_scale.scale, "skipped": loss_scale.skipped} if loss_scale else {}),
         "scale": None if parts.config.loss.function else scale,
         "pairs": figures.pairs,

@@ -96,9 +96,10 @@ class ProgressLines:
         left = (
             "" if last == first else f"  {_duration((self._total_steps - last) * (now - then) / (last - first))} left"
         )
-        # Under fp16 alone: any other gradient that is not finite has stopped the run.
-        is_skipped = math.isnan(record["grad_norm"])
-        norm = "too large for fp16, step skipped" if is_skipped else f"{record['grad_norm']:.3f}"
+        norm = f"{record['grad_norm']:.3f}"
+        if math.isnan(record["grad_norm"]):
+            # Where nothing is left out, fp16 has scaled a gradient too far up.
+            norm = f"none, {what} not finite" if (what := record["left_out"]) else "too large for fp16, step skipped"
         print(
             f"step {step}/{self._total_steps}  loss {mean_loss(self._since_line) or 0.0:.4f}  lr {record['lr']:.2e}  "
             f"grad norm {norm}  {record['pairs_per_s']:.1f} pairs/s{left}",

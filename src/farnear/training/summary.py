@@ -33,6 +33,8 @@ def write_summary(
         "seconds": round(seconds, 1),
         "pairs_per_s": round(median(step["pairs_per_s"] for step in steps), 2) if steps else None,
         **({"skipped": steps[-1]["skipped"]} if steps and "skipped" in steps[-1] else {}),
+        "left_out": sum(step["left_out"] is not None for step in steps),
+        "rollbacks": sum("rolled_back_to" in step for step in steps),
         "masked": sum(step["masked"] for step in steps),
         "lost_to_faults": losses.known,
         "presumed_lost": losses.presumed,

@@ -8,6 +8,9 @@ told once; one that met something else tells that too.
 Under `farnear launch` the file is named by ``FARNEAR_OUTCOME_FILE``. The launcher watches for it, ends the processes
 before torchrun can complain, and prints the message as its last line; the rank only waits for its end. Under a bare
 ``accelerate launch`` the file lies in the folder that torchrun makes for its ranks' errors, and the first rank prints.
+
+The other way round, a rank that would save when a signal comes leaves its process id beside that file, for the launcher
+to pass signals on to.
 """
 
 import json
@@ -18,7 +21,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from farnear.errors import UserError
+from farnear.errors import RunInterruptedError, UserError
 
 OUTCOME_FILE = "FARNEAR_OUTCOME_FILE"
 # The launcher looks ten times a second; a rank that is not ended by then has lost its launcher.
@@ -39,6 +42,22 @@ def tell(error: UserError, environment: Mapping[str, str] = os.environ) -> None:
         time.sleep(SECONDS_TO_BE_ENDED)
 
 
+def announce(environment: Mapping[str, str] = os.environ) -> None:
+    """Let the launcher know that this process hears signals."""
+    folder = Path(environment[OUTCOME_FILE]).parent if OUTCOME_FILE in environment else None
+    if folder is not None and folder.is_dir():
+        (folder / f"rank-{os.getpid()}").touch()
+
+
+def announced(path: Path) -> list[int]:
+    """Process ids of the ranks that hear signals, those that have ended among them.
+
+    Args:
+        path: Of the outcome file.
+    """
+    return [int(file.name.removeprefix("rank-")) for file in path.parent.glob("rank-*")]
+
+
 def read_outcome(path: Path) -> UserError | None:
     """The first error that a rank has left in the file, if any."""
     if not path.exists():
@@ -50,8 +69,8 @@ def read_outcome(path: Path) -> UserError | None:
 
 
 def error_line(error: UserError) -> str:
-    """What every command prints for a user's mistake."""
-    return f"farnear: error: {error}"
+    """What every command prints for a user's mistake; a run that was told to stop has met none."""
+    return f"farnear: {'' if error.exit_code == RunInterruptedError.exit_code else 'error: '}{error}"
 
 
 def _shared_path(environment: Mapping[str, str]) -> Path | None:

@@ -1,0 +1,282 @@
+"""Opening a run: everything that must be there before the first step, and where the run stands.
+
+    index the shards -> find the place in their order -> load the model, and a checkpoint if there is one -> choose
+
+What the run folder holds is not touched before everything that may refuse the run has been asked.
+"""
+
+import json
+import multiprocessing
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from sentence_transformers import SentenceTransformer
+
+import farnear
+from farnear.config import RunConfig, dump_config, load_config
+from farnear.data.faults import Fault
+from farnear.data.index import modality_name
+from farnear.data.order import Order
+from farnear.data.plan import PlanSettings
+from farnear.data.quotas import Schedule
+from farnear.data.remote import shown
+from farnear.errors import UserError
+from farnear.files import replace_text
+from farnear.loss.own import load_own_loss
+from farnear.model.embedder import Preprocessing
+from farnear.model.export import heal_export
+from farnear.model.load import embedding_dimension
+from farnear.parallel.strategy import LossScale, Strategy
+from farnear.parallel.trackers import Trackers
+from farnear.parallel.world import World, on_main_rank
+from farnear.run_folder import Resume, RunFolder
+from farnear.sections import TrainingConfig
+from farnear.status import write_status
+from farnear.training.cache import CachedStep
+from farnear.training.checkpoint import Progress, checkpoint_to_resume
+from farnear.training.choices import Choices
+from farnear.training.engine import build_model, build_step
+from farnear.training.guard import Guard
+from farnear.training.metrics import cut_after
+from farnear.training.restoring import load_state
+from farnear.training.resume import (
+    agree_on_order,
+    first_progress,
+    refuse_shorter_run,
+    with_best_that_compares,
+)
+from farnear.training.saving import Retention, Saver, set_aside
+from farnear.training.scale import LearnedScale, TrainedState
+from farnear.training.shards import RunData, open_data
+from farnear.training.watch import Watch
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the phases of a run share.
+
+    Attributes:
+        total_steps: Of the whole run, from its first step.
+        step: The gradient of a batch.
+        choices: Made for it by the memory that was found.
+        scale: Trained beside the model, if it is.
+        state: What a checkpoint holds.
+        saver: Publishes it.
+        guard: Knows when the run is to stop.
+        watch: Is told where it is.
+        dims: Dimensions that are measured, the full one among them, largest first.
+    """
+
+    config: RunConfig
+    world: World
+    folder: RunFolder
+    data: RunData
+    order: Order
+    total_steps: int
+    model: SentenceTransformer
+    preprocess: Preprocessing
+    strategy: Strategy
+    step: CachedStep
+    choices: Choices
+    scale: LearnedScale | None
+    state: TrainedState
+    saver: Saver
+    guard: Guard
+    watch: Watch
+    dims: tuple[int, ...]
+    trackers: Trackers
+
+
+def open_run(
+    config: RunConfig, resume: Resume | None, world: World, guard: Guard | None = None, watch: Watch | None = None
+) -> tuple[Run, Progress]:
+    """Everything that must be there before the first step, and where the run stands. A collective.
+
+    Raises:
+        UserError: The run folder, the shards, the model or the checkpoint do not fit the run file.
+        StopAskedError: A signal has come. Nothing is done that would have to be saved.
+    """
+    guard, watch = guard or Guard(world), watch or Watch()
+
+    def begin(part: str) -> None:
+        watch.at(part, step=0)
+        guard.stop_if_asked()
+
+    if config.data.dataloader_num_workers:
+        prepare_workers()
+    folder = RunFolder(Path(config.output_dir))
+    begin("checkpoint: verify")
+    verify = config.training.verify_checkpoints
+    checkpoint, damaged = checkpoint_to_resume(folder.checkpoints, resume, world, verify=verify)
+    begin("shards")
+    data = open_data(config.data, config.evaluation, world)
+    watch.name_of_pair = data.train.pair_id
+    progress = first_progress(config, data, checkpoint)
+    # Plans lie beside the index, where every rank of the node finds them.
+    order = Order(data.train, plan_settings(config), data.train.path.parent if data.train.path else folder.path)
+    total_steps = steps_in_all(config.training, order.schedule)
+    refuse_shorter_run(config, total_steps, progress)
+    agree_on_order(config, order, total_steps, progress)
+    begin("model")
+    own_loss = load_own_loss(config.loss.function) if config.loss.function else None
+    built = build_model(config, world)
+    model, strategy = built.model, built.strategy
+    scale = LearnedScale(config.loss, config.training) if config.loss.learn_scale else None
+    state = TrainedState(strategy, built.shapes, scale, is_main=world.is_main, frozen_hash=built.frozen_hash)
+    if checkpoint is not None:
+        begin("checkpoint: load")
+        load_state(checkpoint, state)
+        set_loss_scale(strategy, checkpoint.progress)
+    refuse_unsupported(model, config, data)
+    dims = measured_dims(config, embedding_dimension(model))
+    if checkpoint is not None:
+        progress = with_best_that_compares(progress, config, data, folder, world)
+    begin("run folder")
+    on_main_rank(world, lambda: prepare_folder(config, folder, progress.step, data.train.faults, damaged))
+    trackers = Trackers(config.training.report_to if world.is_main else (), folder.path, config.model_dump(mode="json"))
+    begin("choices")
+    step, choices = build_step(config, data.train, built, own_loss, progress, world, watch)
+    progress = replace(progress, choices=asdict(choices))
+    training = config.training
+    saver = Saver(
+        folder.checkpoints,
+        world,
+        Retention(training.save_total_limit, training.keep_every_n_steps),
+        about_the_run(config),
+        watch,
+        in_background=training.async_save,
+        saved_step=progress.step,
+    )
+    run = Run(
+        config=config,
+        world=world,
+        folder=folder,
+        data=data,
+        order=order,
+        total_steps=total_steps,
+        model=model,
+        preprocess=built.preprocess,
+        strategy=strategy,
+        step=step,
+        choices=choices,
+        scale=scale,
+        state=state,
+        saver=saver,
+        guard=guard,
+        watch=watch,
+        dims=dims,
+        trackers=trackers,
+    )
+    return run, progress
+
+
+def set_loss_scale(strategy: Strategy, saved: Progress) -> None:
+    """Under training.fp16, go on at the loss scale of a checkpoint."""
+    if strategy.loss_scale is not None and saved.loss_scale is not None:
+        strategy.loss_scale = LossScale(**saved.loss_scale)
+
+
+def prepare_workers() -> None:
+    """Start the process that workers are forked from: it imports what they need once, while the model is loaded."""
+    multiprocessing.set_forkserver_preload(["farnear.data.loader", "farnear.model.embedder"])
+    forkserver.ensure_running()
+
+
+def plan_settings(config: RunConfig) -> PlanSettings:
+    """What the run file says about the order of the pairs."""
+    return PlanSettings(
+        seed=config.seed,
+        global_batch_size=config.training.global_batch_size,
+        weights=config.data.weights,
+        mixing=config.data.mixing,
+        tail=config.data.tail,
+        shards_per_window=config.data.shards_per_window,
+    )
+
+
+def steps_in_all(training: TrainingConfig, schedule: Schedule) -> int:
+    """max_steps, or those of the epochs, the last of which may be a fraction; at least one."""
+    if training.max_steps > 0:
+        return training.max_steps
+    epochs = training.num_train_epochs
+    before = schedule.steps_before(int(epochs))
+    return max(1, before + round((epochs - int(epochs)) * (schedule.steps_before(int(epochs) + 1) - before)))
+
+
+def refuse_unsupported(model: SentenceTransformer, config: RunConfig, data: RunData) -> None:
+    """Raise UserError for shards that hold what the model does not take, before its first batch would fail."""
+    for index in (data.train, *([data.whole.index] if data.whole else [])):
+        for modality in sorted({modality_name(int(bits)) for bits in np.unique(index.input_modality_I)}):
+            # sentence-transformers' name: a word, or several sorted ones.
+            name: Any = tuple(modality.split("+")) if "+" in modality else modality
+            if not model.supports(name):
+                raise UserError(
+                    f"the shards hold inputs of the kind {modality}, which model {config.model.name_or_path} does not "
+                    f"take (modalities: {', '.join(map(str, model.modalities))}); take another model, or leave those "
+                    "samples out"
+                )
+
+
+def measured_dims(config: RunConfig, full: int) -> tuple[int, ...]:
+    """The Matryoshka dims and the full dimension, largest first.
+
+    Raises:
+        UserError: A dim is larger than the embedding.
+    """
+    dims: Sequence[int] = config.loss.matryoshka_dims or ()
+    if dims and max(dims) > full:
+        raise UserError(
+            f"loss.matryoshka_dims names {', '.join(str(dim) for dim in dims if dim > full)}, but the embeddings of "
+            f"{config.model.name_or_path} have {full} dimensions; take out what is above"
+        )
+    return tuple(sorted({*dims, full}, reverse=True))
+
+
+def prepare_folder(
+    config: RunConfig, folder: RunFolder, step: int, faults: Sequence[Fault], damaged: Mapping[Path, str]
+) -> None:
+    """Save the resolved run file, check that it loads to the same config, and cut the records back to ``step``.
+
+    What a training that starts, at step 0, finds there is of one that did not reach its first checkpoint.
+
+    Args:
+        faults: Of the training shards.
+        damaged: Checkpoints newer than ``step`` that are not whole, and why: they make room for those to come.
+    """
+    folder.path.mkdir(parents=True, exist_ok=True)
+    replace_text(folder.config, dump_config(config))
+    if load_config(folder.config) != config:
+        raise RuntimeError(f"{folder.config} does not load to the config it was saved from")
+    for checkpoint, fault in damaged.items():
+        print(f"{fault}; going back before it, it stays as {set_aside(checkpoint)}", flush=True)
+    heal_export(folder.export)
+    for records in (folder.metrics, folder.evaluations, folder.quarantine, folder.bad_steps):
+        if step:
+            cut_after(records, step)
+        else:
+            records.unlink(missing_ok=True)
+    told = [{**asdict(fault), "shard": shown(fault.shard)} for fault in faults]
+    replace_text(folder.faults, "".join(json.dumps(record) + "\n" for record in told))
+    folder.summary.unlink(missing_ok=True)
+    write_status(folder, "running", step=step)
+
+
+def about_the_run(config: RunConfig) -> dict[str, Any]:
+    """What a checkpoint was made with."""
+    names = ("torch", "transformers", "sentence-transformers", "accelerate", "safetensors")
+    return {
+        "strategy": config.strategy,
+        "config_hash": xxhash.xxh3_128_hexdigest(dump_config(config).encode()),
+        "versions": {
+            "python": platform.python_version(),
+            "farnear": farnear.__version__,
+            **{name: version(name) for name in names},
+        },
+    }
