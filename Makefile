@@ -26,19 +26,22 @@ lint: $(INSTALLED) ## ruff, mypy and the layering
 	$(RUN)/mypy
 	$(RUN)/lint-imports
 
-bench: $(INSTALLED) ## exactness of the gradient, and speed of a step, of the loss and of the data against other libraries
+bench: $(INSTALLED) ## exactness of the gradient; speed of a step, the loss, the data and a save
 	$(RUN)/python benchmarks/exactness.py
 	$(RUN)/python benchmarks/engine.py
 	$(RUN)/python benchmarks/loss.py
 	$(RUN)/python benchmarks/data.py
+	$(RUN)/python benchmarks/checkpoint.py
 
-soak: $(INSTALLED) ## what takes longer: the tests left out of `make test`, and the benchmarks
+soak: $(INSTALLED) ## what takes longer: the tests left out of `make test`, the fault campaign, the benchmarks
 	$(RUN)/pytest -m soak
+	$(RUN)/python benchmarks/faults.py
 	$(RUN)/python benchmarks/exactness.py
 	$(RUN)/python benchmarks/precision.py
 	$(RUN)/python benchmarks/engine.py
 	$(RUN)/python benchmarks/loss.py
 	$(RUN)/python benchmarks/data.py
+	$(RUN)/python benchmarks/checkpoint.py
 
 # The exact versions need Python 3.11; on 3.10 pip picks the newest ones that still support it.
 $(INSTALLED):

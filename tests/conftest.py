@@ -19,6 +19,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Indexes of the tests' shards are kept apart from the user's, and go when the tests end.
 CACHE = tempfile.TemporaryDirectory(prefix="farnear-test-cache-")
 os.environ["FARNEAR_CACHE"] = CACHE.name
+os.environ["HF_MODULES_CACHE"] = f"{CACHE.name}/modules"
 
 # Ranks and data workers are forked from one process that has imported these once.
 multiprocessing.set_forkserver_preload(["torch", "sentence_transformers", "deepspeed", "farnear.training.run"])

@@ -1,10 +1,10 @@
 """A published checkpoint is whole, or refused by name; what a killed save leaves is removed and said."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,14 +13,15 @@ from checkpoints import change_manifest, load_checkpoint, save_checkpoint, saver
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import run_ranks
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from farnear.errors import RunStoppedError, UserError
 from farnear.parallel.replicated import Replicated
+from farnear.parallel.strategy import ParameterSlice
 from farnear.parallel.world import World, start_world, stop_world
-from farnear.training import saving
+from farnear.training import restoring, saving
 from farnear.training.checkpoint import (
     Progress,
     checkpoint_to_resume,
@@ -119,9 +120,6 @@ def empty(file: Path, _: Path) -> None:
 
 def write_two(rank: int, world_size: int, folder: Path) -> None:
     """Checkpoints of steps 1 and 2 by two ranks, in two files each."""
-    os.environ.pop("WORLD_SIZE")
-    os.environ.pop("RANK")
-    os.environ.update(WORLD_SIZE=str(world_size), RANK=str(rank))
     world = start_world(_ddp_config())
     saving.FILE_BYTES = 120
     for step in (1, 2):
@@ -262,6 +260,70 @@ def test_a_manifest_that_is_none_is_refused(published: Path, text: str, words: s
     (published / "manifest.xxh128").write_text(seal_of(text.encode()))
     with pytest.raises(UserError, match=words):
         open_checkpoint(published)
+
+
+@pytest.mark.parametrize(("start", "stop", "files"), [(0, 5, 1), (10, 14, 3), (3, 25, 4)])
+def test_a_rank_reads_its_own_slices_and_no_others(
+    two_steps: Path, monkeypatch: pytest.MonkeyPatch, start: int, stop: int, files: int
+) -> None:
+    """Of all parameters laid end to end, those from start to stop, whoever saved them."""
+    folder = two_steps / "checkpoints" / "step-00000002"
+    module, _ = trained_module(seed=2)
+    whole = torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+    checkpoint = open_checkpoint(folder)
+    pieces, before = [], 0
+    for name, parameter in module.named_parameters():
+        first, last = max(start - before, 0), min(stop - before, parameter.numel())
+        if first < last:
+            pieces.append(ParameterSlice(name, first, *torch.zeros(3, last - first), step=torch.zeros(())))
+        before += parameter.numel()
+    opened, read = [], []
+
+    def counted(path: Path, **keys: Any) -> Any:
+        opened.append(path.name)
+        return CountingFile(safe_open(path, **keys), read)
+
+    monkeypatch.setattr(restoring, "safe_open", counted)
+    state = SimpleNamespace(
+        shapes={name: facts.shape for name, facts in checkpoint.manifest.parameters.items()},
+        frozen_hash="",
+        slices=lambda owned: pieces,
+        spread_weights=lambda: None,
+    )
+    restoring.load_state(checkpoint, state)  # type: ignore[arg-type]
+    assert torch.equal(torch.cat([piece.weight_n for piece in pieces]), whole[start:stop])
+    assert len(opened) == len(set(opened)) == files
+    assert sum(read) == 3 * (stop - start)
+
+
+class CountingFile:
+    """A safetensors file that notes how many elements are read from it."""
+
+    def __init__(self, file: Any, read: list[int]) -> None:
+        self._file, self._read = file, read
+
+    def __enter__(self) -> "CountingFile":
+        self._opened = self._file.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._file.__exit__(*error)
+
+    def metadata(self) -> Any:
+        return self._opened.metadata()
+
+    def get_slice(self, key: str) -> Any:
+        piece, read = self._opened.get_slice(key), self._read
+
+        class Counting:
+            get_shape = staticmethod(piece.get_shape)
+
+            def __getitem__(self, place: slice) -> torch.Tensor:
+                found: torch.Tensor = piece[place]
+                read.append(found.numel())
+                return found
+
+        return Counting()
 
 
 def test_another_model_is_refused(published: Path) -> None:

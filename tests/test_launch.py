@@ -394,3 +394,76 @@ def test_a_run_starts_from_its_accelerate_config(tmp_path: Path, strategy: str, 
     assert launch(run_file, [], config_file=config_file, num_processes=2) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["strategy"], summary["world_size"], summary["steps"]) == (strategy, 2, 2)
+
+
+@pytest.fixture(scope="module")
+def long_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run file of more steps than any test waits for."""
+    folder = make_inputs(tmp_path_factory.mktemp("long"))
+    tree = run_tree(folder, "run", strategy="ddp", training={"max_steps": 3000, "save_steps": 1000})
+    (folder / "run.yaml").write_text(yaml.safe_dump(tree))
+    return folder
+
+
+def _launched(folder: Path) -> "subprocess.Popen[str]":
+    """A launch on two ranks that has taken some steps."""
+    words = ["launch", str(folder / "run.yaml"), "--num_processes", "2", "--resume", "auto"]
+    program = (
+        "import signal, sys; from farnear.cli import main\n"
+        # Whatever runs the tests may ignore signals, and what is ignored is inherited.
+        "for number in (signal.SIGINT, signal.SIGUSR1): signal.signal(number, signal.SIG_DFL)\n"
+        f"sys.exit(main({words}))"
+    )
+    before = _steps(folder)
+    launched = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while _steps(folder) < before + 2 and time.monotonic() < deadline and launched.poll() is None:
+        time.sleep(0.1)
+    return launched
+
+
+def _steps(folder: Path) -> int:
+    metrics = folder / "run" / "metrics.jsonl"
+    return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+
+
+def _pid(folder: Path, rank: int) -> int:
+    return int(json.loads((folder / "run" / "heartbeats" / f"rank-{rank:05d}.json").read_text())["pid"])
+
+
+@pytest.mark.parametrize("to", ["the launch", "a rank"])
+def test_a_signal_has_the_ranks_save_and_the_launch_say_so(long_run: Path, to: str) -> None:
+    launched = _launched(long_run)
+    if to == "the launch":
+        launched.send_signal(signal.SIGUSR1)
+    else:
+        os.kill(_pid(long_run, 1), signal.SIGTERM)
+    _, text = launched.communicate(timeout=60)
+    steps = _steps(long_run)
+    name = "SIGUSR1" if to == "the launch" else "SIGTERM at rank 1"
+    assert launched.returncode == 75, text
+    last = text.splitlines()[-1]
+    assert last.startswith(f"farnear: stopped by {name}")
+    assert last.endswith(f"after step {steps}, saved in step-{steps:08d}; the same command with --resume continues")
+    status = json.loads((long_run / "run" / "status.json").read_text())
+    assert (status["state"], status["exit_code"], status["checkpoint"]) == ("stopped", 75, f"step-{steps:08d}")
+    assert (long_run / "run" / "checkpoints" / status["checkpoint"]).is_dir()
+    assert not list((long_run / "run" / "heartbeats").iterdir())
+
+
+def test_a_second_sigint_ends_a_launch_that_hangs(long_run: Path) -> None:
+    launched = _launched(long_run)
+    rank = psutil.Process(_pid(long_run, 0))
+    rank.suspend()
+    launched.send_signal(signal.SIGINT)
+    assert launched.stderr is not None
+    assert "SIGINT: the ranks save and stop; SIGINT ends them at once" in launched.stderr.readline()
+    assert launched.poll() is None
+    launched.send_signal(signal.SIGINT)
+    _, text = launched.communicate(timeout=30)
+    assert launched.returncode == 130
+    assert "farnear: stopped by SIGINT; no process is left\n" in text
+    assert _ends(rank, seconds=0.5)
+    assert json.loads((long_run / "run" / "status.json").read_text())["state"] == "failed"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
@@ -19,6 +20,7 @@ from farnear.model.embedder import Embedder, Preprocessing, to_device
 from farnear.model.export import export_model
 from farnear.model.load import cast_weights, describe_base, load_model
 from farnear.model.tiny import save_tiny_model
+from farnear.model.trainable import choose_trainable
 from farnear.sections import ModelConfig
 
 QUERIES = ["Which page shows revenue?", "costs 2019"]
@@ -205,3 +207,65 @@ def test_a_text_that_names_a_picture_is_not_opened(base: Path, tmp_path: Path, s
     preprocess = Preprocessing(load_model(ModelConfig(name_or_path=str(base))))
     for text in (str(picture), f"file://{picture}", "http://127.0.0.1:1/a.png"):
         assert "pixel_values" not in preprocess([text], side)
+
+
+def foreign_model(folder: Path, base: Path, marker: Path) -> Path:
+    """A model whose last module is code of its own, which leaves a mark when it is run."""
+    load_model(ModelConfig(name_or_path=str(base))).save_pretrained(str(folder))
+    (folder / "own_module.py").write_text(
+        f"open({str(marker)!r}, 'w').close()\n"
+        "from sentence_transformers.models import Normalize\n"
+        "class Own(Normalize): pass\n"
+    )
+    modules = json.loads((folder / "modules.json").read_text())
+    modules[-1]["type"] = "own_module.Own"
+    (folder / "modules.json").write_text(json.dumps(modules))
+    return folder
+
+
+def test_code_of_a_model_runs_only_where_the_run_file_says_so(base: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    folder = foreign_model(tmp_path / "foreign", base, marker)
+    with pytest.raises(UserError):
+        load_model(ModelConfig(name_or_path=str(folder)))
+    assert not marker.exists()
+    load_model(ModelConfig(name_or_path=str(folder), trust_remote_code=True))
+    assert marker.exists()
+
+
+class Mark:
+    """Its pickle makes a file when it is loaded."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return open, (str(self.marker), "w")
+
+
+def test_a_pickle_in_a_model_is_not_run(base: Path, tmp_path: Path) -> None:
+    """Weights that are no safetensors go through torch's weights_only, which refuses all but tensors."""
+    folder, marker = tmp_path / "pickled", tmp_path / "ran"
+    shutil.copytree(base, folder)
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save({**weights, "evil": Mark(marker)}, folder / "pytorch_model.bin")
+    with pytest.raises((UserError, pickle.UnpicklingError)):
+        load_model(ModelConfig(name_or_path=str(folder)))
+    assert not marker.exists()
+
+
+def test_an_export_holds_no_pickle(base: Path, tmp_path: Path) -> None:
+    config = ModelConfig(name_or_path=str(base), lora={"r": 2})
+    model = load_model(config)
+    choose_trainable(model, config, seed=0)
+    weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    export_model(config, weights, tmp_path / "export")
+    files = [path for path in (tmp_path / "export").rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".jinja", ".md", ".txt"}
+    for path in files:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                assert list(file.keys())
+        else:
+            path.read_bytes().decode("utf-8")  # a pickle is no text

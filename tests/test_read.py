@@ -263,3 +263,18 @@ def test_a_spoilt_copy_of_a_shard_is_fetched_again(tmp_path: Path) -> None:
         with pytest.raises(UserError):
             reader[int(index.query_N[0])]
         reader.close()
+
+
+def test_names_in_a_tar_lead_nowhere(tmp_path: Path) -> None:
+    """Members are read where they lie; nothing is unpacked, so no name makes a file."""
+    folder = tmp_path / "in" / "here"
+    folder.mkdir(parents=True)
+    names = ("../../evil", f"{tmp_path}/evil", "a/../../../evil")
+    page = encode(Image.new("RGB", (6, 4), (1, 2, 3)))
+    ends = {".query.txt": b"q", ".png": page}
+    members = [(f"{name}{i}{end}", data) for i, name in enumerate(names) for end, data in ends.items()]
+    shard = write_tar(folder / "x.tar", members)
+    index = index_of([shard])
+    reader = InputReader(index, STORE)
+    assert [reader[int(row)].size for row in index.positives] == [(6, 4)] * len(names)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [shard]

@@ -36,7 +36,7 @@ STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 # of the run, the step from which it goes on, and which run's checkpoint that is.
 RESUMES = (("inside", 2, "whole"), ("edge", 3, "whole"), ("later", 4, "whole"), ("twice", 5, "later"))
 ELASTIC_BOUND = 1e-5
-"""Relative difference of a loss from the uninterrupted run's, for five steps and more on other ranks; 1.3e-6 measured."""
+"""Relative difference of a loss from the uninterrupted run's, five steps and more on other ranks; 1.3e-6 measured."""
 
 
 @pytest.fixture(scope="module")

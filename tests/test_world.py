@@ -1,15 +1,20 @@
 """A launch that is not what the run file asks for stops before the first collective, naming both sides."""
 
 import json
+import os
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ranks import run_ranks
 
 from farnear.config import RunConfig, parse_config
 from farnear.errors import RunStoppedError, UserError
-from farnear.parallel.world import check_launch, on_main_rank, start_world, stop_world
+from farnear.parallel.collectives import all_reduce_sum
+from farnear.parallel.world import check_launch, on_main_rank, start_world, stop_world, tighten
 from farnear.parallel.zero import deepspeed_config
 from farnear.resources import resource_root
 
@@ -139,3 +144,23 @@ def what_rank_0_meets(rank: int, world_size: int) -> None:
 
 def test_what_rank_0_meets_every_rank_is_told() -> None:
     run_ranks(what_rank_0_meets, 2)
+
+
+def wait_too_long(rank: int, world_size: int, folder: Path) -> None:
+    """Rank 1 comes three seconds late to a collective of the training, and to one of the patient groups."""
+    world = start_world(config("ddp"))
+    tighten(world, timedelta(seconds=1))
+    assert on_main_rank(world, lambda: time.sleep(3)) is None
+    started = time.monotonic()
+    if rank == 1:
+        time.sleep(3)
+        os._exit(0)
+    with pytest.raises(RuntimeError, match=r"[Tt]im"):
+        all_reduce_sum(torch.ones(1))
+    (folder / "waited").write_text(str(time.monotonic() - started))
+    os._exit(0)
+
+
+def test_once_tightened_a_collective_waits_no_longer(tmp_path: Path) -> None:
+    run_ranks(wait_too_long, 2, tmp_path)
+    assert 0.9 < float((tmp_path / "waited").read_text()) < 2.5

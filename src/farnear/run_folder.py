@@ -49,6 +49,16 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def latest(self) -> Path:
+        """The name of the newest checkpoint."""
+        return self.path / "latest"
+
+    @property
+    def best(self) -> Path:
+        """The name of the best one."""
+        return self.path / "best"
+
+    @property
     def faults(self) -> Path:
         """One JSON object a damaged place of the training shards: shard, offset, kind, detail, pairs_lost."""
         return self.path / "faults.jsonl"

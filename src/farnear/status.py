@@ -36,11 +36,12 @@ def write_status(folder: RunFolder, state: State, **facts: Any) -> None:
     replace_text(folder.status, json.dumps(status, indent=1) + "\n")
 
 
-def write_failure(folder: RunFolder, error: BaseException, rank: int | None = None) -> None:
+def write_failure(folder: RunFolder, error: BaseException, rank: int | None = None, *, anyway: bool = False) -> None:
     """Note why a run has ended, if nobody has yet. Any rank may; a run folder that cannot be written keeps silent.
 
     Args:
         rank: That met it; None where all did.
+        anyway: Whether it is noted, too, where the run has not said yet that it is running.
     """
     is_stop = isinstance(error, RunInterruptedError)
     reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
@@ -48,11 +49,11 @@ def write_failure(folder: RunFolder, error: BaseException, rank: int | None = No
         "exit_code": error.exit_code if isinstance(error, UserError) else 1,
         "reason": reason if rank is None else f"rank {rank}: {reason}",
     }
-    if not _is_running(folder):
+    if not anyway and not _is_running(folder):
         return
     try:
         with locked(folder.path / ".status.lock"):
-            if _is_running(folder):
+            if anyway or _is_running(folder):
                 write_status(folder, "stopped" if is_stop else "failed", **facts)
     except OSError:
         return

@@ -156,17 +156,7 @@ def supervise(command: Sequence[str], environment: Mapping[str, str] | None = No
             preexec_fn=partial(end_with_parent, os.getpid()),
         )
         try:
-            passed_on = 0
-            while child.poll() is None and not outcome.exists():
-                if len(received) > passed_on:
-                    if (received[-1] == signal.SIGINT and passed_on) or not _pass_on(received[-1], outcome):
-                        break
-                    if not passed_on:
-                        print(
-                            f"farnear: {received[0].name}: the ranks save and stop; SIGINT ends them", file=sys.stderr
-                        )
-                    passed_on = len(received)
-                time.sleep(SECONDS_BETWEEN_LOOKS)
+            _wait(child, outcome, received)
             if outcome.exists():
                 time.sleep(SECONDS_FOR_OTHER_RANKS)
         finally:
@@ -180,6 +170,22 @@ def supervise(command: Sequence[str], environment: Mapping[str, str] | None = No
         if child.returncode != 0:
             print("farnear: a process failed; the first error above says why", file=sys.stderr)
         return child.returncode if child.returncode >= 0 else 128 - child.returncode
+
+
+def _wait(child: subprocess.Popen[bytes], outcome: Path, received: Sequence[signal.Signals]) -> None:
+    """Until the child has ended, a rank has told of an error, or a signal is to end them all."""
+    passed_on = 0
+    while child.poll() is None and not outcome.exists():
+        if len(received) > passed_on:
+            number, is_first = received[passed_on], passed_on == 0
+            passed_on += 1
+            # A second Ctrl-C is meant; and before there are ranks there is nothing to save.
+            if (number == signal.SIGINT and not is_first) or not _pass_on(number, outcome):
+                return
+            if is_first:
+                words = "the ranks save and stop; SIGINT ends them at once"
+                print(f"farnear: {number.name}: {words}", file=sys.stderr, flush=True)
+        time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
 @contextmanager

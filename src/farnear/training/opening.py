@@ -40,7 +40,7 @@ from farnear.run_folder import Resume, RunFolder
 from farnear.sections import TrainingConfig
 from farnear.status import write_status
 from farnear.training.cache import CachedStep
-from farnear.training.checkpoint import Progress, checkpoint_to_resume
+from farnear.training.checkpoint import Progress, checkpoint_to_resume, folder_name
 from farnear.training.choices import Choices
 from farnear.training.engine import build_model, build_step
 from farnear.training.guard import Guard
@@ -256,6 +256,8 @@ def prepare_folder(
         raise RuntimeError(f"{folder.config} does not load to the config it was saved from")
     for checkpoint, fault in damaged.items():
         print(f"{fault}; going back before it, it stays as {set_aside(checkpoint)}", flush=True)
+    if step:
+        replace_text(folder.latest, folder_name(step) + "\n")  # a kill may have come before it was
     heal_export(folder.export)
     for records in (folder.metrics, folder.evaluations, folder.quarantine, folder.bad_steps):
         if step:

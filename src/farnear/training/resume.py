@@ -71,7 +71,7 @@ def with_best_that_compares(
     if world.is_main:
         why = "was measured otherwise or on other pages" if is_there else "is gone"
         print(f"the best checkpoint so far, {best.name}, {why}: the best is chosen among the evaluations to come")
-        (folder.path / "best").unlink(missing_ok=True)
+        folder.best.unlink(missing_ok=True)
     return replace(saved, best_metric=None, best_step=None, measured_by=now)
 
 

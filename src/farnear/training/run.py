@@ -74,7 +74,7 @@ def train_in(
                 f"stopped by {stop} outside of the training's steps, where nothing is lost; the same command with "
                 "--resume auto continues"
             )
-            write_failure(folder, error)
+            write_failure(folder, error, anyway=True)
             raise error from None
         except BaseException as error:
             write_failure(folder, error, None if isinstance(error, UserError) else world.rank)
@@ -237,7 +237,7 @@ def save(run: Run, progress: Progress, *, periodic: bool) -> None:
     if progress.step != run.saver.saved_step:
         run.saver.save(run.state, progress, periodic=periodic)
     elif run.world.is_main:
-        point_at_best(run.folder.path, progress)
+        point_at_best(run.folder, progress)
 
 
 def roll_back(run: Run) -> tuple[int, Numbers] | None:

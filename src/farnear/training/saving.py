@@ -35,7 +35,7 @@ from farnear.files import give_usual_mode, replace_text, sync
 from farnear.parallel.collectives import gather_objects
 from farnear.parallel.strategy import ParameterSlice
 from farnear.parallel.world import World, on_main_rank
-from farnear.run_folder import published_checkpoints
+from farnear.run_folder import RunFolder, published_checkpoints
 from farnear.training.checkpoint import (
     FORMAT,
     KINDS,
@@ -258,18 +258,18 @@ class Saver:
     def _settle(self, final: Path, progress: Progress) -> None:
         """Point at what is there now, and remove what is kept no longer."""
         self._watch.saving("latest", progress.step)
-        folder = self._checkpoints.parent
-        replace_text(folder / "latest", final.name + "\n")
+        folder = RunFolder(self._checkpoints.parent)
+        replace_text(folder.latest, final.name + "\n")
         point_at_best(folder, progress)
         self._watch.saving("retain", progress.step)
         retain(self._checkpoints, self._retention, progress.best_step)
         print(f"saved {final}{', the best so far' if progress.best_step == progress.step else ''}", flush=True)
 
 
-def point_at_best(folder: Path, progress: Progress) -> None:
-    """Name the best checkpoint so far in the run folder's file `best`."""
+def point_at_best(folder: RunFolder, progress: Progress) -> None:
+    """Name the best checkpoint so far."""
     if progress.best_step is not None:
-        replace_text(folder / "best", folder_name(progress.best_step) + "\n")
+        replace_text(folder.best, folder_name(progress.best_step) + "\n")
 
 
 def retain(checkpoints: Path, retention: Retention, best_step: int | None) -> None:
