@@ -5,11 +5,13 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ import torch
 import webdataset
 from PIL import Image
 from ranks import run_ranks
+from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from tar_makers import STORE, index_of
 from tiny_runs import make_inputs, run_config, run_tree
@@ -25,18 +28,20 @@ import farnear
 from farnear.config import load_config
 from farnear.data.loader import load_features
 from farnear.data.read import InputReader
-from farnear.errors import RunStoppedError, UserError
+from farnear.errors import RunInterruptedError, RunStoppedError, UserError
 from farnear.model.embedder import to_device
 from farnear.model.pixels import page_tokens
 from farnear.parallel.world import World, start_world, stop_world
 from farnear.retrieve.encode import encode
 from farnear.retrieve.evaluate import build_task, sample_task
+from farnear.signals import Signals
 from farnear.training.bad_steps import Numbers
 from farnear.training.loop import train_step
 from farnear.training.metrics import cut_after, mean_loss
 from farnear.training.opening import open_run
 from farnear.training.optim import learning_rate_schedule, steps_of
 from farnear.training.run import loop_parts, train_in
+from farnear.training.watch import Watch
 
 
 def png(value: int) -> bytes:
@@ -365,3 +370,71 @@ def test_the_learning_rate_follows_transformers(folder: Path) -> None:
     assert steps_of(0.25, 10) == 3
     assert steps_of(4, 10) == 4
     assert steps_of(0, 10) is steps_of(None, 10) is None
+
+
+def test_the_best_so_far_is_exported_and_a_failure_is_noted(folder: Path) -> None:
+    def broken(parts: Any, batch: Any) -> dict[str, Any]:
+        if batch.step == 4:
+            raise ZeroDivisionError("in step 5")
+        return train_step(parts, batch)
+
+    config = run_config(
+        folder,
+        "breaks",
+        data={"eval": str(folder / "data" / "eval-*.tar")},
+        evaluation={"eval_steps": 2, "eval_on_start": False},
+        training={"save_steps": 0},
+    )
+    with patch("farnear.training.loop.train_step", broken), pytest.raises(ZeroDivisionError):
+        farnear.train(config)
+    run = folder / "breaks"
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 1)
+    assert status["reason"] == "rank 0: ZeroDivisionError: in step 5"
+    best = (run / "best").read_text().strip()
+    assert status["checkpoint"] == "step-00000004" or best == "step-00000002"
+    exported = dict(SentenceTransformer(str(run / "export"), device="cpu").named_parameters())
+    saved = load_file(run / "checkpoints" / best / "rank-00000.0.safetensors")
+    for name, weight in exported.items():
+        assert torch.equal(weight.flatten(), saved[f"weight/0/model.{name}"]), name
+    # It goes on, and the evaluations are those of a run that nothing has broken.
+    farnear.train(config, "auto")
+    steps = [line["step"] for line in lines(run / "eval.jsonl") if line["kind"] == "during"]
+    assert steps == [2, 4, 6]
+    assert json.loads((run / "status.json").read_text())["state"] == "finished"
+
+
+def test_an_evaluation_that_was_broken_off_is_made_up_for_once(folder: Path) -> None:
+    """A signal comes in the evaluation of step 2, then a kill after it was made up for, before the next save."""
+    keys: dict[str, Any] = {
+        "data": {"eval": str(folder / "data" / "eval-*.tar")},
+        "evaluation": {"eval_steps": 2, "eval_on_start": False},
+        "training": {"save_steps": 4},
+    }
+    farnear.train(run_config(folder, "even", **keys))
+    config, run = run_config(folder, "broken-off", **keys), folder / "broken-off"
+    alone, signals = World(0, 1, torch.device("cpu")), Signals()
+
+    def at(watch: Watch, phase: str, **places: Any) -> None:
+        real_at(watch, phase, **places)
+        if phase == "evaluation":
+            signals.first = signal.SIGTERM
+
+    real_at = Watch.at
+    with (
+        patch.object(Watch, "at", at),
+        pytest.raises(RunInterruptedError, match=r"SIGTERM at rank 0 after step 2, saved in step-00000002; .*--resume"),
+    ):
+        train_in(alone, config, None, signals)
+    assert json.loads((run / "status.json").read_text())["state"] == "stopped"
+    assert not (run / "eval.jsonl").exists()
+
+    def killed(parts: Any, batch: Any) -> dict[str, Any]:
+        raise ZeroDivisionError
+
+    with patch("farnear.training.loop.train_step", killed), pytest.raises(ZeroDivisionError):
+        train_in(alone, config, "newest")
+    assert len(lines(run / "eval.jsonl")) == 1
+    train_in(alone, config, "newest")
+    assert lines(run / "eval.jsonl") == lines(folder / "even" / "eval.jsonl")
+    assert (run / "best").read_text() == (folder / "even" / "best").read_text()

@@ -122,6 +122,15 @@ def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[A
     return values
 
 
+def gather_on_main_rank(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """One picklable object of each rank, in rank order, on rank 0; an empty list elsewhere."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size() if dist.get_rank() == 0 else []
+    dist.gather_object(value, values or None, dst=0, group=group)
+    return values
+
+
 def all_reduce_sum(x: Tensor) -> Tensor:
     """Sum over ranks, in place; returns ``x``."""
     if world_size() > 1:

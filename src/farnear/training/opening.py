@@ -139,7 +139,7 @@ def open_run(
     if checkpoint is not None:
         progress = with_best_that_compares(progress, config, data, folder, world)
     begin("run folder")
-    on_main_rank(world, lambda: prepare_folder(config, folder, progress.step, data.train.faults, damaged))
+    on_main_rank(world, lambda: prepare_folder(config, folder, progress, data.train.faults, damaged))
     trackers = Trackers(config.training.report_to if world.is_main else (), folder.path, config.model_dump(mode="json"))
     begin("choices")
     step, choices = build_step(config, data.train, built, own_loss, progress, world, watch)
@@ -240,15 +240,15 @@ def measured_dims(config: RunConfig, full: int) -> tuple[int, ...]:
 
 
 def prepare_folder(
-    config: RunConfig, folder: RunFolder, step: int, faults: Sequence[Fault], damaged: Mapping[Path, str]
+    config: RunConfig, folder: RunFolder, progress: Progress, faults: Sequence[Fault], damaged: Mapping[Path, str]
 ) -> None:
-    """Save the resolved run file, check that it loads to the same config, and cut the records back to ``step``.
+    """Save the resolved run file, check that it loads to the same config, and cut the records back to where it stands.
 
     What a training that starts, at step 0, finds there is of one that did not reach its first checkpoint.
 
     Args:
         faults: Of the training shards.
-        damaged: Checkpoints newer than ``step`` that are not whole, and why: they make room for those to come.
+        damaged: Checkpoints newer than that which are not whole, and why: they make room for those to come.
     """
     folder.path.mkdir(parents=True, exist_ok=True)
     replace_text(folder.config, dump_config(config))
@@ -256,12 +256,15 @@ def prepare_folder(
         raise RuntimeError(f"{folder.config} does not load to the config it was saved from")
     for checkpoint, fault in damaged.items():
         print(f"{fault}; going back before it, it stays as {set_aside(checkpoint)}", flush=True)
+    step = progress.step
     if step:
         replace_text(folder.latest, folder_name(step) + "\n")  # a kill may have come before it was
     heal_export(folder.export)
+    # An evaluation that was made up for, and not saved, comes again.
+    last_of = {folder.evaluations: progress.evaluated_step or 0}
     for records in (folder.metrics, folder.evaluations, folder.quarantine, folder.bad_steps):
         if step:
-            cut_after(records, step)
+            cut_after(records, last_of.get(records, step))
         else:
             records.unlink(missing_ok=True)
     told = [{**asdict(fault), "shard": shown(fault.shard)} for fault in faults]

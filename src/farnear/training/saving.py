@@ -32,7 +32,7 @@ from torch import Tensor
 
 from farnear.errors import RunStoppedError, UserError, refused_by_system
 from farnear.files import give_usual_mode, replace_text, sync
-from farnear.parallel.collectives import gather_objects
+from farnear.parallel.collectives import gather_objects, gather_on_main_rank
 from farnear.parallel.strategy import ParameterSlice
 from farnear.parallel.world import World, on_main_rank
 from farnear.run_folder import RunFolder, published_checkpoints
@@ -183,26 +183,8 @@ class Saver:
         draft = self._checkpoints / f".saving-{save_id}"
         report = self._write(draft, save_id, step)
         self._watch.saving("report", step)
-        reports: list[_Report] = gather_objects(report, self._world.saving)
-        error = next((report.error for report in reports if report.error is not None), None)
-        if error is not None:
-            self._on_main(lambda: shutil.rmtree(draft, ignore_errors=True))
-            raise error
-        manifest = Manifest(
-            format=FORMAT,
-            save_id=save_id,
-            world_size=self._world.world_size,
-            progress=facts.progress,
-            periodic=facts.periodic,
-            parameters={
-                name: SavedParameter(shape=tuple(shape), step=next(r.steps[name] for r in reports if name in r.steps))
-                for name, shape in facts.shapes.items()
-            },
-            frozen_hash=facts.frozen_hash,
-            files={name: file for report in reports for name, file in report.files.items()},
-            **self._about,
-        )
-        self._on_main(lambda: self._publish(draft, final, manifest))
+        reports: list[_Report] = gather_on_main_rank(report, self._world.saving)
+        self._on_main(lambda: self._publish(draft, final, save_id, facts, reports))
         self._on_main(lambda: self._settle(final, facts.progress))
 
     def _on_main(self, work: Callable[[], Any]) -> Any:
@@ -228,32 +210,43 @@ class Saver:
         except RunStoppedError as error:
             return _Report(error=error)
         except (OSError, SafetensorError) as error:
-            return _Report(
-                error=UserError(
-                    f"checkpoint of step {step} was not saved: rank {self._world.rank} cannot write into {draft} "
-                    f"({error}); what was saved before is untouched"
-                )
-            )
+            return _Report(error=_not_saved(step, f"rank {self._world.rank} cannot write into {draft} ({error})"))
         except Exception as error:  # a defect; the other ranks wait to be told
             return _Report(error=RuntimeError(f"rank {self._world.rank} failed while it saved: {error!r}"))
         return _Report(files, {piece.name: int(piece.step) for piece in self._host})
 
-    def _publish(self, draft: Path, final: Path, manifest: Manifest) -> None:
-        step = manifest.progress.step
+    def _publish(self, draft: Path, final: Path, save_id: str, facts: "_Facts", reports: Sequence["_Report"]) -> None:
+        step = facts.progress.step
         try:
+            if error := next((report.error for report in reports if report.error is not None), None):
+                raise error
             self._watch.saving("manifest", step)
-            text = manifest.model_dump_json(indent=1) + "\n"
+            text = self._manifest(save_id, facts, reports).model_dump_json(indent=1) + "\n"
             replace_text(draft / MANIFEST, text)
             replace_text(draft / SEAL, seal_of(text.encode()))
             self._watch.saving("rename", step)
             os.rename(draft, final)
             sync(self._checkpoints)
         except OSError as error:
-            shutil.rmtree(draft, ignore_errors=True)
-            raise UserError(
-                f"checkpoint of step {step} was not saved: {refused_by_system(error)}; what was saved before is "
-                "untouched"
-            ) from None
+            raise _not_saved(step, str(refused_by_system(error))) from None
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)  # what is published is there no more
+
+    def _manifest(self, save_id: str, facts: "_Facts", reports: Sequence["_Report"]) -> Manifest:
+        steps = {name: step for report in reports for name, step in report.steps.items()}
+        return Manifest(
+            format=FORMAT,
+            save_id=save_id,
+            world_size=self._world.world_size,
+            progress=facts.progress,
+            periodic=facts.periodic,
+            parameters={
+                name: SavedParameter(shape=tuple(shape), step=steps[name]) for name, shape in facts.shapes.items()
+            },
+            frozen_hash=facts.frozen_hash,
+            files={name: file for report in reports for name, file in report.files.items()},
+            **self._about,
+        )
 
     def _settle(self, final: Path, progress: Progress) -> None:
         """Point at what is there now, and remove what is kept no longer."""
@@ -315,6 +308,10 @@ class _Report:
         error: Exception | None = None,
     ) -> None:
         self.files, self.steps, self.error = files or {}, steps or {}, error
+
+
+def _not_saved(step: int, why: str) -> UserError:
+    return UserError(f"checkpoint of step {step} was not saved: {why}; what was saved before is untouched")
 
 
 def _on_host(piece: ParameterSlice) -> ParameterSlice:
