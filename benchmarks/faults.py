@@ -105,7 +105,8 @@ class Outcome:
 
 
 def rank_main(rank: int, port: int, folder: Path, words: Sequence[str], fault: Scenario | None) -> None:
-    """What torchrun's child does, with a fault in wait."""
+    """What torchrun's child does, in a session of its own, with a fault in wait."""
+    os.setsid()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
     os.environ.update(MASTER_PORT=str(port), OMP_NUM_THREADS="1")
     out = open(folder / f"rank-{rank}.log", "ab", buffering=0)  # noqa: SIM115  (it is to stay)

@@ -194,6 +194,9 @@ def test_hashes_are_looked_at_unless_the_run_file_says_no(published: Path) -> No
     whole_checkpoint(published, ALONE, verify=False)
     with pytest.raises(UserError, match="its hash differs"):
         whole_checkpoint(published, ALONE, verify=True)
+    truncate(published / FILE, published)
+    with pytest.raises(UserError, match=rf"{FILE} has \d+ bytes, not the \d+ that were saved"):
+        whole_checkpoint(published, ALONE, verify=False)
 
 
 def test_a_file_of_another_save_is_refused_where_its_manifest_was_made_to_fit(tmp_path: Path) -> None:
@@ -234,6 +237,21 @@ def test_elements_that_no_file_holds_or_two_are_refused(published: Path, span: t
     change_manifest(published, lambda manifest: manifest["files"][FILE]["pieces"].update({"1.weight": span}))
     with pytest.raises(UserError, match=r"step-00000003 is not whole: 1\.weight is covered up to"):
         open_checkpoint(published)
+
+
+def test_elements_that_two_files_hold_are_refused(two_steps: Path, tmp_path: Path) -> None:
+    shutil.copytree(two_steps, tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints" / "step-00000002"
+
+    def twice(manifest: dict[str, Any]) -> None:
+        [file] = [one for name, one in manifest["files"].items() if "rank-00001" in name and "0.bias" in one["pieces"]]
+        assert file["pieces"]["0.bias"] == [1, 4]
+        file["pieces"]["0.bias"] = [0, 4]
+
+    open_checkpoint(folder)
+    change_manifest(folder, twice)
+    with pytest.raises(UserError, match=r"0\.bias is covered up to 1 of 4"):
+        open_checkpoint(folder)
 
 
 @pytest.mark.parametrize("name", ["../rank-00000.0.safetensors", "/etc/passwd", "a/rank-00000.0.safetensors", "x.bin"])

@@ -14,7 +14,7 @@ from ranks import run_ranks
 from farnear.config import RunConfig, parse_config
 from farnear.errors import RunStoppedError, UserError
 from farnear.parallel.collectives import all_reduce_sum
-from farnear.parallel.world import check_launch, on_main_rank, start_world, stop_world, tighten
+from farnear.parallel.world import check_launch, on_main_rank, start_world, stop_world, tells_of_a_lost_rank, tighten
 from farnear.parallel.zero import deepspeed_config
 from farnear.resources import resource_root
 
@@ -155,8 +155,10 @@ def wait_too_long(rank: int, world_size: int, folder: Path) -> None:
     if rank == 1:
         time.sleep(3)
         os._exit(0)
-    with pytest.raises(RuntimeError, match=r"[Tt]im"):
+    with pytest.raises(RuntimeError, match=r"[Tt]im") as caught:
         all_reduce_sum(torch.ones(1))
+    assert tells_of_a_lost_rank(caught.value)
+    assert not tells_of_a_lost_rank(RuntimeError("The size of tensor a must match"))
     (folder / "waited").write_text(str(time.monotonic() - started))
     os._exit(0)
 

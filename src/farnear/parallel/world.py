@@ -141,6 +141,13 @@ def check_launch(config: RunConfig, environment: Mapping[str, str]) -> None:
     _check_values(config, environment)
 
 
+def tells_of_a_lost_rank(error: BaseException) -> bool:
+    """Whether a collective has failed because another rank is gone, or has not come for too long."""
+    kinds = (dist.DistNetworkError, dist.DistBackendError, dist.DistStoreError)
+    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
+    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))
+
+
 def on_main_rank(world: World, work: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
     """Run ``work`` on rank 0 and give its result, or its error, to every rank.
 

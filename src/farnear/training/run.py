@@ -22,7 +22,7 @@ from farnear.errors import RunInterruptedError, RunStoppedError, UserError
 from farnear.model.export import export_model
 from farnear.model.pixels import page_tokens
 from farnear.outcome import tell
-from farnear.parallel.world import PATIENCE, World, on_main_rank, start_world, stop_world, tighten
+from farnear.parallel.world import PATIENCE, World, on_main_rank, start_world, stop_world, tells_of_a_lost_rank, tighten
 from farnear.retrieve.evaluate import evaluate
 from farnear.run_folder import Resume, RunFolder, check_start, claimed
 from farnear.signals import Signals
@@ -77,6 +77,14 @@ def train_in(
             write_failure(folder, error, anyway=True)
             raise error from None
         except BaseException as error:
+            if tells_of_a_lost_rank(error):
+                why = str(error).splitlines()[0][:200]
+                lost = RunStoppedError(
+                    f"rank {world.rank} has lost another rank in {watch.place} ({why}); what that one met is told "
+                    "above, if it could tell it; continue with --resume"
+                )
+                write_failure(folder, lost)
+                raise lost from error
             write_failure(folder, error, None if isinstance(error, UserError) else world.rank)
             raise
 

@@ -88,6 +88,7 @@ class Watchdog:
                 self._wait_for_the_end()
             if self._watch.moves != moves:
                 moves, moved_at = self._watch.moves, time.monotonic()
+                self._seen = {}
                 continue
             stuck = time.monotonic() - moved_at
             # Looked at twice at least, for only a change tells that a rank moves.
@@ -163,7 +164,7 @@ class Watchdog:
 
     def _wait_for_the_end(self) -> None:
         """The rank that puts the report together is done when it moves the folder; then this rank may end too."""
-        deadline = time.monotonic() + 10 * self._interval
+        deadline = time.monotonic() + 3 * self._interval
         while self._folder.hang.is_dir() and time.monotonic() < deadline:
             time.sleep(self._interval / 10)
         self._end(None)
@@ -187,10 +188,9 @@ class Watchdog:
             + f"rank {self._rank} waits in {self._watch.place}{some}{more}; {report}/report.txt has the stacks; "
             "continue with --resume, or raise training.ddp_timeout if this was no hang"
         )
-        texts = [f"{line}\n"]
-        texts += [f"{_last_words(self._folder, rank)}\n" for rank in silent]
-        texts += [(self._folder.hang / f"rank-{rank:05d}.txt").read_text(encoding="utf-8") for rank in answered]
+        texts = [f"{line}\n", *(f"{_last_words(self._folder, rank)}\n" for rank in silent)]
         try:
+            texts += [(self._folder.hang / f"rank-{rank:05d}.txt").read_text(encoding="utf-8") for rank in answered]
             (self._folder.hang / "report.txt").write_text("\n".join(texts), encoding="utf-8")
             report.parent.mkdir(exist_ok=True)
             os.rename(self._folder.hang, report)
