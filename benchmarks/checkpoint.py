@@ -105,7 +105,7 @@ def measure(folder: Path, parameters: int, rounds: int) -> dict[str, Any]:
             size = bytes_of(path)
             if kind == "waiting":
                 started = perf_counter()
-                load_state(whole_checkpoint(path, ALONE, verify=True), run.state)
+                load_state(whole_checkpoint(path, ALONE, verify=True), run.state, ALONE)
                 loads.append(perf_counter() - started)
             shutil.rmtree(path)
     minimum = BYTES_OF_PARAMETER * run.parameters

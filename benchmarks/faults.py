@@ -48,7 +48,7 @@ from safetensors import safe_open
 ROOT = Path(__file__).resolve().parents[1]
 STRATEGIES = ("ddp", "zero2", "zero3")
 FAULTS = ("kill", "term", "usr1", "exception", "full", "readonly", "stop")
-STEP_PLACES = ("agree", "pass one", "loss", "pass two", "reduce", "update")
+STEP_PLACES = ("exchange", "pass one", "loss", "pass two", "reduce", "update")
 SAVE_PLACES = ("save: copy", "draft", "write", "sync", "report")
 MAIN_PLACES = ("manifest", "rename", "latest", "retain")  # of a save, on rank 0 alone
 PLACES = (*SAVE_PLACES, *MAIN_PLACES, *STEP_PLACES, "evaluation")
@@ -151,6 +151,8 @@ def strike(fault: str, folder: Path) -> None:
     """The fault itself, in the process and the thread that met it."""
     signals = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "usr1": signal.SIGUSR1, "stop": signal.SIGSTOP}
     disk = folder / "run" / "checkpoints"
+    if fault == "stop":
+        time.sleep(TIMEOUT / 10)  # mini-batches of a real run take longer than it is from one heartbeat to the next
     if fault in signals:
         os.kill(os.getpid(), signals[fault])
     elif fault == "exception":

@@ -37,7 +37,7 @@ def save_checkpoint(
 
 def load_checkpoint(folder: Path, state: TrainedState, world: World) -> None:
     """Verify a checkpoint and load it. A collective."""
-    load_state(whole_checkpoint(folder, world, verify=True), state)
+    load_state(whole_checkpoint(folder, world, verify=True), state, world)
 
 
 def change_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:

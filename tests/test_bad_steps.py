@@ -94,15 +94,15 @@ def figures(step: int, loss: float | None, left_out: str | None = None) -> dict[
 def test_a_step_is_left_out_up_to_so_many_in_a_row(tmp_path: Path) -> None:
     judge = judge_of(tmp_path, [], on_non_finite="skip")
     numbers = Numbers()
-    for step in range(1, MOST_SKIPPED_IN_A_ROW):
+    for step in range(1, MOST_SKIPPED_IN_A_ROW + 1):
         _, numbers = judge.judge(figures(step, None, "loss"), numbers)
     _, numbers = judge.judge(figures(50, 2.0), numbers)
     assert numbers.skipped_in_a_row == 0
-    with pytest.raises(RunStoppedError, match=f"for the {MOST_SKIPPED_IN_A_ROW}th time in a row"):
-        for step in range(51, 51 + MOST_SKIPPED_IN_A_ROW):
+    with pytest.raises(RunStoppedError, match=f"for the {MOST_SKIPPED_IN_A_ROW + 1}th time in a row"):
+        for step in range(51, 52 + MOST_SKIPPED_IN_A_ROW):
             _, numbers = judge.judge(figures(step, 2.0, "gradient"), numbers)
     told = lines(tmp_path / "bad_steps.jsonl")
-    assert len(told) == 2 * MOST_SKIPPED_IN_A_ROW - 1
+    assert len(told) == 2 * MOST_SKIPPED_IN_A_ROW + 1
     assert told[0] == {
         "step": 1,
         "what": "loss",
@@ -114,7 +114,10 @@ def test_a_step_is_left_out_up_to_so_many_in_a_row(tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_to_stop_stops_with_the_keys(tmp_path: Path) -> None:
-    with pytest.raises(RunStoppedError, match=r"step 7: the gradient is not finite .* batch: a\.tar/6 b\.tar/x"):
+    with pytest.raises(
+        RunStoppedError,
+        match=r"step 7: the gradient is not finite \(the loss is 2\.0000\), so .* names: a\.tar/6 b\.tar/x",
+    ):
         judge_of(tmp_path, []).judge(figures(7, 2.0, "gradient"), Numbers())
     assert lines(tmp_path / "bad_steps.jsonl")[0]["action"] == "stop"
 

@@ -308,7 +308,7 @@ def test_a_rank_reads_its_own_slices_and_no_others(
         slices=lambda owned: pieces,
         spread_weights=lambda: None,
     )
-    restoring.load_state(checkpoint, state)  # type: ignore[arg-type]
+    restoring.load_state(checkpoint, state, ALONE)  # type: ignore[arg-type]
     assert torch.equal(torch.cat([piece.weight_n for piece in pieces]), whole[start:stop])
     assert len(opened) == len(set(opened)) == files
     assert sum(read) == 3 * (stop - start)
@@ -344,6 +344,32 @@ class CountingFile:
         return Counting()
 
 
+def test_a_copy_under_another_name_is_refused(published: Path) -> None:
+    copy = published.with_name("step-00000009")
+    shutil.copytree(published, copy)
+    with pytest.raises(UserError, match="step-00000009 is a copy under another name, of step-00000003"):
+        open_checkpoint(copy)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"progress": {"step": -3}},
+        {"progress": {"numbers": {"losses": 5}}},
+        {"parameters": {"0.bias": {"step": 10**30}}},
+    ],
+)
+def test_a_manifest_with_values_that_cannot_be_is_refused(published: Path, changed: dict[str, Any]) -> None:
+    def change(manifest: dict[str, Any]) -> None:
+        [(section, values)] = changed.items()
+        for name, value in values.items():
+            manifest[section][name] = {**manifest[section][name], **value} if section == "parameters" else value
+
+    change_manifest(published, change)
+    with pytest.raises(UserError, match=rf"manifest\.json is damaged \({next(iter(changed))}"):
+        open_checkpoint(published)
+
+
 def test_another_model_is_refused(published: Path) -> None:
     _, strategy = trained_module(seed=0)
     other = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
@@ -371,13 +397,38 @@ def test_leftovers_of_a_killed_save_are_removed_and_named(tmp_path: Path, capsys
     assert ".saving-abc" in capsys.readouterr().out
 
 
+def test_a_checkpoint_that_was_moved_behind_a_link_stays_where_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = save_step(tmp_path, 1)
+    moved = first.rename(tmp_path / "moved")
+    first.symlink_to(moved)
+    (tmp_path / "checkpoints" / ".saving-a-file").touch()
+    keeps_one = saver_of(tmp_path / "checkpoints", ALONE, Retention(1))
+    module, strategy = trained_module(seed=0)
+    keeps_one.save(state_of(strategy, module), Progress(2, 1, 2, "f"), periodic=True)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+    assert len(list(moved.iterdir())) == 3
+
+    def refused(path: Path, **_: Any) -> None:
+        if path.name.startswith(".saving"):
+            return
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(saving.shutil, "rmtree", refused)
+    keeps_one.save(state_of(strategy, module), Progress(3, 1, 2, "f"), periodic=True)
+    assert "cannot be removed ([Errno 13] Permission denied" in capsys.readouterr().out
+    assert newest_whole(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step-00000003"
+
+
 def test_retention_spares_the_newest_the_best_and_the_milestones(tmp_path: Path) -> None:
     for step in range(1, 8):
         save_step(tmp_path, step)
     folder = tmp_path / "checkpoints"
 
     def left(newest: int | None, every: int | None, best_step: int | None) -> list[int]:
-        retain(folder, Retention(newest, every), best_step)
+        for doomed in retain(folder, Retention(newest, every), best_step):
+            shutil.rmtree(doomed)
         return sorted(int(path.name.removeprefix("step-")) for path in folder.iterdir())
 
     assert left(None, None, None) == [1, 2, 3, 4, 5, 6, 7]

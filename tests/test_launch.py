@@ -22,7 +22,8 @@ from farnear.errors import RunStoppedError, UserError
 from farnear.launching import local
 from farnear.launching.local import accelerate_command, launch, python_command, supervise
 from farnear.outcome import OUTCOME_FILE, read_outcome, tell
-from farnear.run_folder import check_start
+from farnear.run_folder import RunFolder, check_start, claimed
+from farnear.status import read_status, write_status
 
 ROOT = Path(__file__).resolve().parents[1]
 RunProgram = Callable[..., list[str]]
@@ -459,7 +460,7 @@ def test_a_second_sigint_ends_a_launch_that_hangs(long_run: Path) -> None:
     rank.suspend()
     launched.send_signal(signal.SIGINT)
     assert launched.stderr is not None
-    assert "SIGINT: the ranks save and stop; SIGINT ends them at once" in launched.stderr.readline()
+    assert "SIGINT: all ranks save and stop; another Ctrl-C (SIGINT) ends them at once" in launched.stderr.readline()
     assert launched.poll() is None
     launched.send_signal(signal.SIGINT)
     _, text = launched.communicate(timeout=30)
@@ -467,3 +468,20 @@ def test_a_second_sigint_ends_a_launch_that_hangs(long_run: Path) -> None:
     assert "farnear: stopped by SIGINT; no process is left\n" in text
     assert _ends(rank, seconds=0.5)
     assert json.loads((long_run / "run" / "status.json").read_text())["state"] == "failed"
+
+
+def test_a_launch_that_never_had_the_folder_does_not_speak_for_the_run_in_it(
+    tmp_path: Path, write_run_file: WriteRunFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    monkeypatch.setattr(local, "supervise", lambda command, _: 130)
+    with claimed(folder):
+        write_status(folder, "running", step=3)
+        assert launch(write_run_file(), [], resume="auto") == 130
+        status = read_status(folder)
+        assert status is not None
+        assert status["state"] == "running"
+    assert launch(write_run_file(), [], resume="auto") == 130
+    status = read_status(folder)
+    assert status is not None
+    assert (status["state"], status["reason"]) == ("failed", "a process of the launch ended with code 130")

@@ -185,7 +185,7 @@ def return_to_the_best(rank: int, world_size: int, folder: Path) -> None:
         features = run.preprocess(["Which page shows the red bar chart?"], "query")
         # Twice: from its second forward on ZeRO-3 keeps small parameters gathered.
         last = [run.strategy.embed(features) for _ in range(2)][1]
-        load_state(open_checkpoint(run.folder.checkpoints / "step-00000002"), run.state)
+        load_state(open_checkpoint(run.folder.checkpoints / "step-00000002"), run.state, world)
         best = run.strategy.embed(features)
         assert torch.equal(best, fresh.strategy.embed(features)), strategy
         assert not torch.equal(best, last), strategy

@@ -175,10 +175,13 @@ def loss_that_is_not_finite(rank: int, world_size: int, folder: Path) -> None:
             next(iter(run.model.parameters())).fill_(math.nan)
     batch = next(parts.loader.batches(2, 3))
     with pytest.raises(
-        RunStoppedError, match=r"step 3: the loss is not finite \(loss nan\).*train-000000\.tar/"
+        RunStoppedError, match=r"step 3: the loss is not finite, so nothing.*train-000000\.tar/"
     ) as caught:
         parts.bad_steps.judge(train_step(parts, batch), Numbers())
-    assert all(key in str(caught.value) for key in parts.loader.keys_of_batch(2))
+    keys = parts.loader.keys_of_batch(2)
+    assert all(key in str(caught.value) for key in keys[:8])
+    if rank == 0:
+        assert lines(run.folder.bad_steps)[0]["keys"] == keys
     stop_world()
 
 
@@ -283,7 +286,11 @@ def test_a_refused_resume_leaves_the_run_as_it_is(folder: Path) -> None:
     farnear.train(run_config(folder, "long", **keys, training={"max_steps": 2}))
 
     def content() -> dict[Path, bytes]:
-        files = [path for path in (folder / "long").rglob("*") if path.is_file() and path.name != "run.lock"]
+        files = [
+            path
+            for path in (folder / "long").rglob("*")
+            if path.is_file() and path.name not in ("run.lock", "status.json")
+        ]
         return {path: path.read_bytes() for path in files}
 
     before = content()
@@ -295,6 +302,9 @@ def test_a_refused_resume_leaves_the_run_as_it_is(folder: Path) -> None:
     with pytest.raises(UserError, match=r"loss.matryoshka_dims names 4096, 2048, but"):
         farnear.train(run_config(folder, "long", **keys, loss={"matryoshka_dims": [4096, 2048, 64]}), "newest")
     assert content() == before
+    status = json.loads((folder / "long" / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 2)
+    assert "loss.matryoshka_dims names 4096, 2048" in status["reason"]
 
 
 def test_a_best_is_compared_with_its_like_only(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -438,3 +448,94 @@ def test_an_evaluation_that_was_broken_off_is_made_up_for_once(folder: Path) -> 
     train_in(alone, config, "newest")
     assert lines(run / "eval.jsonl") == lines(folder / "even" / "eval.jsonl")
     assert (run / "best").read_text() == (folder / "even" / "best").read_text()
+
+
+def stopped_after(step: int) -> Any:
+    """What ends a training before a step as a kill would, but for the process."""
+
+    def train_one(parts: Any, batch: Any) -> dict[str, Any]:
+        if batch.step == step:
+            raise ZeroDivisionError
+        return train_step(parts, batch)
+
+    return patch("farnear.training.loop.train_step", train_one)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut"])
+def test_a_best_checkpoint_that_is_damaged_does_not_block_a_run(
+    folder: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Best is step 2, damaged: before a resume, which looks at it, and while the run goes on."""
+    config = run_config(
+        folder,
+        f"best-{damage}",
+        data={"eval": str(folder / "data" / "eval-*.tar")},
+        evaluation={"eval_steps": 2, "sample_queries": 1, "sample_pages": 1, "eval_on_start": False},
+        training={"save_steps": 1, "load_best_model_at_end": True},
+    )
+    run, alone = folder / f"best-{damage}", World(0, 1, torch.device("cpu"))
+
+    def harm() -> None:
+        path = run / "checkpoints" / (run / "best").read_text().strip() / "rank-00000.0.safetensors"
+        data = path.read_bytes()
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]) if damage == "flip" else data[:-1])
+
+    with stopped_after(3), pytest.raises(ZeroDivisionError):
+        train_in(alone, config)
+    assert (run / "best").read_text() == "step-00000002\n"
+    harm()
+    with pytest.raises(UserError, match=r"step-00000002/rank-00000\.0\.safetensors .*; say --resume auto to go on"):
+        train_in(alone, config, "newest")
+    with stopped_after(5), pytest.raises(ZeroDivisionError):
+        train_in(alone, config, "auto")
+    assert "the best checkpoint so far, step-00000002, is damaged" in capsys.readouterr().out
+    assert (run / "best").read_text() == "step-00000004\n"
+
+    def train_last(parts: Any, batch: Any) -> dict[str, Any]:
+        harm()
+        return train_step(parts, batch)
+
+    with patch("farnear.training.loop.train_step", train_last):
+        train_in(alone, config, "auto")
+    assert "the last model is measured and exported in place of the best" in capsys.readouterr().out
+    exported = dict(SentenceTransformer(str(run / "export"), device="cpu").named_parameters())
+    saved = load_file(run / "checkpoints" / "step-00000006" / "rank-00000.0.safetensors")
+    assert all(torch.equal(weight.flatten(), saved[f"weight/0/model.{name}"]) for name, weight in exported.items())
+
+
+def test_records_are_cut_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3)))
+    before = path.stat().st_ino
+    cut_after(path, 3)
+    assert path.stat().st_ino == before
+    with patch("os.replace", side_effect=OSError("no room")), pytest.raises(OSError, match="no room"):
+        cut_after(path, 1)
+    assert [line["step"] for line in lines(path)] == [1, 2, 3]
+    cut_after(path, 1)
+    assert [line["step"] for line in lines(path)] == [1]
+    assert [one.name for one in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_fallback_leaves_no_name_of_what_is_set_aside(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = run_config(
+        folder,
+        "falls-back",
+        data={"eval": str(folder / "data" / "eval-*.tar")},
+        evaluation={"eval_steps": 3, "eval_on_start": False},
+        training={"save_steps": 1, "max_steps": 4},
+    )
+    run, alone = folder / "falls-back", World(0, 1, torch.device("cpu"))
+    with stopped_after(3), pytest.raises(ZeroDivisionError):
+        train_in(alone, config)
+    assert (run / "best").read_text() == (run / "latest").read_text() == "step-00000003\n"
+    (run / "checkpoints" / "step-00000003" / "manifest.json").unlink()
+    with stopped_after(2), pytest.raises(ZeroDivisionError):
+        train_in(alone, config, "auto")
+    assert (run / "latest").read_text() == "step-00000002\n"
+    assert not (run / "best").exists()
+    assert (run / "checkpoints" / "step-00000003.damaged").is_dir()
+    assert "going back before it, it stays as" in capsys.readouterr().out
+    train_in(alone, config, "auto")
+    assert (run / "best").read_text() == "step-00000003\n"
+    assert (run / "checkpoints" / "step-00000003").is_dir()

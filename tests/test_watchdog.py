@@ -68,7 +68,7 @@ def test_a_hang_is_told_once_with_all_places_pairs_and_stacks(folder: RunFolder)
 
 def test_a_rank_that_cannot_answer_is_named_by_its_heartbeat(folder: RunFolder) -> None:
     silent = Rank(folder, 1, 2)
-    silent.watch.at("pass one", step=7, mini_batch=2)
+    silent.watch.at("pass one", step=7, mini_batch=2, pairs=np.array([9]))
     silent.dog._beat()
     rank = Rank(folder, 0, 2)
     rank.watch.at("loss", step=7, pairs=np.array([3]))
@@ -76,7 +76,8 @@ def test_a_rank_that_cannot_answer_is_named_by_its_heartbeat(folder: RunFolder) 
         told = rank.wait_for_end()
     assert "silent: rank 1 (" in str(told)
     assert "last heard of at 20" in str(told)
-    assert "in step 7, pass one, mini-batch 2; rank 0 waits in step 7, loss with shard.tar/3; " in str(told)
+    assert "in step 7, pass one, mini-batch 2 (pairs in hand: shard.tar/9); " in str(told)
+    assert "rank 0 waits in step 7, loss (pairs in hand: shard.tar/3); " in str(told)
 
 
 def test_a_rank_that_was_never_heard_of_is_named_too(folder: RunFolder) -> None:

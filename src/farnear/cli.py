@@ -144,7 +144,7 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="auto",
         nargs="?",
         type=resume,
-        help="continue from the newest checkpoint; `--resume auto` starts if there is none",
+        help="continue from the newest checkpoint; with auto from the newest whole one, and start if there is none",
     )
 
 

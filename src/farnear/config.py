@@ -53,6 +53,12 @@ FOREIGN_KEYS = {
     ),
     "train_batch_size": "training.global_batch_size counts the pairs of all ranks together",
     "lr": "write training.learning_rate",
+    "resume_from_checkpoint": "say --resume to continue, or --resume auto to continue if there is a checkpoint",
+    "save_strategy": "training.save_steps is a number of steps, or below 1 a share of all",
+    "eval_strategy": "evaluation.eval_steps is a number of steps, or below 1 a share of all",
+    "save_safetensors": "weights are never written in another format",
+    "save_only_model": "export/ holds the model alone; a checkpoint holds what it takes to continue",
+    "greater_is_better": "it is, for every measure of evaluation.metric_for_best_model",
     "max_length": "pages are bounded by model.max_pixels, queries by the tokenizer's own limit",
 }
 

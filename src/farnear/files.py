@@ -34,6 +34,12 @@ def replace_text(path: Path, text: str) -> None:
         file.write(text.encode("utf-8"))
 
 
+def remove_drafts(folder: Path) -> None:
+    """Remove what writers of files in a folder have left when they were killed; for one who knows that none is left."""
+    for draft in folder.glob(".*.tmp"):
+        draft.unlink(missing_ok=True)
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Alone among all that lock ``path``, which is made and stays. A process that is killed leaves no lock behind."""

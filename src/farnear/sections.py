@@ -54,6 +54,12 @@ _OF_INFONCE = (
 )
 
 
+def _interval(steps: float | None) -> Any:
+    if steps is not None and steps > 1 and steps != int(steps):
+        raise ValueError(f"a whole number of steps, or below 1 a share of all, not {steps:g}")
+    return steps
+
+
 def _is_number(value: Any, kind: type) -> bool:
     return isinstance(value, (int, kind)) and not isinstance(value, bool)
 
@@ -345,7 +351,7 @@ class TrainingConfig(Section):
     save_steps: float = Field(default=500, ge=0)
     """Steps between checkpoints; below 1 a share of all steps; 0 saves at the end only."""
     save_total_limit: int | None = Field(default=None, ge=1)
-    """Checkpoints kept; the newest and the best are never removed."""
+    """The newest so many of them are kept; the best one always is, beside them."""
     keep_every_n_steps: int | None = Field(default=None, ge=1)
     """Checkpoints of steps that are a multiple of it are kept beyond save_total_limit."""
     async_save: bool = True
@@ -355,7 +361,7 @@ class TrainingConfig(Section):
     ddp_timeout: float = Field(default=300.0, ge=5)
     """Seconds without progress of any rank after which a run, once past its first step, is taken to hang and ends."""
     on_non_finite: Literal["stop", "skip"] = "stop"
-    """When a step's loss or gradient is not finite: stop the run, or leave the step out, up to ten in a row."""
+    """When a step's loss or gradient is not finite: stop the run, or leave the step out, at most ten in a row."""
     loss_spike_threshold: float | None = Field(default=None, gt=0)
     """A loss so many times the usual spread above the median of those before it is a spike; unset: none is."""
     loss_spike_window: int = Field(default=50, ge=8)
@@ -395,6 +401,11 @@ class TrainingConfig(Section):
             if not (_is_number(one, int) and one >= 1) and not (is_auto and one == "auto"):
                 raise ValueError(f"a whole number from 1 on{auto}, or {{query: N, document: N}}, not {one!r}")
         return value
+
+    @field_validator("save_steps")
+    @classmethod
+    def _whole_or_a_share(cls, value: float) -> float:
+        return _interval(value)
 
     @property
     def mini_batch_size_of(self) -> dict[str, int | None]:
@@ -441,3 +452,9 @@ class EvaluationConfig(Section):
         "ndcg@10"
     )
     """Measure, at the full dimension, by which the best checkpoint is chosen."""
+
+    @field_validator("eval_steps")
+    @classmethod
+    def _whole_or_a_share(cls, value: float | None) -> float | None:
+        steps: float | None = _interval(value)
+        return steps

@@ -1,6 +1,6 @@
 """`status.json` in a run folder: how the run stands or has ended, for a person and for what starts it again.
 
-    {"state": "running", "step": 0, "host": "n1", "pid": 7, "time": "2026-11-22T01:00:00Z"}
+    {"state": "running", "step": null, "host": "n1", "pid": 7, "time": "2026-11-22T01:00:00Z"}
     {"state": "finished", ...}                                     exit code 0
     {"state": "stopped", "exit_code": 75, "checkpoint": "step-00000012", "reason": "SIGTERM at rank 1", ...}
     {"state": "failed", "exit_code": 1, "checkpoint": "step-00000008", "reason": "step 9: the loss is ...", ...}
@@ -9,14 +9,18 @@
 whose run.lock nobody holds was killed. The first reason stands: what other ranks meet after it follows from it.
 """
 
+import fcntl
 import json
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any, Literal
 
 from farnear.errors import RunInterruptedError, UserError
-from farnear.files import locked, replace_text
+from farnear.files import replace_text
 from farnear.run_folder import RunFolder, published_checkpoints
 
 State = Literal["running", "finished", "stopped", "failed"]
@@ -36,12 +40,11 @@ def write_status(folder: RunFolder, state: State, **facts: Any) -> None:
     replace_text(folder.status, json.dumps(status, indent=1) + "\n")
 
 
-def write_failure(folder: RunFolder, error: BaseException, rank: int | None = None, *, anyway: bool = False) -> None:
+def write_failure(folder: RunFolder, error: BaseException, rank: int | None = None) -> None:
     """Note why a run has ended, if nobody has yet. Any rank may; a run folder that cannot be written keeps silent.
 
     Args:
         rank: That met it; None where all did.
-        anyway: Whether it is noted, too, where the run has not said yet that it is running.
     """
     is_stop = isinstance(error, RunInterruptedError)
     reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
@@ -49,11 +52,11 @@ def write_failure(folder: RunFolder, error: BaseException, rank: int | None = No
         "exit_code": error.exit_code if isinstance(error, UserError) else 1,
         "reason": reason if rank is None else f"rank {rank}: {reason}",
     }
-    if not anyway and not _is_running(folder):
+    if not _is_running(folder):
         return
     try:
-        with locked(folder.path / ".status.lock"):
-            if anyway or _is_running(folder):
+        with _alone(folder.path):
+            if _is_running(folder):
                 write_status(folder, "stopped" if is_stop else "failed", **facts)
     except OSError:
         return
@@ -62,10 +65,20 @@ def write_failure(folder: RunFolder, error: BaseException, rank: int | None = No
 def read_status(folder: RunFolder) -> dict[str, Any] | None:
     """The status, if there is a readable one."""
     try:
-        status: dict[str, Any] = json.loads(folder.status.read_text(encoding="utf-8"))
+        status = json.loads(folder.status.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return status
+    return status if isinstance(status, dict) else None
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _is_running(folder: RunFolder) -> bool:

@@ -26,3 +26,9 @@ def spans(numbers: Sequence[int]) -> str:
 def printable(text: str) -> str:
     """A line from a shard, with control characters spelled as Python does."""
     return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def some_of(words: Sequence[str], most: int = 8) -> str:
+    """The first of many words, and how many more there are."""
+    more = f" and {len(words) - most} more" if len(words) > most else ""
+    return " ".join(words[:most]) + more

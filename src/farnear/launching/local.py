@@ -31,7 +31,7 @@ from farnear.errors import RunInterruptedError, RunStoppedError, UserError
 from farnear.outcome import OUTCOME_FILE, announced, read_outcome
 from farnear.processes import end_with_parent
 from farnear.resources import resource_root
-from farnear.run_folder import Resume, RunFolder, check_start, published_checkpoints
+from farnear.run_folder import Resume, RunFolder, check_start, claimed, published_checkpoints
 from farnear.status import write_failure
 
 SECONDS_BETWEEN_LOOKS = 0.1
@@ -88,8 +88,10 @@ def launch(
     print(shlex.join(shown), flush=True)
     folder = RunFolder(Path(config.output_dir))
     code = supervise(run, environment)
-    if code not in (0, RunInterruptedError.exit_code):
-        write_failure(folder, RunStoppedError(f"a process of the launch ended with code {code}"))
+    if code not in (0, RunInterruptedError.exit_code) and folder.lock.exists():
+        # Another launch that holds the folder will speak for itself.
+        with suppress(UserError), claimed(folder):
+            write_failure(folder, RunStoppedError(f"a process of the launch ended with code {code}"))
     if code > 128:
         published = published_checkpoints(folder.checkpoints)
         how = (
@@ -155,14 +157,15 @@ def supervise(command: Sequence[str], environment: Mapping[str, str] | None = No
             # torchrun, for its part, ends its ranks when it takes a SIGTERM.
             preexec_fn=partial(end_with_parent, os.getpid()),
         )
+        at_once = False
         try:
-            _wait(child, outcome, received)
+            at_once = _wait(child, outcome, received)
             if outcome.exists():
                 time.sleep(SECONDS_FOR_OTHER_RANKS)
         finally:
             if child.returncode != 0:
-                _end(child, str(outcome))
-        if error := read_outcome(outcome):
+                _end(child, str(outcome), grace=0.0 if at_once else SECONDS_FROM_SIGTERM_TO_SIGKILL)
+        if not at_once and (error := read_outcome(outcome)):
             raise error
         if received and child.returncode != 0:
             print(f"farnear: stopped by {received[0].name}; no process is left", file=sys.stderr)
@@ -172,20 +175,22 @@ def supervise(command: Sequence[str], environment: Mapping[str, str] | None = No
         return child.returncode if child.returncode >= 0 else 128 - child.returncode
 
 
-def _wait(child: subprocess.Popen[bytes], outcome: Path, received: Sequence[signal.Signals]) -> None:
-    """Until the child has ended, a rank has told of an error, or a signal is to end them all."""
+def _wait(child: subprocess.Popen[bytes], outcome: Path, received: Sequence[signal.Signals]) -> bool:
+    """Until the child has ended, a rank has told of an error, or a signal is to end them all; whether at once."""
     passed_on = 0
     while child.poll() is None and not outcome.exists():
         if len(received) > passed_on:
             number, is_first = received[passed_on], passed_on == 0
             passed_on += 1
-            # A second Ctrl-C is meant; and before there are ranks there is nothing to save.
-            if (number == signal.SIGINT and not is_first) or not _pass_on(number, outcome):
-                return
+            if number == signal.SIGINT and not is_first:
+                return True
+            if not _pass_on(number, outcome):
+                return False  # before there are ranks there is nothing to save
             if is_first:
-                words = "the ranks save and stop; SIGINT ends them at once"
+                words = "all ranks save and stop; another Ctrl-C (SIGINT) ends them at once"
                 print(f"farnear: {number.name}: {words}", file=sys.stderr, flush=True)
         time.sleep(SECONDS_BETWEEN_LOOKS)
+    return False
 
 
 @contextmanager
@@ -214,17 +219,17 @@ def _pass_on(number: signal.Signals, outcome: Path) -> bool:
     return bool(ranks)
 
 
-def _end(child: subprocess.Popen[bytes], mark: str) -> None:
-    """End the child at once and every other process of the launch with some grace.
+def _end(child: subprocess.Popen[bytes], mark: str, grace: float) -> None:
+    """End the child at once and every other process of the launch with some seconds of grace.
 
     torchrun goes first: alive, it would report each rank's end as a failure.
     """
     child.kill()
     child.wait()
-    deadline = time.monotonic() + SECONDS_FROM_SIGTERM_TO_SIGKILL
+    deadline = time.monotonic() + grace
     told: set[int] = set()
     while processes := _processes_with(mark):
-        is_late = time.monotonic() > deadline
+        is_late = time.monotonic() >= deadline
         for process in processes:
             if is_late or process.pid not in told:
                 told.add(process.pid)

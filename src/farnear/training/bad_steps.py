@@ -19,6 +19,7 @@ from typing import Any
 from farnear.errors import RunStoppedError
 from farnear.sections import TrainingConfig
 from farnear.training.metrics import append_line
+from farnear.wording import some_of
 
 MOST_SKIPPED_IN_A_ROW = 10
 MOST_ROLLBACKS = 3
@@ -86,20 +87,20 @@ class BadSteps:
 
     def _left_out(self, figures: dict[str, Any], numbers: Numbers) -> Numbers:
         what, step = figures["left_out"], figures["step"]
-        told = f"step {step}: the {what} is not finite (loss {figures['loss']}), so nothing was updated"
+        loss = "" if figures["loss"] is None else f" (the loss is {figures['loss']:.4f})"
+        told = f"step {step}: the {what} is not finite{loss}, so nothing was updated"
         if self._training.on_non_finite == "stop":
             self._note(figures, what, "stop", step)
-            keys = " ".join(self._keys_of_batch(step - 1))
             raise RunStoppedError(
                 f"{told}; lower training.learning_rate, set training.on_non_finite: skip, or look at the pairs of the "
-                f"batch: {keys}"
+                f"batch, which {self._path} names: {some_of(self._keys_of_batch(step - 1))}"
             )
         numbers = replace(numbers, skipped_in_a_row=numbers.skipped_in_a_row + 1)
         self._note(figures, what, "skip", step)
-        if numbers.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
+        if numbers.skipped_in_a_row > MOST_SKIPPED_IN_A_ROW:
             raise RunStoppedError(
-                f"{told}, for the {numbers.skipped_in_a_row}th time in a row; lower training.learning_rate and "
-                f"continue from an older checkpoint; {self._path} names the pairs"
+                f"{told}, for the {numbers.skipped_in_a_row}th time in a row; lower training.learning_rate, remove "
+                f"the checkpoints of those steps, and --resume; {self._path} names the pairs"
             )
         if self._is_main:
             print(f"{told}; the step is left out, {self._path} names its pairs", flush=True)

@@ -24,12 +24,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import xxhash
+from annotated_types import Ge, Le
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
 from farnear.errors import UserError
 from farnear.parallel.collectives import gather_objects
 from farnear.parallel.world import World, on_main_rank
 from farnear.run_folder import Resume, published_checkpoints
+from farnear.training.bad_steps import Numbers
 
 FORMAT = 2
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
@@ -54,10 +56,10 @@ class Progress:
         choices: What the run chose by the memory that it found (`farnear.training.choices`).
         loss_scale: Under training.fp16, the fields of `LossScale`.
         measured_by: What `best_metric` is a value of: another measure or another sample does not compare with it.
-        numbers: The fields of `farnear.training.numbers.Numbers`: the losses that the next ones are held against.
+        numbers: The losses that the next ones are held against.
     """
 
-    step: int
+    step: Annotated[int, Ge(0)]
     seed: int
     global_batch_size: int
     fingerprint: str
@@ -71,7 +73,7 @@ class Progress:
     measured_by: str = ""
     choices: Mapping[str, Any] = field(default_factory=dict)
     loss_scale: Mapping[str, Any] | None = None
-    numbers: Mapping[str, Any] = field(default_factory=dict)
+    numbers: Numbers = field(default_factory=Numbers)
 
 
 class _Facts(BaseModel):
@@ -90,7 +92,7 @@ class SavedParameter(_Facts):
     """Shape of a parameter, and how many steps AdamW has taken with it."""
 
     shape: tuple[int, ...]
-    step: int
+    step: Annotated[int, Ge(0), Le(2**53)]
 
 
 # Nothing but a plain name: what a manifest says cannot lead out of its folder.
@@ -145,6 +147,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         UserError: Naming what is missing, short, or not covered.
     """
     manifest = _read_manifest(folder)
+    if folder.name != folder_name(manifest.progress.step):
+        raise UserError(f"checkpoint {folder} is a copy under another name, of {folder_name(manifest.progress.step)}")
     for name, facts in manifest.files.items():
         try:
             size = os.stat(folder / name).st_size
@@ -182,7 +186,7 @@ def whole_checkpoint(folder: Path, world: World, *, verify: bool) -> Checkpoint:
         # On the ranks that saved it, that is the rank's own; no file is hashed twice.
         share = sorted(checkpoint.manifest.files)[world.rank :: world.world_size]
         faults = [fault for name in share if (fault := fault_of(checkpoint, name))]
-        if found := [fault for of_rank in gather_objects(faults) for fault in of_rank]:
+        if found := [fault for of_rank in gather_objects(faults, world.control) for fault in of_rank]:
             raise UserError(found[0])
     return checkpoint
 

@@ -16,7 +16,7 @@ from farnear.data.loader import RankBatch, TrainLoader
 from farnear.errors import RunInterruptedError
 from farnear.parallel.strategy import NonFiniteGradientError, Strategy
 from farnear.parallel.world import World
-from farnear.training.bad_steps import BadSteps, Numbers
+from farnear.training.bad_steps import BadSteps
 from farnear.training.cache import CachedStep, NonFiniteLossError, StepFigures
 from farnear.training.checkpoint import Progress, folder_name
 from farnear.training.choices import Choices
@@ -83,14 +83,11 @@ def train(parts: Parts, progress: Progress) -> Progress:
     first_step = progress.step
     parts.watch.at("data", step=first_step + 1)
     for batch in parts.loader.batches(first_step, parts.total_steps):
-        numbers = Numbers(**progress.numbers)
-        figures, numbers = parts.bad_steps.judge(train_step(parts, batch), numbers)
+        figures, numbers = parts.bad_steps.judge(train_step(parts, batch), progress.numbers)
         parts.record(figures)
         parts.quarantine.stop_if_too_many(batch.step + 1)
         scale = parts.strategy.loss_scale
-        progress = replace(
-            progress, step=batch.step + 1, loss_scale=asdict(scale) if scale else None, numbers=asdict(numbers)
-        )
+        progress = replace(progress, step=batch.step + 1, loss_scale=asdict(scale) if scale else None, numbers=numbers)
         if batch.step == first_step:
             parts.hurry()
         progress = evaluate_and_save(parts, progress)
@@ -105,7 +102,7 @@ def evaluate_and_save(parts: Parts, progress: Progress) -> Progress:
     Raises:
         RunInterruptedError: On every rank, when what was done is saved.
     """
-    parts.watch.at("ask")
+    parts.watch.at("look for signals")
     asked = parts.guard.ask(save_failed=parts.saver.failed)
     if asked.save_failed:
         parts.saver.finish()  # raises it, on every rank
@@ -121,10 +118,13 @@ def evaluate_and_save(parts: Parts, progress: Progress) -> Progress:
             if is_best:
                 progress = replace(progress, best_metric=metric, best_step=progress.step)
     is_due = _is_due(progress.step, parts.save_steps) or progress.step == parts.total_steps
+    if asked.signal and parts.world.is_main:
+        print(f"{asked}: saving step {progress.step}, then stopping", flush=True)
+    if is_best:
+        # Before the checkpoint that says so: where this is killed, the evaluation comes again, and the export with it.
+        parts.export()
     if is_due or is_best or asked.signal:
         parts.save(progress, is_due)
-    if is_best:
-        parts.export()
     if asked.signal:
         raise stopped(parts, asked, progress.step)
     return progress
@@ -140,7 +140,7 @@ def stopped(parts: Parts, asked: Asked, step: int) -> RunInterruptedError:
 
 def train_step(parts: Parts, batch: RankBatch) -> dict[str, Any]:
     """One optimizer step; its figures. Where ``left_out`` names what was not finite, no weight has changed."""
-    parts.watch.at("agree", step=batch.step + 1, pairs=batch.pairs_b)
+    parts.watch.at("exchange", step=batch.step + 1, pairs=batch.pairs_b)
     started = perf_counter()
     figures = StepFigures()
     learning_rate = parts.learning_rate(batch.step)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from farnear.errors import UserError
+from farnear.files import published
 
 # Dense, without sparsity, by the makers' data sheets. The first name that is part of the device's own counts.
 _PEAK_BF16_FLOPS = {
@@ -66,7 +67,9 @@ def cut_after(path: Path, step: int) -> None:
             ) from error
         if is_kept:
             kept.append(line)
-    path.write_bytes(b"".join(line + b"\n" for line in kept))
+    if len(kept) < len(lines):
+        with published(path) as file:
+            file.write(b"".join(line + b"\n" for line in kept))
 
 
 def mean_loss(records: Iterable[Mapping[str, Any]]) -> float | None:

@@ -2,7 +2,8 @@
 
     index the shards -> find the place in their order -> load the model, and a checkpoint if there is one -> choose
 
-What the run folder holds is not touched before everything that may refuse the run has been asked.
+What the run folder holds, but for `status.json`, is not touched before everything that may refuse the run has been
+asked.
 """
 
 import json
@@ -52,10 +53,11 @@ from farnear.training.resume import (
     refuse_shorter_run,
     with_best_that_compares,
 )
-from farnear.training.saving import Retention, Saver, set_aside
+from farnear.training.saving import Retention, Saver, point_at_best, set_aside
 from farnear.training.scale import LearnedScale, TrainedState
 from farnear.training.shards import RunData, open_data
 from farnear.training.watch import Watch
+from farnear.wording import counted
 
 
 @dataclass(frozen=True)
@@ -132,12 +134,19 @@ def open_run(
     state = TrainedState(strategy, built.shapes, scale, is_main=world.is_main, frozen_hash=built.frozen_hash)
     if checkpoint is not None:
         begin("checkpoint: load")
-        load_state(checkpoint, state)
+        load_state(checkpoint, state, world)
         set_loss_scale(strategy, checkpoint.progress)
+        saved_by = checkpoint.manifest
+        if world.is_main and (saved_by.strategy, saved_by.world_size) != (config.strategy, world.world_size):
+            print(
+                f"{checkpoint.folder.name} was saved by {saved_by.strategy} on {counted(saved_by.world_size, 'rank')}: "
+                "the state and the batches to come are the same, losses differ by rounding",
+                flush=True,
+            )
     refuse_unsupported(model, config, data)
     dims = measured_dims(config, embedding_dimension(model))
     if checkpoint is not None:
-        progress = with_best_that_compares(progress, config, data, folder, world)
+        progress = with_best_that_compares(progress, config, data, folder, resume, world)
     begin("run folder")
     on_main_rank(world, lambda: prepare_folder(config, folder, progress, data.train.faults, damaged))
     trackers = Trackers(config.training.report_to if world.is_main else (), folder.path, config.model_dump(mode="json"))
@@ -254,11 +263,13 @@ def prepare_folder(
     replace_text(folder.config, dump_config(config))
     if load_config(folder.config) != config:
         raise RuntimeError(f"{folder.config} does not load to the config it was saved from")
-    for checkpoint, fault in damaged.items():
-        print(f"{fault}; going back before it, it stays as {set_aside(checkpoint)}", flush=True)
+    set_all_aside(damaged)
     step = progress.step
     if step:
-        replace_text(folder.latest, folder_name(step) + "\n")  # a kill may have come before it was
+        # A kill may have come before they were right, or what they named may be set aside.
+        replace_text(folder.latest, folder_name(step) + "\n")
+        folder.best.unlink(missing_ok=True)
+        point_at_best(folder, progress)
     heal_export(folder.export)
     # An evaluation that was made up for, and not saved, comes again.
     last_of = {folder.evaluations: progress.evaluated_step or 0}
@@ -271,6 +282,16 @@ def prepare_folder(
     replace_text(folder.faults, "".join(json.dumps(record) + "\n" for record in told))
     folder.summary.unlink(missing_ok=True)
     write_status(folder, "running", step=step)
+
+
+def set_all_aside(damaged: Mapping[Path, str]) -> None:
+    """Move damaged checkpoints out of the way of those to come, and say so.
+
+    Args:
+        damaged: What is wrong with each.
+    """
+    for checkpoint, fault in damaged.items():
+        print(f"{fault}; going back before it, it stays as {set_aside(checkpoint)}", flush=True)
 
 
 def about_the_run(config: RunConfig) -> dict[str, Any]:

@@ -14,11 +14,12 @@ from torch import Tensor
 from farnear.errors import UserError
 from farnear.parallel.collectives import gather_objects
 from farnear.parallel.strategy import ParameterSlice
+from farnear.parallel.world import World
 from farnear.training.checkpoint import KINDS, Checkpoint
 from farnear.training.scale import TrainedState
 
 
-def load_state(checkpoint: Checkpoint, state: TrainedState) -> None:
+def load_state(checkpoint: Checkpoint, state: TrainedState, world: World) -> None:
     """Bring weights and AdamW's state to what a checkpoint holds. A collective.
 
     Raises:
@@ -32,7 +33,7 @@ def load_state(checkpoint: Checkpoint, state: TrainedState) -> None:
             _read(checkpoint, name, overlaps)
     except UserError as error:
         fault = str(error)
-    if found := [fault for fault in gather_objects(fault) if fault]:
+    if found := [fault for fault in gather_objects(fault, world.control) if fault]:
         raise UserError(found[0])
     for piece in slices:
         piece.step.fill_(checkpoint.manifest.parameters[piece.name].step)

@@ -13,8 +13,8 @@ from farnear.data.order import Order
 from farnear.errors import UserError
 from farnear.parallel.collectives import gather_objects
 from farnear.parallel.world import World, on_main_rank
-from farnear.run_folder import RunFolder
-from farnear.training.checkpoint import Checkpoint, Progress, folder_name, open_checkpoint
+from farnear.run_folder import Resume, RunFolder
+from farnear.training.checkpoint import Checkpoint, Progress, folder_name, whole_checkpoint
 from farnear.training.loop import Parts
 from farnear.training.shards import RunData
 from farnear.wording import counted
@@ -52,26 +52,33 @@ def measured_by(config: RunConfig, data: RunData) -> str:
 
 
 def with_best_that_compares(
-    saved: Progress, config: RunConfig, data: RunData, folder: RunFolder, world: World
+    saved: Progress, config: RunConfig, data: RunData, folder: RunFolder, resume: Resume | None, world: World
 ) -> Progress:
     """The progress of a checkpoint, without its best evaluation where that is no measure for the evaluations to come.
 
     Raises:
-        UserError: The best checkpoint will be needed at the end and is damaged.
+        UserError: The best checkpoint will be needed at the end and is damaged, and "auto" was not asked for.
     """
     now = measured_by(config, data)
     if saved.best_step is None:
         return replace(saved, measured_by=now)
     best = folder.checkpoints / folder_name(saved.best_step)
-    is_there = on_main_rank(world, best.is_dir)
-    if is_there and saved.measured_by == now:
-        if config.training.load_best_model_at_end:
-            on_main_rank(world, lambda: open_checkpoint(best))
+    why = None
+    if not on_main_rank(world, best.is_dir):
+        why = "is gone"
+    elif saved.measured_by != now:
+        why = "was measured otherwise or on other pages"
+    elif config.training.load_best_model_at_end:
+        try:
+            whole_checkpoint(best, world, verify=config.training.verify_checkpoints)
+        except UserError as error:
+            if resume != "auto":
+                raise UserError(f"{error}; say --resume auto to go on without it") from None
+            why = f"is damaged ({error})"
+    if why is None:
         return saved
     if world.is_main:
-        why = "was measured otherwise or on other pages" if is_there else "is gone"
         print(f"the best checkpoint so far, {best.name}, {why}: the best is chosen among the evaluations to come")
-        folder.best.unlink(missing_ok=True)
     return replace(saved, best_metric=None, best_step=None, measured_by=now)
 
 
@@ -104,10 +111,10 @@ def agree_on_order(config: RunConfig, order: Order, total_steps: int, progress: 
     checkpoint = f"the newest checkpoint in {config.output_dir} was made with"
     for name, saved in progress.order.items():
         # The plan of this epoch may be the same all the same, but those to come are not.
-        if here.order[name] != saved:
+        if here.order.get(name) != saved:
             raise UserError(
-                f"{checkpoint} another value of {name} ({saved}, now {here.order[name]}), so its place in the order of "
-                "pairs is lost; restore it, or start in a new output_dir"
+                f"{checkpoint} another value of {name} ({saved}, now {here.order.get(name)}), so its place in the "
+                "order of pairs is lost; restore it, or start in a new output_dir"
             )
     if progress.plan_hash != here.plan_hash:
         raise UserError(

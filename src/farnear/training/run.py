@@ -19,10 +19,11 @@ from farnear.config import RunConfig
 from farnear.data.dealing import Dealing
 from farnear.data.loader import TrainLoader
 from farnear.errors import RunInterruptedError, RunStoppedError, UserError
+from farnear.files import remove_drafts
 from farnear.model.export import export_model
 from farnear.model.pixels import page_tokens
 from farnear.outcome import tell
-from farnear.parallel.world import PATIENCE, World, on_main_rank, start_world, stop_world, tells_of_a_lost_rank, tighten
+from farnear.parallel.world import World, on_main_rank, start_world, stop_world, tells_of_a_lost_rank, tighten
 from farnear.retrieve.evaluate import evaluate
 from farnear.run_folder import Resume, RunFolder, check_start, claimed
 from farnear.signals import Signals
@@ -33,14 +34,14 @@ from farnear.training.describe import derived_numbers
 from farnear.training.guard import Guard, StopAskedError
 from farnear.training.loop import Parts, train
 from farnear.training.metrics import ProgressLines, append_line
-from farnear.training.opening import Run, open_run, set_loss_scale
+from farnear.training.opening import Run, open_run, set_all_aside, set_loss_scale
 from farnear.training.optim import learning_rate_schedule, steps_of
 from farnear.training.quarantine import Quarantine
 from farnear.training.restoring import load_state
 from farnear.training.resume import new_course, with_place
 from farnear.training.saving import point_at_best
 from farnear.training.summary import write_summary
-from farnear.training.watch import Watch
+from farnear.training.watch import PATIENCE, Watch
 from farnear.training.watchdog import SHARE_OF_TIMEOUT, Watchdog, clear_heartbeats
 from farnear.wording import counted
 
@@ -63,7 +64,7 @@ def train_in(
         RunInterruptedError: On every rank, after a signal.
     """
     folder = RunFolder(Path(config.output_dir))
-    watch = Watch(PATIENCE.total_seconds())
+    watch = Watch(PATIENCE)
     with ExitStack() as stack:
         on_main_rank(world, lambda: _claim(folder, resume, stack))
         stack.enter_context(Watchdog(watch, folder, world.rank, world.world_size, _end_hung(folder)))
@@ -74,7 +75,7 @@ def train_in(
                 f"stopped by {stop} outside of the training's steps, where nothing is lost; the same command with "
                 "--resume auto continues"
             )
-            write_failure(folder, error, anyway=True)
+            write_failure(folder, error)
             raise error from None
         except BaseException as error:
             if tells_of_a_lost_rank(error):
@@ -93,6 +94,8 @@ def _claim(folder: RunFolder, resume: Resume | None, claim: ExitStack) -> None:
     check_start(folder.path, resume)
     claim.enter_context(claimed(folder))
     clear_heartbeats(folder)
+    remove_drafts(folder.path)
+    write_status(folder, "running", step=None)
 
 
 def _end_hung(folder: RunFolder) -> Any:
@@ -123,17 +126,30 @@ def _train(world: World, config: RunConfig, resume: Resume | None, guard: Guard,
             measure(run, "before", 0)
         progress = train(parts, progress)
     if config.training.load_best_model_at_end and progress.best_step is not None:
-        watch.at("checkpoint: load the best")
-        best = run.folder.checkpoints / folder_name(progress.best_step)
-        load_state(whole_checkpoint(best, world, verify=config.training.verify_checkpoints), run.state)
+        load_best(run, progress.best_step)
     measure(run, "after", progress.step)
     export(run)
-    run.trackers.close()
-    if world.is_main:
-        print(f"exported {run.folder.export}", flush=True)
     watch.at("summary")
-    seconds = perf_counter() - started
-    return on_main_rank(world, lambda: finish(run, progress, seconds))
+    with watch.patient():
+        run.trackers.close()
+        if world.is_main:
+            print(f"exported {run.folder.export}", flush=True)
+        seconds = perf_counter() - started
+        return on_main_rank(world, lambda: finish(run, progress, seconds))
+
+
+def load_best(run: Run, step: int) -> None:
+    """Bring the weights to the best checkpoint's; where it has been damaged, say so and keep the last. A collective."""
+    run.watch.at("checkpoint: load the best")
+    best = run.folder.checkpoints / folder_name(step)
+    with run.watch.patient():
+        try:
+            checkpoint = whole_checkpoint(best, run.world, verify=run.config.training.verify_checkpoints)
+        except UserError as error:
+            if run.world.is_main:
+                print(f"{error}: the last model is measured and exported in place of the best", flush=True)
+            return
+        load_state(checkpoint, run.state, run.world)
 
 
 def finish(run: Run, progress: Progress, seconds: float) -> dict[str, Any]:
@@ -252,18 +268,20 @@ def roll_back(run: Run) -> tuple[int, Numbers] | None:
     """Bring weights and moments to the newest checkpoint; its step, and what was remembered then. A collective."""
     run.saver.finish()
     run.watch.at("checkpoint: roll back")
-    verify = run.config.training.verify_checkpoints
-    checkpoint, _ = checkpoint_to_resume(run.folder.checkpoints, "auto", run.world, verify=verify)
-    if checkpoint is None:
-        return None
-    load_state(checkpoint, run.state)
-    set_loss_scale(run.strategy, checkpoint.progress)
-    return checkpoint.progress.step, Numbers(**checkpoint.progress.numbers)
+    with run.watch.patient():
+        verify = run.config.training.verify_checkpoints
+        checkpoint, damaged = checkpoint_to_resume(run.folder.checkpoints, "auto", run.world, verify=verify)
+        on_main_rank(run.world, lambda: set_all_aside(damaged))
+        if checkpoint is None:
+            return None
+        load_state(checkpoint, run.state, run.world)
+        set_loss_scale(run.strategy, checkpoint.progress)
+    return checkpoint.progress.step, checkpoint.progress.numbers
 
 
 def export(run: Run) -> None:
     """Write the folder that `SentenceTransformer(path)` loads: what was trained, and all else from the base model."""
     run.watch.at("export")
-    with run.watch.patient(PATIENCE.total_seconds()):
+    with run.watch.patient():
         weights = {name.removeprefix("model."): weight for name, weight in run.strategy.full_weights().items()}
         on_main_rank(run.world, lambda: export_model(run.config.model, weights, run.folder.export))

@@ -55,7 +55,7 @@ from farnear.training.watch import Watch
 SECONDS_TO_FINISH = 30.0
 """How long a rank whose training has failed waits for a save in flight, which other ranks may never complete."""
 
-FILE_BYTES = 2 * 1024**3
+FILE_BYTES = 1024**3
 """A rank's slices go into files of about this size, so that a save makes progress that can be seen."""
 
 # For headers, the manifest and what else a run writes meanwhile.
@@ -172,6 +172,8 @@ class Saver:
             self._write_and_publish(facts)
         except BaseException as error:
             self._error = error
+        finally:
+            self._watch.saves = None
 
     def _write_and_publish(self, facts: "_Facts") -> None:
         step = facts.progress.step
@@ -205,6 +207,7 @@ class Saver:
                 self._watch.saving("sync", step)
                 sync(path)
                 sync(draft)
+                self._watch.saving("hash", step)
                 spans = {piece.name: (piece.start, piece.start + piece.weight_n.numel()) for piece in pieces}
                 files[name] = SavedFile(bytes=path.stat().st_size, xxh3_128=hash_of(path), pieces=spans)
         except RunStoppedError as error:
@@ -255,7 +258,9 @@ class Saver:
         replace_text(folder.latest, final.name + "\n")
         point_at_best(folder, progress)
         self._watch.saving("retain", progress.step)
-        retain(self._checkpoints, self._retention, progress.best_step)
+        for doomed in retain(self._checkpoints, self._retention, progress.best_step):
+            self._watch.saving("remove", progress.step)
+            _remove(doomed)
         print(f"saved {final}{', the best so far' if progress.best_step == progress.step else ''}", flush=True)
 
 
@@ -265,18 +270,33 @@ def point_at_best(folder: RunFolder, progress: Progress) -> None:
         replace_text(folder.best, folder_name(progress.best_step) + "\n")
 
 
-def retain(checkpoints: Path, retention: Retention, best_step: int | None) -> None:
-    """Remove all but the newest, those that are to be kept of the periodic ones, and the best."""
+def retain(checkpoints: Path, retention: Retention, best_step: int | None) -> list[Path]:
+    """Take all out of sight but the newest, those that are to be kept of the periodic ones, and the best.
+
+    Returns:
+        Where the others are, for their removal: a half-removed folder must not look like a checkpoint.
+    """
     *older, newest = published_checkpoints(checkpoints)
     periodic = [path for path in [*older, newest] if _is_periodic(path)]
     kept = {newest, *(periodic if retention.newest is None else periodic[-retention.newest :])}
     kept |= {path for path in periodic if retention.every and _step_of(path) % retention.every == 0}
+    doomed = []
     for path in older:
         if path not in kept and _step_of(path) != best_step:
-            # Out of sight first: a half-removed folder must not look like a checkpoint.
-            doomed = path.with_name(f".removing-{path.name}")
-            os.rename(path, doomed)
-            shutil.rmtree(doomed)
+            doomed.append(path.with_name(f".removing-{path.name}"))
+            os.rename(path, doomed[-1])
+    return doomed
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, or the link in its place. What the system refuses is told; it is no reason to end a run."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    except OSError as error:
+        print(f"{path} cannot be removed ({error}); remove it by hand", flush=True)
 
 
 def set_aside(folder: Path) -> Path:
@@ -349,7 +369,7 @@ def _open_draft(final: Path, needed: int) -> str:
     checkpoints.mkdir(parents=True, exist_ok=True)
     for leftover in [*checkpoints.glob(".saving-*"), *checkpoints.glob(".removing-*")]:
         print(f"removing {leftover}, the leftover of a save that did not finish", flush=True)
-        shutil.rmtree(leftover)
+        _remove(leftover)
     free = shutil.disk_usage(checkpoints).free
     if free < needed * (1 + _SPARE_SHARE) + _SPARE_BYTES:
         raise UserError(

@@ -30,11 +30,11 @@ from typing import Any
 from farnear.errors import RunStoppedError
 from farnear.run_folder import RunFolder
 from farnear.training.watch import Watch
+from farnear.wording import some_of
 
 SHARE_OF_TIMEOUT = 0.7
 """Of the process groups' timeout: when the watchdog reports, so that its report comes before theirs."""
 
-_MOST_PAIRS_TOLD = 8
 _MOST_RANKS_TOLD = 4
 
 
@@ -105,6 +105,7 @@ class Watchdog:
             "moves": self._watch.moves,
             **self._watch.place.as_plain(),
             "place": str(self._watch.place),
+            "pairs": some_of(self._watch.names_of_pairs()),
             "saves": str(self._watch.saves) if self._watch.saves else None,
             "time": _now(),
         }
@@ -178,14 +179,12 @@ class Watchdog:
         silent = [rank for rank in range(self._world_size) if rank not in answered]
         told = [_last_words(self._folder, rank) for rank in silent[:_MOST_RANKS_TOLD]]
         told += ["..."] if len(silent) > _MOST_RANKS_TOLD else []
-        pairs = list(self._watch.names_of_pairs())
-        some = f" with {' '.join(pairs[:_MOST_PAIRS_TOLD])}" if pairs else ""
-        more = f" and {len(pairs) - _MOST_PAIRS_TOLD} more" if len(pairs) > _MOST_PAIRS_TOLD else ""
         report = self._folder.path / "hangs" / _now().replace(":", "")
         line = (
             f"no rank has made progress for {seconds:.0f} s: "
             + (f"silent: {'; '.join(told)}; " if silent else "every rank's watchdog answers; ")
-            + f"rank {self._rank} waits in {self._watch.place}{some}{more}; {report}/report.txt has the stacks; "
+            + f"rank {self._rank} waits in {self._watch.place}{_in_hand(some_of(self._watch.names_of_pairs()))}; "
+            f"{report}/report.txt has the stacks; "
             "continue with --resume, or raise training.ddp_timeout if this was no hang"
         )
         texts = [f"{line}\n", *(f"{_last_words(self._folder, rank)}\n" for rank in silent)]
@@ -218,9 +217,12 @@ def _last_words(folder: RunFolder, rank: int) -> str:
     facts = read_heartbeat(folder, rank)
     if facts is None:
         return f"rank {rank}, which has left no heartbeat"
-    return (
-        f"rank {rank} ({facts['host']}, process {facts['pid']}), last heard of at {facts['time']} in {facts['place']}"
-    )
+    who = f"rank {rank} ({facts['host']}, process {facts['pid']})"
+    return f"{who}, last heard of at {facts['time']} in {facts['place']}{_in_hand(facts['pairs'])}"
+
+
+def _in_hand(pairs: str) -> str:
+    return f" (pairs in hand: {pairs})" if pairs else ""
 
 
 def _heartbeat(folder: RunFolder, rank: int) -> Path:
