@@ -31,7 +31,8 @@ from farnear.parallel.replicated import Replicated
 from farnear.parallel.world import World
 from farnear.training.checkpoint import Progress, folder_name, whole_checkpoint
 from farnear.training.restoring import load_state
-from farnear.training.saving import Retention, Saver
+from farnear.training.retention import Retention
+from farnear.training.saving import Saver
 from farnear.training.scale import TrainedState
 from farnear.training.watch import Watch
 

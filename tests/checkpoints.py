@@ -8,7 +8,8 @@ from typing import Any
 from farnear.parallel.world import World
 from farnear.training.checkpoint import MANIFEST, SEAL, Progress, folder_name, seal_of, whole_checkpoint
 from farnear.training.restoring import load_state
-from farnear.training.saving import Retention, Saver
+from farnear.training.retention import Retention
+from farnear.training.saving import Saver
 from farnear.training.scale import TrainedState
 from farnear.training.watch import Watch
 

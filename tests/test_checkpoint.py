@@ -30,7 +30,7 @@ from farnear.training.checkpoint import (
     seal_of,
     whole_checkpoint,
 )
-from farnear.training.saving import Retention, retain
+from farnear.training.retention import Retention, retain
 from farnear.training.scale import TrainedState
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -415,7 +415,7 @@ def test_a_checkpoint_that_was_moved_behind_a_link_stays_where_it_is(
             return
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(saving.shutil, "rmtree", refused)
+    monkeypatch.setattr(shutil, "rmtree", refused)
     keeps_one.save(state_of(strategy, module), Progress(3, 1, 2, "f"), periodic=True)
     assert "cannot be removed ([Errno 13] Permission denied" in capsys.readouterr().out
     assert newest_whole(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step-00000003"

@@ -41,7 +41,7 @@ from farnear.run_folder import Resume, RunFolder
 from farnear.sections import TrainingConfig
 from farnear.status import write_status
 from farnear.training.cache import CachedStep
-from farnear.training.checkpoint import Progress, checkpoint_to_resume, folder_name
+from farnear.training.checkpoint import Checkpoint, Progress, checkpoint_to_resume, folder_name
 from farnear.training.choices import Choices
 from farnear.training.engine import build_model, build_step
 from farnear.training.guard import Guard
@@ -53,7 +53,8 @@ from farnear.training.resume import (
     refuse_shorter_run,
     with_best_that_compares,
 )
-from farnear.training.saving import Retention, Saver, point_at_best, set_aside
+from farnear.training.retention import Retention, set_aside
+from farnear.training.saving import Saver, point_at_best
 from farnear.training.scale import LearnedScale, TrainedState
 from farnear.training.shards import RunData, open_data
 from farnear.training.watch import Watch
@@ -136,13 +137,8 @@ def open_run(
         begin("checkpoint: load")
         load_state(checkpoint, state, world)
         set_loss_scale(strategy, checkpoint.progress)
-        saved_by = checkpoint.manifest
-        if world.is_main and (saved_by.strategy, saved_by.world_size) != (config.strategy, world.world_size):
-            print(
-                f"{checkpoint.folder.name} was saved by {saved_by.strategy} on {counted(saved_by.world_size, 'rank')}: "
-                "the state and the batches to come are the same, losses differ by rounding",
-                flush=True,
-            )
+        if world.is_main:
+            tell_of_other_ranks(checkpoint, config, world)
     refuse_unsupported(model, config, data)
     dims = measured_dims(config, embedding_dimension(model))
     if checkpoint is not None:
@@ -190,6 +186,18 @@ def set_loss_scale(strategy: Strategy, saved: Progress) -> None:
     """Under training.fp16, go on at the loss scale of a checkpoint."""
     if strategy.loss_scale is not None and saved.loss_scale is not None:
         strategy.loss_scale = LossScale(**saved.loss_scale)
+
+
+def tell_of_other_ranks(checkpoint: Checkpoint, config: RunConfig, world: World) -> None:
+    """Say so where a run goes on otherwise than it was saved."""
+    saved = checkpoint.manifest
+    if (saved.strategy, saved.world_size) != (config.strategy, world.world_size):
+        by = f"{saved.strategy} on {counted(saved.world_size, 'rank')}"
+        print(
+            f"{checkpoint.folder.name} was saved by {by}: the state and the batches to come are the same, losses differ "
+            "by rounding",
+            flush=True,
+        )
 
 
 def prepare_workers() -> None:

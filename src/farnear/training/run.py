@@ -9,6 +9,7 @@ first step, `farnear.training.loop` the middle. Around all of it stand the watch
 """
 
 import os
+from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
@@ -70,24 +71,28 @@ def train_in(
         stack.enter_context(Watchdog(watch, folder, world.rank, world.world_size, _end_hung(folder)))
         try:
             return _train(world, config, resume, Guard(world, signals), watch)
-        except StopAskedError as stop:
-            error = RunInterruptedError(
-                f"stopped by {stop} outside of the training's steps, where nothing is lost; the same command with "
-                "--resume auto continues"
-            )
-            write_failure(folder, error)
-            raise error from None
         except BaseException as error:
-            if tells_of_a_lost_rank(error):
-                why = str(error).splitlines()[0][:200]
-                lost = RunStoppedError(
-                    f"rank {world.rank} has lost another rank in {watch.place} ({why}); what that one met is told "
-                    "above, if it could tell it; continue with --resume"
-                )
-                write_failure(folder, lost)
-                raise lost from error
-            write_failure(folder, error, None if isinstance(error, UserError) else world.rank)
-            raise
+            told = _told(error, world, watch)
+            write_failure(folder, told, None if isinstance(told, UserError) else world.rank)
+            if told is error:
+                raise
+            raise told from error
+
+
+def _told(error: BaseException, world: World, watch: Watch) -> BaseException:
+    """What a run ends with: the error that ended it, or the line that says what it means."""
+    if isinstance(error, StopAskedError):
+        return RunInterruptedError(
+            f"stopped by {error} outside of the training's steps, where nothing is lost; the same command with "
+            "--resume auto continues"
+        )
+    if tells_of_a_lost_rank(error):
+        why = str(error).splitlines()[0][:200]
+        return RunStoppedError(
+            f"rank {world.rank} has lost another rank in {watch.place} ({why}); what that one met is told above, if it "
+            "could tell it; continue with --resume"
+        )
+    return error
 
 
 def _claim(folder: RunFolder, resume: Resume | None, claim: ExitStack) -> None:
@@ -98,7 +103,7 @@ def _claim(folder: RunFolder, resume: Resume | None, claim: ExitStack) -> None:
     write_status(folder, "running", step=None)
 
 
-def _end_hung(folder: RunFolder) -> Any:
+def _end_hung(folder: RunFolder) -> Callable[[RunStoppedError | None], None]:
     def end(error: RunStoppedError | None) -> None:
         if error is not None:
             write_failure(folder, error)

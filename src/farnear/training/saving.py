@@ -15,7 +15,6 @@ One save is in flight at a time: the next one waits for it. What goes wrong in t
 loop asks about after every step; `finish` waits and raises it.
 """
 
-import json
 import os
 import shutil
 import threading
@@ -35,7 +34,7 @@ from farnear.files import give_usual_mode, replace_text, sync
 from farnear.parallel.collectives import gather_objects, gather_on_main_rank
 from farnear.parallel.strategy import ParameterSlice
 from farnear.parallel.world import World, on_main_rank
-from farnear.run_folder import RunFolder, published_checkpoints
+from farnear.run_folder import RunFolder
 from farnear.training.checkpoint import (
     FORMAT,
     KINDS,
@@ -49,6 +48,7 @@ from farnear.training.checkpoint import (
     hash_of,
     seal_of,
 )
+from farnear.training.retention import Retention, remove, retain
 from farnear.training.scale import TrainedState
 from farnear.training.watch import Watch
 
@@ -60,19 +60,6 @@ FILE_BYTES = 1024**3
 
 # For headers, the manifest and what else a run writes meanwhile.
 _SPARE_SHARE, _SPARE_BYTES = 0.02, 4 * 1024**2
-
-
-@dataclass(frozen=True)
-class Retention:
-    """Which checkpoints stay, beside the newest and the best.
-
-    Attributes:
-        newest: That many of the periodic ones; None keeps all.
-        every: Those of steps that are a multiple of it.
-    """
-
-    newest: int | None = None
-    every: int | None = None
 
 
 class Saver:
@@ -260,7 +247,7 @@ class Saver:
         self._watch.saving("retain", progress.step)
         for doomed in retain(self._checkpoints, self._retention, progress.best_step):
             self._watch.saving("remove", progress.step)
-            _remove(doomed)
+            remove(doomed)
         print(f"saved {final}{', the best so far' if progress.best_step == progress.step else ''}", flush=True)
 
 
@@ -268,44 +255,6 @@ def point_at_best(folder: RunFolder, progress: Progress) -> None:
     """Name the best checkpoint so far."""
     if progress.best_step is not None:
         replace_text(folder.best, folder_name(progress.best_step) + "\n")
-
-
-def retain(checkpoints: Path, retention: Retention, best_step: int | None) -> list[Path]:
-    """Take all out of sight but the newest, those that are to be kept of the periodic ones, and the best.
-
-    Returns:
-        Where the others are, for their removal: a half-removed folder must not look like a checkpoint.
-    """
-    *older, newest = published_checkpoints(checkpoints)
-    periodic = [path for path in [*older, newest] if _is_periodic(path)]
-    kept = {newest, *(periodic if retention.newest is None else periodic[-retention.newest :])}
-    kept |= {path for path in periodic if retention.every and _step_of(path) % retention.every == 0}
-    doomed = []
-    for path in older:
-        if path not in kept and _step_of(path) != best_step:
-            doomed.append(path.with_name(f".removing-{path.name}"))
-            os.rename(path, doomed[-1])
-    return doomed
-
-
-def _remove(path: Path) -> None:
-    """Remove a folder, or the link in its place. What the system refuses is told; it is no reason to end a run."""
-    try:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-    except OSError as error:
-        print(f"{path} cannot be removed ({error}); remove it by hand", flush=True)
-
-
-def set_aside(folder: Path) -> Path:
-    """Move a damaged checkpoint out of the way of those to come, without removing anything; where to."""
-    number = 0
-    while (aside := folder.with_name(f"{folder.name}.damaged" + (f"-{number}" if number else ""))).exists():
-        number += 1
-    os.rename(folder, aside)
-    return aside
 
 
 @dataclass(frozen=True)
@@ -369,7 +318,7 @@ def _open_draft(final: Path, needed: int) -> str:
     checkpoints.mkdir(parents=True, exist_ok=True)
     for leftover in [*checkpoints.glob(".saving-*"), *checkpoints.glob(".removing-*")]:
         print(f"removing {leftover}, the leftover of a save that did not finish", flush=True)
-        _remove(leftover)
+        remove(leftover)
     free = shutil.disk_usage(checkpoints).free
     if free < needed * (1 + _SPARE_SHARE) + _SPARE_BYTES:
         raise UserError(
@@ -386,14 +335,3 @@ def _write_pieces(path: Path, pieces: Sequence[ParameterSlice], metadata: dict[s
     save_file(tensors, path, metadata=metadata)
     give_usual_mode(path)
     return path
-
-
-def _is_periodic(folder: Path) -> bool:
-    try:
-        return bool(json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("periodic", True))
-    except (OSError, ValueError):
-        return True
-
-
-def _step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
