@@ -194,7 +194,7 @@ def tell_of_other_ranks(checkpoint: Checkpoint, config: RunConfig, world: World)
     if (saved.strategy, saved.world_size) != (config.strategy, world.world_size):
         by = f"{saved.strategy} on {counted(saved.world_size, 'rank')}"
         print(
-            f"{checkpoint.folder.name} was saved by {by}: the state and the batches to come are the same, losses differ "
+            f"{checkpoint.folder.name} was saved by {by}: state and batches to come are the same, losses differ "
             "by rounding",
             flush=True,
         )
