@@ -19,8 +19,10 @@ from farnear.training.guard import Asked, Guard, StopAskedError
 
 # A second lock of the same mutex waits for ever, and no signal gets the thread out of it.
 IN_A_HANG = """
-import ctypes, sys, threading, time
-from farnear.signals import Signals
+import ctypes, signal, sys, threading, time
+from farnear.signals import STOPPING, Signals
+for number in STOPPING:
+    signal.signal(number, signal.SIG_DFL)  # whatever runs the tests may ignore signals, which is inherited
 mutex = ctypes.create_string_buffer(256)
 with Signals() as signals:
     def tell():

@@ -115,7 +115,7 @@ class Saver:
             self.finish()
 
     def finish(self) -> None:
-        """Wait for the save in flight. On every rank alike:
+        """Wait for the save in flight; what one rank has met is raised on all of them.
 
         Raises:
             UserError: A rank could not write, or rank 0 not publish.
