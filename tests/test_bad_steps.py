@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 from checkpoints import change_manifest
 from exactness import parameters_split
+from faults import state_of as state
 from ranks import run_ranks
-from test_resume import losses, state
+from test_resume import losses
 from tiny_runs import make_inputs, run_config
 
 from farnear.errors import RunStoppedError, UserError

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from ranks import run_ranks
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from tiny_runs import run_config
 from torch import nn
 
 from farnear.errors import RunStoppedError, UserError
@@ -120,7 +121,7 @@ def empty(file: Path, _: Path) -> None:
 
 def write_two(rank: int, world_size: int, folder: Path) -> None:
     """Checkpoints of steps 1 and 2 by two ranks, in two files each."""
-    world = start_world(_ddp_config())
+    world = start_world(run_config(folder, "unused", strategy="ddp"))
     saving.FILE_BYTES = 120
     for step in (1, 2):
         module, _ = trained_module(seed=step)
@@ -129,14 +130,6 @@ def write_two(rank: int, world_size: int, folder: Path) -> None:
         state = TrainedState(strategy, shapes, None, is_main=world.is_main)
         save_checkpoint(folder / "checkpoints", state, step, world)
     stop_world()
-
-
-def _ddp_config() -> Any:
-    from farnear.config import parse_config
-
-    return parse_config(
-        {"output_dir": "unused", "strategy": "ddp", "model": {"name_or_path": "unused"}, "data": {"train": ["unused"]}}
-    )
 
 
 @pytest.fixture(scope="module")

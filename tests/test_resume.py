@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from checkpoints import change_manifest
 from exactness import parameters_split
+from faults import state_of as state
 from ranks import run_ranks
-from safetensors import safe_open
 from sentence_transformers import SentenceTransformer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import make_inputs, run_config
@@ -48,19 +48,6 @@ def losses(run: Path) -> list[tuple[int, float, float]]:
     """Step, loss and gradient norm of each step, to the last bit."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
-
-
-def state(checkpoint: Path) -> dict[str, np.ndarray]:
-    """Whole flat tensors by KIND/PARAMETER, put together by this test's own code."""
-    pieces: dict[str, list[tuple[int, np.ndarray]]] = {}
-    for path in checkpoint.glob("rank-*.safetensors"):
-        with safe_open(path, framework="np") as file:
-            for key in file.keys():  # noqa: SIM118
-                kind, start, name = key.split("/", 2)
-                pieces.setdefault(f"{kind}/{name}", []).append((int(start), file.get_tensor(key)))
-    return {
-        key: np.concatenate([piece for _, piece in sorted(found, key=lambda p: p[0])]) for key, found in pieces.items()
-    }
 
 
 def cut_back(run: Path, step: int, name: str) -> Path:

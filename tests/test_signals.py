@@ -6,12 +6,13 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ranks import run_ranks
-from test_checkpoint import _ddp_config
+from tiny_runs import run_config
 
 from farnear.parallel.world import World, start_world, stop_world
 from farnear.signals import STOPPING, Signals
@@ -101,7 +102,7 @@ def test_another_thread_than_the_main_one_hears_nothing_and_does_no_harm() -> No
 
 
 def ask_each_other(rank: int, world_size: int) -> None:
-    world = start_world(_ddp_config())
+    world = start_world(run_config(Path(), "unused", strategy="ddp"))
     first = {1: signal.SIGUSR1, 2: signal.SIGTERM}.get(rank)
     guard = Guard(world, SimpleNamespace(first=None))  # type: ignore[arg-type]
     assert guard.ask() == Asked()

@@ -42,10 +42,13 @@ def remove_drafts(folder: Path) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Alone among all that lock ``path``, which is made and stays. A process that is killed leaves no lock behind."""
-    with open(path, "ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    """Alone among all that lock ``path``, a folder, or a file that is made and stays. A kill leaves no lock behind."""
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(descriptor)
 
 
 def sync(path: Path) -> None:

@@ -9,19 +9,15 @@
 whose run.lock nobody holds was killed. The first reason stands: what other ranks meet after it follows from it.
 """
 
-import fcntl
 import json
 import os
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any, Literal
 
 from farnear.errors import RunInterruptedError, UserError
-from farnear.files import replace_text
+from farnear.files import locked, replace_text
 from farnear.run_folder import RunFolder, published_checkpoints
+from farnear.wording import utc_now
 
 State = Literal["running", "finished", "stopped", "failed"]
 
@@ -35,7 +31,7 @@ def write_status(folder: RunFolder, state: State, **facts: Any) -> None:
         "checkpoint": published[-1].name if published else None,
         "host": platform.node(),
         "pid": os.getpid(),
-        "time": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "time": utc_now(),
     }
     replace_text(folder.status, json.dumps(status, indent=1) + "\n")
 
@@ -52,11 +48,9 @@ def write_failure(folder: RunFolder, error: BaseException, rank: int | None = No
         "exit_code": error.exit_code if isinstance(error, UserError) else 1,
         "reason": reason if rank is None else f"rank {rank}: {reason}",
     }
-    if not _is_running(folder):
-        return
     try:
-        with _alone(folder.path):
-            if _is_running(folder):
+        with locked(folder.path):
+            if (read_status(folder) or {}).get("state") == "running":
                 write_status(folder, "stopped" if is_stop else "failed", **facts)
     except OSError:
         return
@@ -69,17 +63,3 @@ def read_status(folder: RunFolder) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return status if isinstance(status, dict) else None
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _is_running(folder: RunFolder) -> bool:
-    return (read_status(folder) or {}).get("state") == "running"

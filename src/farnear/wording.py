@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from datetime import datetime, timezone
 
 # Control characters could move a terminal's cursor and hide what stands there, marks of direction turn text around.
 _UNPRINTABLE = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u202a-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
@@ -32,3 +33,8 @@ def some_of(words: Sequence[str], most: int = 8) -> str:
     """The first of many words, and how many more there are."""
     more = f" and {len(words) - most} more" if len(words) > most else ""
     return " ".join(words[:most]) + more
+
+
+def utc_now() -> str:
+    """The time as records tell it: ``2026-11-22T01:00:00Z``."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")

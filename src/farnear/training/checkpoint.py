@@ -12,7 +12,7 @@ each rank reads what overlaps with the slices that it is to hold (`farnear.train
 be there, and never in part, is `farnear.training.saving`'s to know.
 
 There is no pickle, and no random state: order and dropout are pure functions of the seed and the step. The cursor is
-the number of optimizer steps done. Where only adapters or heads train, only those are there, and a hash of what they
+the number of steps done. Where only adapters or heads train, only those are there, and a hash of what they
 stand beside.
 """
 

@@ -24,7 +24,7 @@ from farnear.files import remove_drafts
 from farnear.model.export import export_model
 from farnear.model.pixels import page_tokens
 from farnear.outcome import tell
-from farnear.parallel.world import World, on_main_rank, start_world, stop_world, tells_of_a_lost_rank, tighten
+from farnear.parallel.world import PATIENCE, World, on_main_rank, start_world, stop_world, tells_of_a_lost_rank, tighten
 from farnear.retrieve.evaluate import evaluate
 from farnear.run_folder import Resume, RunFolder, check_start, claimed
 from farnear.signals import Signals
@@ -42,7 +42,7 @@ from farnear.training.restoring import load_state
 from farnear.training.resume import new_course, with_place
 from farnear.training.saving import point_at_best
 from farnear.training.summary import write_summary
-from farnear.training.watch import PATIENCE, Watch
+from farnear.training.watch import Watch
 from farnear.training.watchdog import SHARE_OF_TIMEOUT, Watchdog, clear_heartbeats
 from farnear.wording import counted
 
@@ -65,7 +65,7 @@ def train_in(
         RunInterruptedError: On every rank, after a signal.
     """
     folder = RunFolder(Path(config.output_dir))
-    watch = Watch(PATIENCE)
+    watch = Watch(PATIENCE.total_seconds())
     with ExitStack() as stack:
         on_main_rank(world, lambda: _claim(folder, resume, stack))
         stack.enter_context(Watchdog(watch, folder, world.rank, world.world_size, _end_hung(folder)))

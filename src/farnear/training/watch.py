@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-PATIENCE = 1800.0
-"""Seconds that a rank may take to load, to hash, to export."""
+from farnear.parallel.world import PATIENCE
 
 Int64 = npt.NDArray[np.int64]
 
@@ -76,7 +75,7 @@ class Watch:
         self.moves += 1
 
     @contextmanager
-    def patient(self, seconds: float = PATIENCE) -> Iterator[None]:
+    def patient(self, seconds: float = PATIENCE.total_seconds()) -> Iterator[None]:
         """Inside, one rank may work that long without saying so."""
         before, self.limit = self.limit, max(seconds, self.limit)
         try:

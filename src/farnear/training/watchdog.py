@@ -23,14 +23,13 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from farnear.errors import RunStoppedError
 from farnear.run_folder import RunFolder
 from farnear.training.watch import Watch
-from farnear.wording import some_of
+from farnear.wording import some_of, utc_now
 
 SHARE_OF_TIMEOUT = 0.7
 """Of the process groups' timeout: when the watchdog reports, so that its report comes before theirs."""
@@ -107,7 +106,7 @@ class Watchdog:
             "place": str(self._watch.place),
             "pairs": some_of(self._watch.names_of_pairs()),
             "saves": str(self._watch.saves) if self._watch.saves else None,
-            "time": _now(),
+            "time": utc_now(),
         }
         path = _heartbeat(self._folder, self._rank)
         try:
@@ -179,7 +178,7 @@ class Watchdog:
         silent = [rank for rank in range(self._world_size) if rank not in answered]
         told = [_last_words(self._folder, rank) for rank in silent[:_MOST_RANKS_TOLD]]
         told += ["..."] if len(silent) > _MOST_RANKS_TOLD else []
-        report = self._folder.path / "hangs" / _now().replace(":", "")
+        report = self._folder.path / "hangs" / utc_now().replace(":", "")
         line = (
             f"no rank has made progress for {seconds:.0f} s: "
             + (f"silent: {'; '.join(told)}; " if silent else "every rank's watchdog answers; ")
@@ -227,7 +226,3 @@ def _in_hand(pairs: str) -> str:
 
 def _heartbeat(folder: RunFolder, rank: int) -> Path:
     return folder.heartbeats / f"rank-{rank:05d}.json"
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
