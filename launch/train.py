@@ -15,12 +15,16 @@ import sys
 import traceback
 
 from farnear.cli import train_command
+from farnear.rank_logs import log_to_own_file
 
 if __name__ == "__main__":
+    terminal = log_to_own_file()
     try:
         code = train_command(sys.argv[1:])
     except Exception:
         traceback.print_exc()
+        if terminal is not None:
+            traceback.print_exc(file=terminal)
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -118,7 +119,9 @@ def test_launch_runs_the_accelerate_config_of_the_strategy(
     [command] = started
     words = expected.replace("LAUNCH", "train.py").replace("RUN", "run.yaml").split()
     assert [Path(word).name for word in command[4:]] == words
-    assert shlex.split(capsys.readouterr().out)[2:] == command[3:]
+    hardware, shown = capsys.readouterr().out.splitlines()
+    assert hardware.startswith("on no GPU, ")
+    assert shlex.split(shown)[2:] == command[3:]
 
 
 def test_launch_runs_strategy_single_without_a_launcher(
@@ -151,7 +154,7 @@ def test_launch_refuses_what_cannot_start(
     write_run_file: WriteRunFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(local, "supervise", lambda command, _: pytest.fail("processes were started"))
-    with pytest.raises(UserError, match=r"accelerate config .*my.yaml does not exist"):
+    with pytest.raises(UserError, match=r"accelerate config .*my.yaml cannot be read \(No such file"):
         launch(write_run_file(), [], config_file=tmp_path / "my.yaml")
     with pytest.raises(UserError, match="did you mean 'seed'"):
         launch(write_run_file(sed=1), [])
@@ -331,8 +334,8 @@ def test_a_rank_of_torchrun_ends_with_it(tmp_path: Path, monkeypatch: pytest.Mon
 def test_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
-    threads = [local.threads_of_a_rank(ranks)["OMP_NUM_THREADS"] for ranks in (None, 1, 3, 32)]
-    assert threads == ["1", "16", "5", "1"]
+    threads = [local.threads_of_a_rank(ranks)["OMP_NUM_THREADS"] for ranks in (1, 3, 16, 32)]
+    assert threads == ["16", "5", "1", "1"]
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     assert local.threads_of_a_rank(2) == {"OMP_NUM_THREADS": "7"}
 
@@ -402,6 +405,7 @@ def long_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run file of more steps than any test waits for."""
     folder = make_inputs(tmp_path_factory.mktemp("long"))
     tree = run_tree(folder, "run", strategy="ddp", training={"max_steps": 3000, "save_steps": 1000})
+    tree["data"]["dataloader_num_workers"] = 1
     (folder / "run.yaml").write_text(yaml.safe_dump(tree))
     return folder
 
@@ -434,16 +438,24 @@ def _pid(folder: Path, rank: int) -> int:
     return int(json.loads((folder / "run" / "heartbeats" / f"rank-{rank:05d}.json").read_text())["pid"])
 
 
-@pytest.mark.parametrize("to", ["the launch", "a rank"])
+@pytest.mark.parametrize("to", ["the launch", "a rank", "every process"])
 def test_a_signal_has_the_ranks_save_and_the_launch_say_so(long_run: Path, to: str) -> None:
     launched = _launched(long_run)
     if to == "the launch":
         launched.send_signal(signal.SIGUSR1)
-    else:
+    elif to == "a rank":
         os.kill(_pid(long_run, 1), signal.SIGTERM)
+    else:
+        # So SLURM does: torchrun, data workers and the processes that they are forked from are no exceptions.
+        everyone = psutil.Process(launched.pid).children(recursive=True)
+        assert len(everyone) > 6
+        for process in everyone:
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGUSR1)
     _, text = launched.communicate(timeout=60)
     steps = _steps(long_run)
-    name = "SIGUSR1" if to == "the launch" else "SIGTERM at rank 1"
+    # torchrun's end is a SIGTERM to the ranks, which may be there first.
+    name = {"the launch": "SIGUSR1", "a rank": "SIGTERM at rank 1", "every process": "SIG"}[to]
     assert launched.returncode == 75, text
     last = text.splitlines()[-1]
     assert last.startswith(f"farnear: stopped by {name}")

@@ -12,8 +12,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import farnear
-from farnear.command_line import Parser, parse, positive, resume
+from farnear.command_line import Parser, add_run_arguments, parse, positive
+from farnear.commands.launch import add_launch
 from farnear.commands.shards import add_shards
+from farnear.commands.status import add_status
+from farnear.commands.submit import add_submit
 from farnear.errors import UserError, as_user_error
 
 Command = Callable[[argparse.Namespace], int]
@@ -49,7 +52,7 @@ def train_command(words: Sequence[str]) -> int:
     from farnear.processes import end_with_parent
 
     parser = Parser(prog="launch/train.py", description="Train one model on the ranks that the launcher started.")
-    _add_run_arguments(parser)
+    add_run_arguments(parser)
     try:
         arguments = parse(parser, words)
         if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun, not by a shell that may be left
@@ -89,7 +92,9 @@ def _farnear_parser() -> Parser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_demo(commands)
     add_shards(commands)
-    _add_launch(commands)
+    add_launch(commands)
+    add_submit(commands)
+    add_status(commands)
     _add_report(commands)
     return parser
 
@@ -116,48 +121,6 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     _prepare_environment()
     return run_demo(arguments)
-
-
-def _add_launch(commands: "argparse._SubParsersAction[Parser]") -> None:
-    parser = commands.add_parser(
-        "launch",
-        help="train what a run file describes, on this machine",
-        description="Check a run file, print the accelerate command that trains it, and run that command with as many "
-        "processes as the machine has GPUs (or CPU cores, if it has none).",
-        epilog="examples:\n"
-        "  farnear launch run.yaml training.learning_rate=1e-5\n"
-        "  farnear launch run.yaml --num_processes 4 --resume auto",
-    )
-    _add_run_arguments(parser)
-    parser.add_argument("--config_file", type=Path, help="an accelerate config, instead of the strategy's own")
-    parser.add_argument("--num_processes", type=positive, help="ranks; wins over the run file's num_processes")
-    parser.set_defaults(command=_launch)
-
-
-def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_file", metavar="RUN.yaml", type=Path, help="the run file")
-    parser.add_argument(
-        "overrides", metavar="key=value", nargs="*", default=[], help="a value in place of the run file's"
-    )
-    parser.add_argument(
-        "--resume",
-        metavar="auto",
-        nargs="?",
-        type=resume,
-        help="continue from the newest checkpoint; with auto from the newest whole one, and start if there is none",
-    )
-
-
-def _launch(arguments: argparse.Namespace) -> int:
-    from farnear.launching.local import launch
-
-    return launch(
-        arguments.run_file,
-        arguments.overrides,
-        resume=arguments.resume,
-        config_file=arguments.config_file,
-        num_processes=arguments.num_processes,
-    )
 
 
 def _add_report(commands: "argparse._SubParsersAction[Parser]") -> None:

@@ -7,6 +7,7 @@ sides of an option. And `--resume` takes the words `auto` and `newest` only, so 
 import argparse
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from farnear.errors import UserError
@@ -27,6 +28,22 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, *, resumes: bool = True) -> None:
+    """A run file, values in its place, and unless ``resumes`` is off how to continue."""
+    parser.add_argument("run_file", metavar="RUN.yaml", type=Path, help="the run file")
+    parser.add_argument(
+        "overrides", metavar="key=value", nargs="*", default=[], help="a value in place of the run file's"
+    )
+    if resumes:
+        parser.add_argument(
+            "--resume",
+            metavar="auto",
+            nargs="?",
+            type=resume,
+            help="continue from the newest checkpoint; with auto from the newest whole one, and start if there is none",
+        )
 
 
 def parse(parser: Parser, words: Sequence[str]) -> argparse.Namespace:

@@ -1,14 +1,15 @@
 """The run file: one YAML that decides everything about a training.
 
-A run file has five sections (`model`, `data`, `loss`, `training`, `evaluation`) and a few keys of its own. Three ways
-lead to a ``RunConfig``, and all end in the same validation:
+A run file has five sections (`model`, `data`, `loss`, `training`, `evaluation`), a sixth for those who train on a
+cluster (`slurm`), and a few keys of its own. Three ways lead to a ``RunConfig``, all with the same validation:
 
     load_config("run.yaml", ["training.learning_rate=1e-5"])     what the commands do
     RunConfig.model_validate({...})                              from Python
     load_config("runs/x/run.yaml")                               the resolved copy that a run leaves: the same config
 
-The keys of the sections are in `farnear.sections`. An unknown key is an error that proposes the nearest known one,
-wherever it lives; names that mean something else here (`per_device_train_batch_size`) are answered with the conversion.
+The keys of the sections are in `farnear.sections` and `farnear.slurm_section`. An unknown key is an error that proposes
+the nearest known one, wherever it lives; names that mean something else here (`per_device_train_batch_size`) are
+answered with the conversion.
 """
 
 import difflib
@@ -31,6 +32,7 @@ from farnear.sections import (
     Strategy,
     TrainingConfig,
 )
+from farnear.slurm_section import SlurmConfig
 from farnear.yaml_text import read_yaml
 
 # What users of other trainers write, and what to write here instead.
@@ -81,8 +83,9 @@ class RunConfig(Section):
     loss: LossConfig = LossConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    slurm: SlurmConfig = SlurmConfig()
 
-    @field_validator("model", "data", "loss", "training", "evaluation", mode="before")
+    @field_validator("model", "data", "loss", "training", "evaluation", "slurm", mode="before")
     @classmethod
     def _all_lines_commented_out(cls, value: Any) -> Any:
         return {} if value is None else value

@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from types import ModuleType
 
 PR_SET_PDEATHSIG = 1  # prctl(2); Linux only
+SIGNALS_OF_STARTER = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""What a terminal or a cluster's scheduler sends to all processes, for one of them to answer."""
 
 
 def end_with_parent(parent: int) -> None:
@@ -36,7 +38,7 @@ def end_with_starter() -> None:
     """Have this process, started by multiprocessing, end as soon as the one that asked for it is gone, however it went.
 
     That is not its parent where a fork server stands between them, and a killed process tells its children nothing. But
-    the pipe that it held open to this one ends. A terminal's Ctrl-C, which reaches both, is the starter's to answer.
+    the pipe that it held open to this one ends. A signal that reaches both is the starter's to answer.
     """
     starter = multiprocessing.parent_process()
     assert starter is not None, "this process was not started by multiprocessing"
@@ -45,8 +47,26 @@ def end_with_starter() -> None:
         starter.join()
         os._exit(1)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in SIGNALS_OF_STARTER:
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=watch, name="end with starter", daemon=True).start()
+
+
+@contextmanager
+def deaf_children() -> Iterator[None]:
+    """Processes that are started inside, and those that they start, ignore what is their starter's to answer.
+
+    Outside of the main thread, where Python lets nobody change what a signal does, nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS_OF_STARTER}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

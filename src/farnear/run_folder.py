@@ -9,11 +9,12 @@ import fcntl
 import os
 import platform
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TextIO
 
 from farnear.errors import UserError
 
@@ -47,6 +48,11 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """Published checkpoints."""
         return self.path / "checkpoints"
+
+    @property
+    def saves(self) -> Path:
+        """One JSON object a checkpoint: step, seconds from the copy until it was published, those that steps waited."""
+        return self.path / "saves.jsonl"
 
     @property
     def latest(self) -> Path:
@@ -110,7 +116,15 @@ class RunFolder:
 
     def written(self) -> tuple[Path, ...]:
         """What a new run would replace."""
-        records = (self.metrics, self.evaluations, self.faults, self.quarantine, self.bad_steps, self.status)
+        records = (
+            self.metrics,
+            self.evaluations,
+            self.saves,
+            self.faults,
+            self.quarantine,
+            self.bad_steps,
+            self.status,
+        )
         return (self.config, *records, self.export, self.summary, self.report)
 
 
@@ -151,23 +165,36 @@ def check_start(output_dir: Path, resume: Resume | None) -> None:
 
 
 @contextmanager
-def claimed(folder: RunFolder) -> Iterator[None]:
+def claimed(folder: RunFolder, seconds: float = 0.0) -> Iterator[None]:
     """Keep other runs out of a run folder. The lock goes with the process, so a kill leaves none behind.
+
+    Args:
+        seconds: To wait for who has it.
 
     Raises:
         UserError: Another run writes into the folder.
     """
     folder.path.mkdir(parents=True, exist_ok=True)
     with open(folder.lock, "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        deadline = time.monotonic() + seconds
+        while not _locked(file) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if not _locked(file):
             file.seek(0)
             raise UserError(
                 f"another run is writing into {folder.path} ({file.read().strip()}); wait for it, or set another "
                 "output_dir"
-            ) from None
+            )
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}\n")
         file.flush()
         yield
+
+
+def _locked(file: TextIO) -> bool:
+    """Take the lock of an open file, or keep it; False where another has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,4 +1,4 @@
-"""YAML as people mean it: a key that stands twice in a mapping is an error, and a date in a name stays text."""
+"""YAML as people mean it: a key that stands twice in a mapping is an error, and dates and times of day stay text."""
 
 from typing import Any
 
@@ -25,7 +25,12 @@ class _Loader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(None, None, f"the key '{twice[0]}' stands twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> Any:
+        # YAML 1.1 reads 24:00:00 as a number to the base of 60.
+        return node.value if ":" in node.value else super().construct_yaml_int(node)
 
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 _Loader.yaml_implicit_resolvers = {
     letter: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()

@@ -37,6 +37,7 @@ from farnear.model.load import embedding_dimension
 from farnear.parallel.strategy import LossScale, Strategy
 from farnear.parallel.trackers import Trackers
 from farnear.parallel.world import World, on_main_rank
+from farnear.processes import deaf_children
 from farnear.run_folder import Resume, RunFolder
 from farnear.sections import TrainingConfig
 from farnear.status import write_status
@@ -203,7 +204,8 @@ def tell_of_other_ranks(checkpoint: Checkpoint, config: RunConfig, world: World)
 def prepare_workers() -> None:
     """Start the process that workers are forked from: it imports what they need once, while the model is loaded."""
     multiprocessing.set_forkserver_preload(["farnear.data.loader", "farnear.model.embedder"])
-    forkserver.ensure_running()
+    with deaf_children():
+        forkserver.ensure_running()
 
 
 def plan_settings(config: RunConfig) -> PlanSettings:
@@ -281,7 +283,7 @@ def prepare_folder(
     heal_export(folder.export)
     # An evaluation that was made up for, and not saved, comes again.
     last_of = {folder.evaluations: progress.evaluated_step or 0}
-    for records in (folder.metrics, folder.evaluations, folder.quarantine, folder.bad_steps):
+    for records in (folder.metrics, folder.evaluations, folder.saves, folder.quarantine, folder.bad_steps):
         if step:
             cut_after(records, last_of.get(records, step))
         else:

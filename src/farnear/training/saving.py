@@ -22,6 +22,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ from farnear.training.checkpoint import (
     hash_of,
     seal_of,
 )
+from farnear.training.metrics import append_line
 from farnear.training.retention import Retention, remove, retain
 from farnear.training.scale import TrainedState
 from farnear.training.watch import Watch
@@ -105,9 +107,11 @@ class Saver:
             UserError, RunStoppedError: What the save before met, or under ``in_background=False`` this one.
         """
         self.finish()
+        started = perf_counter()
         self._watch.at("save: copy", step=progress.step)
         self._copy(state)
-        facts = _Facts(progress, periodic, dict(state.shapes), state.frozen_hash)
+        copied = perf_counter()
+        facts = _Facts(progress, periodic, dict(state.shapes), state.frozen_hash, started, copied)
         self._thread = threading.Thread(target=self._run, args=(facts,), name="save", daemon=True)
         self._thread.start()
         self.saved_step = progress.step
@@ -174,7 +178,7 @@ class Saver:
         self._watch.saving("report", step)
         reports: list[_Report] = gather_on_main_rank(report, self._world.saving)
         self._on_main(lambda: self._publish(draft, final, save_id, facts, reports))
-        self._on_main(lambda: self._settle(final, facts.progress))
+        self._on_main(lambda: self._settle(final, facts))
 
     def _on_main(self, work: Callable[[], Any]) -> Any:
         return on_main_rank(self._world, work, self._world.saving)
@@ -238,11 +242,15 @@ class Saver:
             **self._about,
         )
 
-    def _settle(self, final: Path, progress: Progress) -> None:
-        """Point at what is there now, and remove what is kept no longer."""
+    def _settle(self, final: Path, facts: "_Facts") -> None:
+        """Point at what is there now, tell what it took, and remove what is kept no longer."""
+        progress = facts.progress
         self._watch.saving("latest", progress.step)
         folder = RunFolder(self._checkpoints.parent)
         replace_text(folder.latest, final.name + "\n")
+        waited = facts.copied if self._in_background else perf_counter()
+        seconds = {"seconds": perf_counter() - facts.started, "seconds_waited": waited - facts.started}
+        append_line(folder.saves, {"step": progress.step, **seconds})
         point_at_best(folder, progress)
         self._watch.saving("retain", progress.step)
         for doomed in retain(self._checkpoints, self._retention, progress.best_step):
@@ -265,6 +273,8 @@ class _Facts:
     periodic: bool
     shapes: Mapping[str, torch.Size]
     frozen_hash: str
+    started: float
+    copied: float
 
 
 class _Report:

@@ -7,8 +7,8 @@ moved, the wait is a long one and nothing more: rank 0 may be searching. Where n
 - the first rank to find that opens a folder for the report; every rank whose watchdog still runs, for a rank that waits
   in a collective has threads that do, leaves its place, the pairs in its hands and the stacks of all its threads there;
 - those that left nothing are named from their last heartbeats: stopped, swapped out, or on a machine that is gone;
-- the report is put together, its first line is told as the run's error, and every rank ends its process at once, as
-  nothing else would get it out of a collective.
+- the report is put together, its first line is told as the run's error on every machine, and every rank ends its
+  process at once, as nothing else would get it out of a collective.
 
 The process groups' own timeouts come after: they end a rank whose watchdog is wrong, or whose peers do everything but
 what it waits for.
@@ -42,8 +42,8 @@ class Watchdog:
 
     Args:
         watch: Tells where the rank is, and how long a rank may stand there.
-        end: Ends the process, with the error that is to be told or, on ranks that need not tell it, without. It does
-            not return.
+        end: Ends the process, with the error that is to be told or, where there is none to be read, without. It
+            does not return.
     """
 
     def __init__(
@@ -163,11 +163,18 @@ class Watchdog:
             return
 
     def _wait_for_the_end(self) -> None:
-        """The rank that puts the report together is done when it moves the folder; then this rank may end too."""
+        """The rank that puts the report together is done when it moves the folder; then this rank may end too.
+
+        It tells the same line, which on another machine nobody else would.
+        """
         deadline = time.monotonic() + 3 * self._interval
         while self._folder.hang.is_dir() and time.monotonic() < deadline:
             time.sleep(self._interval / 10)
-        self._end(None)
+        line = None
+        with suppress(OSError, IndexError):
+            newest = max((self._folder.path / "hangs").glob("*/report.txt"))
+            line = newest.read_text(encoding="utf-8").splitlines()[0]
+        self._end(RunStoppedError(line) if line and not self._folder.hang.is_dir() else None)
 
     def _answers(self) -> list[int]:
         return [rank for rank in range(self._world_size) if (self._folder.hang / f"rank-{rank:05d}.txt").exists()]

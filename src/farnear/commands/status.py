@@ -1,0 +1,34 @@
+"""`farnear status`: how a run stands or has ended, for a person and for the script that started it."""
+
+import argparse
+
+from farnear.command_line import Parser, add_run_arguments
+
+
+def add_status(commands: "argparse._SubParsersAction[Parser]") -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "status",
+        help="how a run stands or has ended",
+        description="Print the state of a run (running, finished, stopped, failed), its newest checkpoint and the "
+        "reason, from status.json in its run folder; no line where nothing has run.",
+        epilog="example:\n  farnear status run.yaml output_dir=runs/second",
+    )
+    add_run_arguments(parser, resumes=False)
+    parser.add_argument("--since", metavar="TIME", help="look at nothing older, such as 2026-11-22T01:00:00Z")
+    parser.set_defaults(command=_status)
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from farnear.config import load_config
+    from farnear.run_folder import RunFolder
+    from farnear.status import read_status
+
+    folder = RunFolder(Path(load_config(arguments.run_file, arguments.overrides).output_dir))
+    status = read_status(folder)
+    if status is not None and (arguments.since is None or str(status.get("time")) >= arguments.since):
+        words = (status.get("state"), status.get("checkpoint") or "-", status.get("reason") or "")
+        print(" ".join(map(str, words)).rstrip())
+    return 0

@@ -1,0 +1,203 @@
+"""`farnear submit`: a run as a SLURM job, whose script a person can read, edit and submit without farnear.
+
+The script is ``slurm/train.sbatch`` with two parts filled in: the lines for sbatch, and what this run and this cluster
+need. All else, how ranks meet, what becomes of signals, when the job goes back into the queue, stands there and is the
+same for everybody.
+
+The signal before the time limit must come early enough for a save. How early follows from what the run's saves have
+taken so far, in `saves.jsonl` of its folder; before the first one, from the size of a checkpoint.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from farnear.config import RunConfig, load_config
+from farnear.errors import UserError
+from farnear.files import replace_text
+from farnear.resources import resource_root
+from farnear.run_folder import RunFolder, check_start
+from farnear.slurm_section import SlurmConfig
+
+LEAST_LEAD_SECONDS = 60
+"""SLURM may send its signal a minute early, and never less than the lead before the end."""
+
+UNKNOWN_LEAD_SECONDS = 300
+"""Where nothing is known about the model or its saves."""
+
+# Of saves and steps, whose times vary: the longest of the last ones, and as much again.
+_LAST = 50
+_SPARE_SECONDS = 30
+
+
+def submit(run_file: Path, overrides: Sequence[str], *, nodes: int, dry_run: bool) -> int:
+    """Check a run, write its script into the run folder, and hand that to sbatch; or print the script.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        UserError: The run cannot start, there is no SLURM here, or SLURM refuses the job.
+    """
+    config = load_config(run_file, overrides)
+    folder = RunFolder(Path(config.output_dir))
+    check_start(folder.path, "auto")
+    script = job_script(config, run_file, overrides, nodes)
+    if dry_run:
+        print(script, end="")
+        return 0
+    if shutil.which("sbatch") is None:
+        raise UserError("there is no sbatch here, so no job can be submitted; run this on a login node, or --dry-run")
+    logs = _logs(folder)
+    logs.mkdir(parents=True, exist_ok=True)
+    path = folder.path / "submit.sbatch"
+    replace_text(path, script)
+    ended = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True)
+    if ended.returncode != 0:
+        why = " ".join(ended.stderr.split()).replace("sbatch: error: ", "")
+        raise UserError(f"SLURM refuses the job: {why}; mend section slurm of the run file (the script is {path})")
+    job = ended.stdout.strip().partition(";")[0]
+    print(f"job {job} submitted; its script is {path}")
+    print(f"  tail -F {logs / f'{job}.log'}")
+    print(f"  scancel --signal=USR1 {job}     saves, goes back into the queue and continues")
+    print(f"  scancel {job}                   saves and ends; the same command continues")
+    return 0
+
+
+def job_script(config: RunConfig, run_file: Path, overrides: Sequence[str], nodes: int) -> str:
+    """The job's script.
+
+    Raises:
+        UserError: The run cannot be spread over so many nodes.
+    """
+    _refuse_wrong_ranks(config, nodes)
+    text = (resource_root() / "slurm" / "train.sbatch").read_text(encoding="utf-8")
+    directives = "".join(f"#SBATCH {line}\n" for line in _directives(config, nodes))
+    text = _replaced(r"(^#SBATCH .*\n)+", directives, text)
+    settings = "\n".join(["# What this run and this cluster need.", *_settings(config, run_file, overrides)])
+    text = _replaced(r"^# What this run and this cluster need\.\n(.+\n)+", f"{settings}\n", text)
+    command = f"farnear submit {shlex.join([str(run_file), *overrides])} --nodes {nodes}"
+    return _replaced(r"^#\n(#   .*\n)+#\n", f"#\n#   {command}\n#\n", text)
+
+
+def lead_seconds(folder: RunFolder, checkpoint_bytes: int | None = None) -> int:
+    """How long before its end a job has to be told, for the step in hand to end and a save to be published.
+
+    Args:
+        checkpoint_bytes: About, for a run that has not saved yet; None where it is not known.
+    """
+    saves = [record["seconds"] for record in _records(folder.saves)]
+    steps = [sum(record["seconds"].values()) for record in _records(folder.metrics)]
+    if saves:
+        save = max(saves)
+    elif checkpoint_bytes is not None:
+        save = checkpoint_bytes / _BYTES_PER_SECOND
+    else:
+        return UNKNOWN_LEAD_SECONDS
+    return max(LEAST_LEAD_SECONDS, round(2 * (save + max(steps, default=0.0)) + _SPARE_SECONDS))
+
+
+# Of a shared file system that many write to.
+_BYTES_PER_SECOND = 0.5e9
+
+
+def _refuse_wrong_ranks(config: RunConfig, nodes: int) -> None:
+    if config.strategy == "single" and nodes > 1:
+        raise UserError(f"strategy single is one process and has no use for {nodes} nodes; set strategy=ddp")
+    ranks = _ranks_per_node(config)
+    if ranks is not None and config.num_processes not in (None, ranks * nodes):
+        raise UserError(
+            f"the run file asks for num_processes={config.num_processes}, but {nodes} nodes with {ranks} ranks each "
+            f"are {ranks * nodes}; take num_processes out, or set slurm.ranks_per_node"
+        )
+    if ranks is not None and ranks * nodes > config.training.global_batch_size:
+        raise UserError(
+            f"{ranks * nodes} ranks would share {config.training.global_batch_size} pairs, so that some have none; "
+            "raise training.global_batch_size, or take fewer --nodes"
+        )
+
+
+def _ranks_per_node(config: RunConfig) -> int | None:
+    """None where the job will see how many GPUs it finds."""
+    return 1 if config.strategy == "single" else config.slurm.ranks_per_node or config.slurm.gpus_per_node
+
+
+def _directives(config: RunConfig, nodes: int) -> Iterator[str]:
+    """Options of sbatch, one a line."""
+    slurm, folder = config.slurm, RunFolder(Path(config.output_dir))
+    yield f"--job-name={_job_name(folder)}"
+    yield f"--nodes={nodes}"
+    yield "--ntasks-per-node=1"
+    named = ("account", "partition", "qos", "constraint", "gres", "gpus_per_node", "cpus_per_task", "mem", "time")
+    for name in named:
+        if (value := getattr(slurm, name)) is not None:
+            yield f"--{name.replace('_', '-')}={value}"
+    yield f"--signal=USR1@{slurm.signal_seconds or lead_seconds(folder)}"
+    yield "--requeue"
+    yield "--open-mode=append"
+    yield f"--chdir={os.getcwd()}"
+    yield f"--output={_logs(folder)}/%j.log"
+    yield from slurm.options
+
+
+def _settings(config: RunConfig, run_file: Path, overrides: Sequence[str]) -> Iterator[str]:
+    """Shell lines."""
+    slurm = config.slurm
+    yield from (slurm.setup.rstrip("\n") or _this_python()).split("\n")
+    if slurm.offline:
+        yield "export HF_HUB_OFFLINE=1"
+    yield f"set -- {shlex.join([str(run_file), *overrides])}"
+    yield f"ranks_per_node={_ranks_per_node(config) or '${SLURM_GPUS_ON_NODE:-1}'}"
+    yield f"log_dir={shlex.quote(str(_logs(RunFolder(Path(config.output_dir)))))}/$SLURM_JOB_ID"
+    yield f"container=({' '.join(map(shlex.quote, _container(slurm)))})"
+
+
+def _container(slurm: SlurmConfig) -> list[str]:
+    """Options that pyxis adds to srun."""
+    if slurm.container is None:
+        return []
+    here = os.getcwd()
+    mounts = ",".join(filter(None, [f"{here}:{here}", slurm.container_mounts]))
+    return [f"--container-image={slurm.container}", f"--container-mounts={mounts}", f"--container-workdir={here}"]
+
+
+def _this_python() -> str:
+    """A line with which a node finds the Python that runs here."""
+    activate = Path(sys.prefix, "bin", "activate")
+    if sys.prefix != sys.base_prefix and activate.exists():
+        return f"source {shlex.quote(str(activate))}"
+    return f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"
+
+
+def _logs(folder: RunFolder) -> Path:
+    return Path(os.path.abspath(folder.path / "logs"))
+
+
+def _job_name(folder: RunFolder) -> str:
+    """That squeue shows: without characters that mean something to SLURM."""
+    return "farnear-" + re.sub(r"[^A-Za-z0-9._-]+", "-", folder.path.absolute().name)
+
+
+def _replaced(pattern: str, text: str, script: str) -> str:
+    script, found = re.subn(pattern, lambda _: text, script, count=1, flags=re.MULTILINE)
+    if not found:
+        raise RuntimeError(f"slurm/train.sbatch has no part like {pattern!r} any more")
+    return script
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    """The last lines of a run's records, as far as they can be read."""
+    records = []
+    with suppress(OSError):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines()[-_LAST:]:
+            with suppress(ValueError):  # a kill came in the middle of it
+                records.append(json.loads(line))
+    return records
