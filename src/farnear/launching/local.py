@@ -11,6 +11,7 @@ Every process of a launch inherits the name of the launch's outcome file in its 
 found at the end, data workers and orphans included.
 """
 
+import math
 import os
 import shlex
 import shutil
@@ -103,16 +104,23 @@ def launch(
     return code
 
 
-def python_command(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+def python_command(arguments: Sequence[str], program: str = "train.py") -> tuple[list[str], list[str]]:
     """The command for one process: as a person types it, and as it is run."""
-    words = ["-u", _short(resource_root() / "launch" / "train.py"), *arguments]
+    words = ["-u", _short(resource_root() / "launch" / program), *arguments]
     return [_program(Path(sys.executable).name), *words], [sys.executable, *words]
 
 
 def accelerate_command(
-    strategy: str, arguments: Sequence[str], config_file: Path | None, num_processes: int | None
+    strategy: str,
+    arguments: Sequence[str],
+    config_file: Path | None,
+    num_processes: int | None,
+    program: str = "train.py",
 ) -> tuple[list[str], list[str]]:
     """The command for several processes: as a person types it, and as it is run.
+
+    Args:
+        program: In the folder `launch`.
 
     Raises:
         UserError: The accelerate config does not exist.
@@ -123,7 +131,7 @@ def accelerate_command(
     words = ["--config_file", _short(config_file or root / "accelerate_configs" / f"{strategy}.yaml")]
     if num_processes is not None:
         words += ["--num_processes", str(num_processes)]
-    words += [_short(root / "launch" / "train.py"), *arguments]
+    words += [_short(root / "launch" / program), *arguments]
     return [_program("accelerate"), "launch", *words], [sys.executable, "-m", "accelerate.commands.launch", *words]
 
 
@@ -134,18 +142,21 @@ def threads_of_a_rank(num_processes: int | None) -> dict[str, str]:
     return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
 
 
-def supervise(command: Sequence[str], environment: Mapping[str, str] | None = None) -> int:
+def supervise(
+    command: Sequence[str], environment: Mapping[str, str] | None = None, *, seconds: float = math.inf
+) -> int:
     """Run a command whose processes report through an outcome file, and leave none of them behind.
 
     Args:
         command: The program and its arguments.
         environment: Variables beside this process's own.
+        seconds: That it may take.
 
     Returns:
         Its exit code, or 128 + the number of the signal that ended it or this process's wait for it.
 
     Raises:
-        UserError: The first one that a rank met.
+        UserError: The first one that a rank met, or that the time is over.
     """
     with tempfile.TemporaryDirectory(prefix="farnear-") as folder, _signals_received() as received:
         outcome = Path(folder, "outcome.json")
@@ -157,9 +168,10 @@ def supervise(command: Sequence[str], environment: Mapping[str, str] | None = No
             # torchrun, for its part, ends its ranks when it takes a SIGTERM.
             preexec_fn=partial(end_with_parent, os.getpid()),
         )
-        at_once = False
+        at_once = is_late = False
         try:
-            at_once = _wait(child, outcome, received)
+            at_once = _wait(child, outcome, received, time.monotonic() + seconds)
+            is_late = child.poll() is None and not outcome.exists() and not received
             if outcome.exists():
                 time.sleep(SECONDS_FOR_OTHER_RANKS)
         finally:
@@ -167,6 +179,8 @@ def supervise(command: Sequence[str], environment: Mapping[str, str] | None = No
                 _end(child, str(outcome), grace=0.0 if at_once else SECONDS_FROM_SIGTERM_TO_SIGKILL)
         if not at_once and (error := read_outcome(outcome)):
             raise error
+        if is_late:
+            raise UserError(f"the ranks did not end within {seconds:.0f} s and were ended; give them longer")
         if received and child.returncode != 0:
             print(f"farnear: stopped by {received[0].name}; no process is left", file=sys.stderr)
             return 128 + received[0]
@@ -175,10 +189,10 @@ def supervise(command: Sequence[str], environment: Mapping[str, str] | None = No
         return child.returncode if child.returncode >= 0 else 128 - child.returncode
 
 
-def _wait(child: subprocess.Popen[bytes], outcome: Path, received: Sequence[signal.Signals]) -> bool:
-    """Until the child has ended, a rank has told of an error, or a signal is to end them all; whether at once."""
+def _wait(child: subprocess.Popen[bytes], outcome: Path, received: Sequence[signal.Signals], deadline: float) -> bool:
+    """Until the child has ended, a rank has told of an error, or time or a signal is to end them; whether at once."""
     passed_on = 0
-    while child.poll() is None and not outcome.exists():
+    while child.poll() is None and not outcome.exists() and time.monotonic() < deadline:
         if len(received) > passed_on:
             number, is_first = received[passed_on], passed_on == 0
             passed_on += 1
