@@ -1,5 +1,6 @@
 """The doctor's checks of what can run out: cores, open files, shared memory, memory, disk."""
 
+import math
 import os
 import resource
 import shutil
@@ -92,9 +93,10 @@ def shm(subject: Subject) -> list[Finding]:
     )
     if free >= needed:
         return ok(what)
+    enough = math.ceil(1.25 * needed / 2**30)
     return fail(
         f"{what}: workers would be killed by a bus error",
-        f"start the container with --shm-size={-(-needed // 2**30) + 1}g, or lower data.dataloader_num_workers or "
+        f"start the container with --shm-size={enough}g, or lower data.dataloader_num_workers or "
         "data.dataloader_prefetch_factor",
     )
 

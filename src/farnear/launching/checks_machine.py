@@ -15,6 +15,7 @@ from packaging.specifiers import SpecifierSet
 
 from farnear.config import RunConfig
 from farnear.launching.findings import Finding, Subject, fail, gigabytes, note, ok
+from farnear.wording import counted
 
 # Imported only where they are used, so that a machine may lack them.
 USED_BY = {
@@ -96,7 +97,7 @@ def compiler(subject: Subject) -> list[Finding]:
     """What flex_attention and operators of DeepSpeed are compiled with when they are first used."""
     missing = []
     if not any(map(shutil.which, ("g++", "c++", "clang++"))):
-        missing.append("a C++ compiler (g++)")
+        missing.append("g++")
     if not shutil.which("ninja"):
         missing.append("ninja")
     if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
@@ -120,7 +121,7 @@ def gpus(subject: Subject) -> list[Finding]:
         if table:
             why = "torch was built without CUDA" if torch.version.cuda is None else "the driver is too old for it"
             return fail(
-                f"{len(table)} GPUs are here, and torch {torch.__version__} (CUDA {torch.version.cuda}) sees none",
+                f"{counted(len(table), 'GPU')} {'is' if len(table) == 1 else 'are'} here, and torch {torch.__version__} (CUDA {torch.version.cuda}) sees none",
                 f"{why}, or CUDA_VISIBLE_DEVICES hides them: compare with nvidia-smi",
             )
         return note("no GPU is here: ranks compute on the CPU and talk through gloo", "expect tiny models only")

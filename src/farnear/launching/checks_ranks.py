@@ -14,6 +14,7 @@ from farnear.errors import UserError
 from farnear.launching.checks_run import is_indexed
 from farnear.launching.findings import Finding, Subject, fail, note, ok
 from farnear.launching.local import accelerate_command, python_command, supervise, threads_of_a_rank
+from farnear.wording import counted
 
 OF_RANKS = ("launch", "bandwidth", "gradient", "decode")
 PROGRAM = "doctor.py"
@@ -73,14 +74,18 @@ def _launched(subject: Subject, wanted: Sequence[str]) -> tuple[dict[str, Any], 
     """(figures by check, the check that was begun last, the error that ended it)."""
     config = subject.config
     strategy = config.strategy if config is not None else "ddp"
-    with tempfile.TemporaryDirectory(prefix="farnear-doctor-") as folder:
+    with tempfile.TemporaryDirectory(prefix="farnear-doctor-", ignore_cleanup_errors=True) as folder:
         words = [folder, ",".join(wanted), str(subject.seconds), *subject.run_words]
-        environment = {}
+        # torchrun leaves a folder of logs where temporary files go.
+        environment = {"TMPDIR": folder}
         if strategy == "single":
             _, command = python_command(words, PROGRAM)
         else:
             _, command = accelerate_command(strategy, words, subject.config_file, subject.ranks, PROGRAM)
-            environment = threads_of_a_rank(subject.ranks)
+            environment |= threads_of_a_rank(subject.ranks)
+        if not subject.gpus:
+            # Said before anybody asks DeepSpeed, which warns when it has to find out.
+            environment["DS_ACCELERATOR"] = os.environ.get("DS_ACCELERATOR", "cpu")
         error: str | None = None
         try:
             code = supervise(command, environment, seconds=SECONDS_TO_START + 12 * subject.seconds)
@@ -104,7 +109,7 @@ def _launch(subject: Subject, figures: dict[str, Any]) -> list[Finding]:
     found = figures["launch"]
     strategy = subject.config.strategy if subject.config is not None else "ddp"
     how = f"met over {found['backend']} in {found['seconds']:.1f} s" if found["ranks"] > 1 else "started"
-    return ok(f"{found['ranks']} ranks under {strategy}: configs agree, {how}")
+    return ok(f"{counted(found['ranks'], 'rank')} under {strategy}: configs agree, {how}")
 
 
 def _bandwidth(subject: Subject, figures: dict[str, Any]) -> list[Finding]:

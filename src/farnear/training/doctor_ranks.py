@@ -24,6 +24,7 @@ from farnear.outcome import tell
 from farnear.parallel.bandwidth import measure_bandwidth
 from farnear.parallel.collectives import agree_on_max
 from farnear.parallel.world import World, check_launch, join_world, on_main_rank, stop_world
+from farnear.parallel.zero import deepspeed_config
 
 PLANS = "plans"
 WHO_MEETS = (
@@ -57,6 +58,8 @@ def examine(config: RunConfig | None, wanted: Sequence[str], folder: Path, secon
     begin("launch")
     if config is not None:
         check_launch(config, os.environ)
+        if config.strategy.startswith("zero"):
+            deepspeed_config(config, int(os.environ["WORLD_SIZE"]))
     started = perf_counter()
     world = _meet(seconds)
     backend = "nccl" if world.device.type == "cuda" else "gloo"

@@ -58,7 +58,7 @@ _HALF_ONLY = ("flash_attention_2", "flash_attention_3", "varlen")
 # fp16 leaves out steps until it has found a scale.
 _MOST_OVERFLOWS = 20
 _MOST_INPUTS_AT_ONCE = 16
-_SECONDS_OF_DECODING = 4.0
+_SECONDS_OF_DECODING = 2.0
 
 
 @dataclass(frozen=True)
