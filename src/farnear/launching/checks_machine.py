@@ -119,9 +119,10 @@ def gpus(subject: Subject) -> list[Finding]:
     table = _nvidia_smi("index,name,memory.total,memory.used,compute_cap,ecc.errors.uncorrected.volatile.total")
     if not torch.cuda.is_available():
         if table:
+            build = f"torch {torch.__version__} (CUDA {torch.version.cuda})"
             why = "torch was built without CUDA" if torch.version.cuda is None else "the driver is too old for it"
             return fail(
-                f"{counted(len(table), 'GPU')} {'is' if len(table) == 1 else 'are'} here, and torch {torch.__version__} (CUDA {torch.version.cuda}) sees none",
+                f"nvidia-smi knows of {counted(len(table), 'GPU')}, and {build} sees none",
                 f"{why}, or CUDA_VISIBLE_DEVICES hides them: compare with nvidia-smi",
             )
         return note("no GPU is here: ranks compute on the CPU and talk through gloo", "expect tiny models only")

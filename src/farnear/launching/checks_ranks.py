@@ -137,7 +137,7 @@ def _bandwidth(subject: Subject, figures: dict[str, Any]) -> list[Finding]:
 
 def _gradient(subject: Subject, figures: dict[str, Any]) -> list[Finding]:
     found = figures["gradient"]
-    bound = f"bound {found['bound']:.1e} {found['bound_from']}"
+    bound = f"bound {found['bound']:.1e}, {found['bound_from']}"
     if found["error"] is None:
         return note(
             "not compared: the plain gradient does not fit on one GPU", "compare with a smaller model.max_pixels"
