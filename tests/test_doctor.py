@@ -25,6 +25,7 @@ from farnear.commands.doctor import CHECKS
 from farnear.launching import doctor
 from farnear.launching.findings import Finding, Subject
 from farnear.model.tiny import save_tiny_model
+from farnear.resources import resource_root
 
 Capture = pytest.CaptureFixture[str]
 
@@ -315,6 +316,18 @@ def test_ranks_that_cannot_meet(folder: Path, capsys: Capture, monkeypatch: pyte
     assert "the ranks cannot meet" in line
     assert "GLOO_SOCKET_IFNAME" in line
     assert result[1]["bandwidth"][0].startswith("note")
+
+
+def test_a_rank_that_nobody_meets_says_so_in_time(tmp_path: Path) -> None:
+    """As behind a firewall: one of two ranks, and the other never comes."""
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    program = [sys.executable, str(resource_root() / "launch" / "doctor.py"), str(tmp_path), "launch", "2"]
+    done = subprocess.run(program, env={**os.environ, **place}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("farnear: error: the ranks cannot meet (")
+    assert "1/2 clients joined" in line
+    assert "a firewall" in line
 
 
 # What takes longer

@@ -1,6 +1,7 @@
 """The doctor's checks of what is built in and installed: packages, compiler, GPUs and how they are joined."""
 
 import importlib.metadata
+import os
 import platform
 import re
 import shutil
@@ -113,7 +114,7 @@ def compiler(subject: Subject) -> list[Finding]:
 
 
 def gpus(subject: Subject) -> list[Finding]:
-    """Each GPU, who else is on it, and whether torch can use it at all."""
+    """Each GPU that may be used, who else is on it, and whether torch can use it at all."""
     import torch
 
     table = _nvidia_smi("index,name,memory.total,memory.used,compute_cap,ecc.errors.uncorrected.volatile.total")
@@ -128,15 +129,15 @@ def gpus(subject: Subject) -> list[Finding]:
         return note("no GPU is here: ranks compute on the CPU and talk through gloo", "expect tiny models only")
     findings: list[Finding] = []
     for index, name, total, used, capability, errors in table:
-        what = f"GPU {index}: {name}, {gigabytes(float(total) * 2**20)}, compute capability {capability}"
-        if errors.isdigit() and int(errors):
+        what = f"GPU {index}: {name}, {gigabytes(_number(total) * 2**20)}, compute capability {capability}"
+        if _number(errors):
             findings += fail(f"{what}: {errors} uncorrected memory errors since it started", "leave it out, reset it")
-        elif float(used) * 2**20 > NOT_OURS_BYTES:
+        elif _number(used) * 2**20 > NOT_OURS_BYTES:
             findings += note(
-                f"{what}, {gigabytes(float(used) * 2**20)} of it taken by other processes",
+                f"{what}, {gigabytes(_number(used) * 2**20)} of it taken by other processes",
                 "end them (nvidia-smi names them), or leave it out with CUDA_VISIBLE_DEVICES",
             )
-        elif _wants_bf16(subject.config) and float(capability) < 8:
+        elif _wants_bf16(subject.config) and 0 < _number(capability) < 8:
             findings += note(f"{what}, which computes bf16 slowly or not at all", "set training.fp16")
         else:
             findings += ok(what)
@@ -170,7 +171,17 @@ def interconnect(subject: Subject) -> list[Finding]:
 def _nvidia_smi(fields: str) -> list[list[str]]:
     text = _run("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits")
     rows = [[cell.strip() for cell in line.split(",")] for line in text.splitlines()]
-    return [row for row in rows if len(row) == fields.count(",") + 1]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    is_chosen = all(word.isdigit() for word in visible)
+    return [row for row in rows if len(row) == fields.count(",") + 1 and (row[0] in visible or not is_chosen)]
+
+
+def _number(cell: str) -> float:
+    """0 for what a GPU does not tell, such as [N/A]."""
+    try:
+        return float(cell)
+    except ValueError:
+        return 0.0
 
 
 def _run(*command: str) -> str:

@@ -81,8 +81,10 @@ def _launched(subject: Subject, wanted: Sequence[str]) -> tuple[dict[str, Any], 
         if strategy == "single":
             _, command = python_command(words, PROGRAM)
         else:
-            _, command = accelerate_command(strategy, words, subject.config_file, subject.ranks, PROGRAM)
-            environment |= threads_of_a_rank(subject.ranks)
+            # As `farnear launch` does it, which leaves an open number to accelerate.
+            asked = config.num_processes if config is not None else subject.ranks
+            _, command = accelerate_command(strategy, words, subject.config_file, asked, PROGRAM)
+            environment |= threads_of_a_rank(asked)
         if not subject.gpus:
             # Said before anybody asks DeepSpeed, which warns when it has to find out.
             environment["DS_ACCELERATOR"] = os.environ.get("DS_ACCELERATOR", "cpu")

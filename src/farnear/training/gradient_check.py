@@ -7,6 +7,7 @@ call. So the doctor asks it of the model that is to be trained, with everything 
     plain gradient of the batch, on rank 0 (`farnear.training.plain_gradient`)
     the same batch by the cached step under the strategy, one step of SGD with the run's clipping
     error = | update - expected update | / | expected update |        (over all parameters together)
+            or the relative difference of both gradients' norms before clipping, if that is more
 
 SGD, because AdamW magnifies rounding where a gradient is near zero. The step is made about as long as the weights
 themselves, so that their own rounding does not drown it; the model is thrown away afterwards.
@@ -135,14 +136,15 @@ def check_gradient(config: RunConfig, data: RunData, world: World, plans: Path) 
     batch = probe.batch()
     clipping = min(1.0, training.max_grad_norm / (norm + 1e-6)) if training.max_grad_norm else 1.0
     learning_rate = norm_of_weights / (norm * clipping)
-    _one_step(step, built.strategy, batch, scale, learning_rate=learning_rate)
+    cached_norm = _one_step(step, built.strategy, batch, scale, learning_rate=learning_rate)
     after = built.strategy.full_weights()
     error = None
     if kept:
         (reference,) = kept
         update = {name: reference.weights[name] - after[name].float() for name in reference.weights}
         wanted = {name: g_n * (learning_rate * clipping) for name, g_n in reference.gradient.items()}
-        error = relative_error(update, wanted)
+        # Clipping hides a gradient's length, so that is compared before it.
+        error = max(relative_error(update, wanted), abs(cached_norm - norm) / norm)
     precision, bound = _bound(training)
     times = _OVER_PLAIN_BF16_WEIGHTS if training.pure_bf16 else _OVER_PLAIN
     from_plain = times * error_in_half
@@ -278,12 +280,13 @@ def _pace(step: CachedStep, strategy: Strategy, probe: Probe, scale: float) -> t
     return perf_counter() - started, len(batch.pairs_b)
 
 
-def _one_step(step: CachedStep, strategy: Strategy, batch: RankBatch, scale: float, *, learning_rate: float) -> None:
+def _one_step(step: CachedStep, strategy: Strategy, batch: RankBatch, scale: float, *, learning_rate: float) -> float:
+    """The gradient's norm before clipping."""
     try:
         for _ in range(_MOST_OVERFLOWS):
             step.gradient(batch, StepFigures(), scale=scale)
-            if not math.isnan(strategy.step(learning_rate)):
-                return
+            if not math.isnan(norm := strategy.step(learning_rate)):
+                return norm
     except (NonFiniteLossError, NonFiniteGradientError):
         pass
     raise UserError(
