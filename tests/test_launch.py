@@ -236,6 +236,13 @@ def test_supervise_gives_the_exit_code(program: RunProgram, capfd: pytest.Captur
     assert output.err == "farnear: a process failed; the first error above says why\n" * 2
 
 
+def test_supervise_ends_what_takes_too_long(program: RunProgram) -> None:
+    command = program("subprocess.Popen(['sleep', '60'])", "time.sleep(60)")
+    with pytest.raises(UserError, match="did not end within 1 s"):
+        supervise(command, seconds=1.0)
+    assert not [process for process in psutil.Process().children(recursive=True) if "sleep" in process.cmdline()]
+
+
 def test_supervise_ends_every_process_after_a_mistake(
     program: RunProgram, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

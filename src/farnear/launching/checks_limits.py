@@ -10,6 +10,7 @@ import psutil
 
 from farnear.data.index_cache import cache_folder
 from farnear.launching.findings import Finding, Subject, existing, fail, gigabytes, note, ok
+from farnear.wording import counted
 
 SHM = Path("/dev/shm")
 # Where the run file does not bound them: about an A4 page at 100 dots an inch, and what Qwen's models make a token of.
@@ -28,7 +29,7 @@ def ranks(subject: Subject) -> list[Finding]:
     wanted, cores, workers = subject.ranks, subject.cores, subject.workers
     if subject.gpus and wanted > subject.gpus:
         return fail(
-            f"{wanted} ranks and {subject.gpus} GPUs that can be used: the last ranks would have none",
+            f"{wanted} ranks and {counted(subject.gpus, 'GPU')} that can be used: the last ranks would have none",
             f"set num_processes={subject.gpus}, or look at CUDA_VISIBLE_DEVICES",
         )
     if not subject.gpus and wanted > cores:
@@ -37,7 +38,8 @@ def ranks(subject: Subject) -> list[Finding]:
             f"set num_processes={cores}",
         )
     processes = wanted * (1 + workers)
-    what = f"{wanted} ranks with {workers} data workers each on {cores} cores ({cores / wanted:.1f} a rank)"
+    who = f"{counted(wanted, 'rank')} with {counted(workers, 'data worker')} each"
+    what = f"{who} on {cores} cores ({cores / wanted:.1f} a rank)"
     quota = _cores_of_cgroup()
     if quota is not None and quota < min(cores, processes):
         return note(
@@ -45,7 +47,7 @@ def ranks(subject: Subject) -> list[Finding]:
         )
     if processes > 2 * cores:
         return note(what, "more than two processes a core: lower data.dataloader_num_workers")
-    return ok(what + (f" and {subject.gpus} GPUs" if subject.gpus else ""))
+    return ok(what + (f" and {counted(subject.gpus, 'GPU')}" if subject.gpus else ""))
 
 
 def files(subject: Subject) -> list[Finding]:
