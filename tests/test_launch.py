@@ -20,8 +20,9 @@ from tiny_runs import make_inputs, run_tree
 from farnear import outcome, resources
 from farnear.cli import train_command
 from farnear.errors import RunStoppedError, UserError
-from farnear.launching import local
-from farnear.launching.local import accelerate_command, launch, python_command, supervise
+from farnear.launching import local, supervision
+from farnear.launching.local import accelerate_command, launch, python_command
+from farnear.launching.supervision import supervise
 from farnear.outcome import OUTCOME_FILE, read_outcome, tell
 from farnear.run_folder import RunFolder, check_start, claimed
 from farnear.status import read_status, write_status
@@ -239,11 +240,18 @@ def test_supervise_gives_the_exit_code(program: RunProgram, capfd: pytest.Captur
     assert output.err == "farnear: a process failed; the first error above says why\n" * 2
 
 
+def test_supervise_ends_what_takes_too_long(program: RunProgram) -> None:
+    command = program("subprocess.Popen(['sleep', '60'])", "time.sleep(60)")
+    with pytest.raises(UserError, match="did not end within 1 s"):
+        supervise(command, seconds=1.0)
+    assert not [process for process in psutil.Process().children(recursive=True) if "sleep" in process.cmdline()]
+
+
 def test_supervise_ends_every_process_after_a_mistake(
     program: RunProgram, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A launcher with two ranks in sessions of their own: one fails, the other waits for it, deaf to SIGTERM."""
-    monkeypatch.setattr(local, "SECONDS_FROM_SIGTERM_TO_SIGKILL", 1.0)
+    monkeypatch.setattr(supervision, "SECONDS_FROM_SIGTERM_TO_SIGKILL", 1.0)
     command = program(
         "if len(sys.argv) == 1:",
         "    ranks = [subprocess.Popen([sys.executable, __file__, str(r)], start_new_session=True) for r in range(2)]",
@@ -279,7 +287,7 @@ def test_a_signal_ends_launcher_and_ranks(number: signal.Signals, program: RunPr
             sys.executable,
             "-c",
             # Whatever runs the tests may ignore signals, and what is ignored is inherited.
-            f"import signal, sys; from farnear.launching.local import SIGNALS_TO_END_ON, supervise\n"
+            f"import signal, sys; from farnear.launching.supervision import SIGNALS_TO_END_ON, supervise\n"
             f"for number in SIGNALS_TO_END_ON: signal.signal(number, signal.SIG_DFL)\n"
             f"sys.exit(supervise({command}))",
         ],
@@ -306,7 +314,7 @@ def test_a_signal_ends_launcher_and_ranks(number: signal.Signals, program: RunPr
 def test_a_killed_launcher_takes_its_child_along(program: RunProgram, tmp_path: Path) -> None:
     command = program(f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()) + '.')", "time.sleep(60)")
     supervisor = subprocess.Popen(
-        [sys.executable, "-c", f"from farnear.launching.local import supervise; supervise({command})"],
+        [sys.executable, "-c", f"from farnear.launching.supervision import supervise; supervise({command})"],
         env={**os.environ, "TMPDIR": str(tmp_path)},
     )
     try:

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import farnear
 from farnear.command_line import Parser, add_run_arguments, parse, positive
+from farnear.commands.doctor import add_doctor
 from farnear.commands.launch import add_launch
 from farnear.commands.shards import add_shards
 from farnear.commands.status import add_status
 from farnear.commands.submit import add_submit
+from farnear.environment import prepare_environment
 from farnear.errors import UserError, as_user_error
 
 Command = Callable[[argparse.Namespace], int]
@@ -58,28 +60,13 @@ def train_command(words: Sequence[str]) -> int:
         if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun, not by a shell that may be left
             end_with_parent(os.getppid())
         config = load_config(arguments.run_file, arguments.overrides)
-        _prepare_environment()
+        prepare_environment()
         farnear.train(config, arguments.resume)
         return 0
     except (UserError, OSError) as error:
         mistake = as_user_error(error)
     tell(mistake)
     return mistake.exit_code
-
-
-def _prepare_environment() -> None:
-    """Settings that libraries read when they are imported."""
-    # Threads of OpenMP that spin while they wait keep data workers from the cores: up to 30 times slower when busy.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    import torch
-
-    # Ranks and data workers fill the cores already; a tokenizer's own threads would only compete with them.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # One rank speaks, and bars that redraw themselves are for a terminal.
-    if os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def _farnear_parser() -> Parser:
@@ -96,6 +83,7 @@ def _farnear_parser() -> Parser:
     add_submit(commands)
     add_status(commands)
     _add_report(commands)
+    add_doctor(commands)
     return parser
 
 
@@ -119,7 +107,7 @@ def _add_demo(commands: "argparse._SubParsersAction[Parser]") -> None:
 def _demo(arguments: argparse.Namespace) -> int:
     from farnear.demo import run_demo
 
-    _prepare_environment()
+    prepare_environment()
     return run_demo(arguments)
 
 

@@ -86,19 +86,28 @@ def cached_index(shard_set: ShardSet, cache: Path, store: ShardStore, *, process
         UserError: A shard cannot be read or holds nothing that can be used, or a key is used twice.
     """
     facts = shard_facts(shard_set, store)
-    folder = cache / "indexes" / _digest([asdict(shard_set), [asdict(fact) for fact in facts.values()], SCAN_FORMAT])
-    path = folder / INDEX_FILE
+    path = _index_path(shard_set, cache, facts)
     if index := _opened(path):
         return index
     with _writable(cache):
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder / "index.lock"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(path.parent / "index.lock"):
             if index := _opened(path):
                 return index
             scans = scan_shards(shard_set, facts, cache, store, processes=processes)
             refuse_useless(scans)
             write_index(joined(shard_set, scans, facts), path)
     return open_index(path)
+
+
+def index_at_hand(shard_set: ShardSet, cache: Path, facts: dict[str, ShardFacts]) -> Index | None:
+    """The index of ``shard_set`` if it is in the cache already."""
+    return _opened(_index_path(shard_set, cache, facts))
+
+
+def _index_path(shard_set: ShardSet, cache: Path, facts: dict[str, ShardFacts]) -> Path:
+    digest = _digest([asdict(shard_set), [asdict(fact) for fact in facts.values()], SCAN_FORMAT])
+    return cache / "indexes" / digest / INDEX_FILE
 
 
 def joined(shard_set: ShardSet, scans: dict[ScanKey, ShardScan], facts: dict[str, ShardFacts]) -> Index:

@@ -63,6 +63,15 @@ def start_world(config: RunConfig, environment: Mapping[str, str] = os.environ) 
         UserError: The launcher's processes or config file contradict the run file.
     """
     check_launch(config, environment)
+    return join_world(environment)
+
+
+def join_world(environment: Mapping[str, str] = os.environ, patience: timedelta = PATIENCE) -> World:
+    """Join the process group that the launcher's environment names, if it names one, and pick the device.
+
+    Args:
+        patience: How long ranks wait for each other, now and later.
+    """
     rank = int(environment.get("RANK", 0))
     world_size = int(environment.get("WORLD_SIZE", 1))
     device = _pick_device(int(environment.get("LOCAL_RANK", 0)))
@@ -70,9 +79,9 @@ def start_world(config: RunConfig, environment: Mapping[str, str] = os.environ) 
     saving: Any = None
     if "WORLD_SIZE" in environment:
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-        dist.init_process_group(backend, timeout=PATIENCE)
+        dist.init_process_group(backend, timeout=patience)
         if world_size > 1:
-            control, saving = (dist.new_group(backend="gloo", timeout=PATIENCE) for _ in range(2))
+            control, saving = (dist.new_group(backend="gloo", timeout=patience) for _ in range(2))
     world = World(rank, world_size, device, control=control, saving=saving)
     count_in(world.traffic)
     return world

@@ -177,7 +177,7 @@ class CachedStep:
 
     def _agree(self, batch: RankBatch, figures: StepFigures) -> tuple[list[Turn], Sizes]:
         """What this rank does in both passes, and what each rank holds. One exchange."""
-        groups = _groups(batch.mini_batches)
+        groups = groups_of(batch.mini_batches)
         # Ranks have the same groups where it matters, and then they take the same number of turns in each.
         counts = [len(group) for group in groups] if self.strategy.forward_is_collective else []
         held = [len(batch.pairs_b), len(batch.page_hash_p), batch.answers_bm.shape[1], len(batch.quarantined)]
@@ -186,7 +186,7 @@ class CachedStep:
         figures.quarantined, figures.tokens, figures.padding = sum(quarantined_W), sum(tokens_W), sum(padding_W)
         turns_of_groups = [max(of_group) for of_group in counts_W] or [len(group) for group in groups]
         scope = (self.seed, batch.step, self.world.rank)
-        turns = list(_turns(batch, groups, turns_of_groups, self.keep_graphs, scope))
+        turns = list(turns_of(batch, groups, turns_of_groups, self.keep_graphs, scope))
         return turns, Sizes(pairs_W, documents_W, answers_W)
 
     def _look_at(self, turn: Turn) -> None:
@@ -334,7 +334,7 @@ def turn_seed(*scope: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def _groups(mini_batches: Sequence[MiniBatch]) -> list[list[MiniBatch]]:
+def groups_of(mini_batches: Sequence[MiniBatch]) -> list[list[MiniBatch]]:
     """In the loader's order, which is the same on every rank: pages before queries, one modality after the other."""
     groups: dict[tuple[str, str], list[MiniBatch]] = {}
     for mini_batch in mini_batches:
@@ -342,7 +342,7 @@ def _groups(mini_batches: Sequence[MiniBatch]) -> list[list[MiniBatch]]:
     return list(groups.values())
 
 
-def _turns(
+def turns_of(
     batch: RankBatch,
     groups: Sequence[Sequence[MiniBatch]],
     counts: Sequence[int],

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
+from torch import nn
 
 from farnear.config import RunConfig
 from farnear.data.index import Index
@@ -21,6 +22,7 @@ from farnear.model.pixels import page_tokens
 from farnear.model.trainable import checkpoint_activations, choose_trainable, frozen_hash, store_frozen_in
 from farnear.parallel.strategy import Strategy, build_strategy
 from farnear.parallel.world import World, on_main_rank
+from farnear.sections import TrainingConfig
 from farnear.training.cache import CachedStep
 from farnear.training.checkpoint import Progress
 from farnear.training.choices import Choices, choose
@@ -48,7 +50,10 @@ class BuiltModel:
     frozen_hash: str
 
 
-def build_model(config: RunConfig, world: World) -> BuiltModel:
+MakeOptimizer = Callable[[nn.Module, TrainingConfig], torch.optim.Optimizer]
+
+
+def build_model(config: RunConfig, world: World, make_optimizer: MakeOptimizer = build_optimizer) -> BuiltModel:
     """The run file's model under its strategy. A collective."""
     training = config.training
     check_attention(config.model, world.device, half_precision=training.bf16 or training.pure_bf16 or training.fp16)
@@ -74,7 +79,7 @@ def build_model(config: RunConfig, world: World) -> BuiltModel:
     shapes = {name: parameter.shape for name, parameter in module.named_parameters() if parameter.requires_grad}
     # Before the strategy hangs hooks on the modules.
     frozen = FrozenOutputs(module)
-    strategy = build_strategy(config, module, build_optimizer(module, training), world)
+    strategy = build_strategy(config, module, make_optimizer(module, training), world)
     return BuiltModel(model, preprocess, strategy, frozen, shapes, hash_of_frozen)
 
 

@@ -92,7 +92,7 @@ def embedding_gradient(
     query_bD, document_pD = embedding["query"].float(), embedding["document"].float()
     with_queries = needs_all_queries(loss)
     columns = [document_pD, query_bD] if with_queries else [document_pD]
-    facts, (k_ND, *others) = _gather(columns, batch, sizes, world)
+    facts, (k_ND, *others) = gathered_facts(columns, batch, sizes, world)
     rows = _rows_of(sizes.pairs_W, world.rank)
     valid_pairs = int(facts.pair_valid_B.sum())
     weight_b = facts.pair_valid_B[rows].float() * row_weight(valid_pairs)
@@ -131,7 +131,7 @@ def own_loss_gradient(
     """As `embedding_gradient`, by a function of the user's own."""
     query_bD, document_pD = embedding["query"].float(), embedding["document"].float()
     everybodys = sizes if loss.gather else sizes.of_rank(world.rank)
-    facts, (k_ND, q_BD) = _gather([document_pD, query_bD], batch, everybodys, world)
+    facts, (k_ND, q_BD) = gathered_facts([document_pD, query_bD], batch, everybodys, world)
     mine = world.rank if loss.gather else 0
     of_loss, dq_BD, dk_ND = own_gradient(function, q_BD, k_ND, facts, loss)
     # The strategy averages over ranks. A loss of all ranks' embeddings is one that each rank has the whole of, but
@@ -155,7 +155,7 @@ def own_loss_gradient(
     )
 
 
-def _gather(
+def gathered_facts(
     embeddings: Sequence[Tensor], batch: RankBatch, sizes: Sizes, world: World
 ) -> tuple[BatchFacts, Sequence[Tensor]]:
     """Facts and embeddings (documents, then queries if they are given) of the ranks whose ``sizes`` are given."""
