@@ -12,6 +12,7 @@ from conftest import WriteRunFile
 import farnear
 from farnear import cli
 from farnear.launching import local
+from farnear.launching.nodes import Nodes
 
 COMMANDS = [
     ["demo"],
@@ -119,7 +120,8 @@ def test_resume_takes_auto_and_leaves_overrides_alone(
     calls = []
     monkeypatch.setattr(local, "launch", lambda *positional, **named: calls.append((positional, named)) or 0)
     assert cli.main(["launch", *words]) == 0
-    assert calls == [((run_file, overrides), {"resume": resume, "config_file": None, "num_processes": None})]
+    given = {"resume": resume, "config_file": None, "num_processes": None, "nodes": Nodes(), "log_dir": None}
+    assert calls == [((run_file, overrides), given)]
 
     trained = []
     monkeypatch.setattr(farnear, "train", lambda config, resume: trained.append((config, resume)))

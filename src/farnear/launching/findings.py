@@ -1,7 +1,6 @@
 """What a check of the doctor says, and what it is told about the run."""
 
 import json
-import os
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from farnear.config import RunConfig
+from farnear.launching.hardware import Hardware, read_hardware
 
 Level = Literal["ok", "note", "FAIL"]
 
@@ -65,16 +65,19 @@ class Subject:
     seconds: float
 
     @cached_property
+    def hardware(self) -> Hardware:
+        """What a launch here would find."""
+        return read_hardware()
+
+    @property
     def gpus(self) -> int:
         """GPUs that a rank could use."""
-        import torch
+        return len(self.hardware.gpus)
 
-        return torch.cuda.device_count()
-
-    @cached_property
+    @property
     def cores(self) -> int:
         """Cores that this process may use."""
-        return len(os.sched_getaffinity(0))
+        return self.hardware.cores
 
     @cached_property
     def ranks(self) -> int:
