@@ -21,10 +21,9 @@ number a row, as flash attention does on a GPU.
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +42,7 @@ class CannotTraceError(ValueError):
 
 @dataclass(frozen=True)
 class Trace:
-    """Of one mini-batch; memory in bytes. See the module's text."""
+    """Of one mini-batch; memory in bytes, and how many elements of weights it is computed from. See the module's text."""
 
     graph_bytes: int
     cast_bytes: int
@@ -51,6 +50,7 @@ class Trace:
     backward_bytes: int
     forward_flops: int
     backward_flops: int
+    used_elements: int
 
 
 class Hollow(Tensor):
@@ -91,22 +91,83 @@ class Hollow(Tensor):
             raise CannotTraceError("its code depends on the values of activations")
         if func in _INDEXING:
             args = (args[0], _without_masks(args[1]), *args[2:])
-        known: dict[int, Hollow] = {}
-        ledger: list[_Ledger] = []
+        given: list[Any] = []
+        key = (func, _key_of(args, given), _key_of(tuple((kwargs or {}).items()), given))
+        ledger: _Ledger = next(x.ledger for x in given if isinstance(x, Hollow))
+        outcome = ledger.outcomes.get(key)
+        if outcome is None:
+            outcome = ledger.outcomes[key] = _outcome(func, args, kwargs or {}, given)
+        ledger.flops += outcome.flops
+        ledger.use(given)
+        made = list(outcome.made_of(given))
+        if func is aten._to_copy.default:
+            ledger.tell_cast(given[0].meta, made[0])
+        outs = [x if x is None or any(x is one for one in given) else Hollow(x, ledger) for x in made]
+        return outs if outcome.is_list else tuple(outs) if len(outs) != 1 else outs[0]
 
-        def stand_in(x: Tensor) -> Tensor:
-            if not isinstance(x, Hollow):
-                return x.to(_META)
-            ledger.append(x.ledger)
-            known[id(x.meta)] = x
-            return x.meta
 
-        args, kwargs = tree_map_only(Tensor, stand_in, (args, kwargs or {}))
-        if kwargs.get("device") is not None:
-            kwargs["device"] = _META
-        out = func(*args, **kwargs)
-        ledger[0].count(func, args, kwargs, out)
-        return tree_map_only(Tensor, lambda x: known[id(x)] if id(x) in known else Hollow(x, ledger[0]), out)
+class _Out(NamedTuple):
+    """A tensor that an operation gives: an argument itself, a view of one, or a new one."""
+
+    argument: int | None
+    is_itself: bool
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+
+
+class _Outcome(NamedTuple):
+    """What an operation on arguments of certain shapes gives. Layers are alike, so most are asked for many times."""
+
+    outs: tuple[_Out | None, ...]
+    is_list: bool
+    flops: int
+
+    def made_of(self, given: Sequence[Any]) -> Iterator[Any]:
+        for out in self.outs:
+            if out is None:
+                yield None
+            elif out.argument is None:
+                yield torch.empty_strided(out.shape, out.stride, dtype=out.dtype, device=_META)
+            elif out.is_itself:
+                yield given[out.argument]
+            else:
+                yield given[out.argument].meta.as_strided(out.shape, out.stride, out.offset)
+
+
+def _outcome(func: Any, args: Any, kwargs: dict[str, Any], given: Sequence[Any]) -> _Outcome:
+    metas = [x.meta if isinstance(x, Hollow) else x.to(_META) for x in given]
+    waiting = iter(metas)
+    args, kwargs = tree_map_only(Tensor, lambda _: next(waiting), (args, kwargs))
+    if kwargs.get("device") is not None:
+        kwargs["device"] = _META
+    result = func(*args, **kwargs)
+    formula = flop_registry.get(func._overloadpacket)
+    flops = 0 if formula is None else formula(*args, **kwargs, out_val=result)
+    of_storage = {x.untyped_storage()._cdata: place for place, x in enumerate(metas) if isinstance(given[place], Hollow)}
+    outs: list[_Out | None] = []
+    for x in result if isinstance(result, (list, tuple)) else [result]:
+        if not isinstance(x, Tensor):
+            if x is not None:
+                raise CannotTraceError(f"{func} gives no tensor")
+            outs.append(None)
+            continue
+        itself = next((place for place, meta in enumerate(metas) if meta is x), None)
+        source = itself if itself is not None else of_storage.get(x.untyped_storage()._cdata)
+        outs.append(_Out(source, itself is not None, x.shape, x.stride(), int(x.storage_offset()), x.dtype))
+    return _Outcome(tuple(outs), isinstance(result, list), flops)
+
+
+def _key_of(value: Any, given: list[Any]) -> Any:
+    """A value that is equal for arguments of equal shapes; the tensors among them are added to ``given``."""
+    if isinstance(value, Tensor):
+        given.append(value)
+        return value.shape, value.stride(), value.storage_offset(), value.dtype
+    if isinstance(value, (list, tuple)):
+        return tuple(_key_of(one, given) for one in value)
+    # 1, 1.0 and True are equal, but do not do the same.
+    return type(value), value
 
 
 class _Ledger:
@@ -115,15 +176,20 @@ class _Ledger:
     Attributes:
         weights: Storages that are there anyway: weights and their gradients.
         casts: Copies of weights in another type.
+        elements: Of each weight.
+        used: Weights that something was computed from.
     """
 
     def __init__(self) -> None:
         self.weights: set[int] = set()
         self.casts: dict[int, int] = {}
+        self.elements: dict[int, int] = {}
+        self.used: set[int] = set()
         self._held: dict[int, int] = {}
         self._bytes: dict[int, int] = {}
         self.is_weight = True
         self.live_bytes = self.peak_bytes = self.flops = 0
+        self.outcomes: dict[Any, _Outcome] = {}
 
     def hold(self, storage: int, nbytes: int) -> None:
         self._held[storage] = self._held.get(storage, 0) + 1
@@ -143,13 +209,22 @@ class _Ledger:
             self.weights.discard(storage)
             self.casts.pop(storage, None)
 
-    def count(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        if func is aten._to_copy.default and args[0].untyped_storage()._cdata in self.weights:
-            storage = out.untyped_storage()
+    def start(self) -> None:
+        """Peak and FLOPs are counted from here on."""
+        self.peak_bytes, self.flops = self.live_bytes, 0
+        self.used.clear()
+
+    def use(self, given: Sequence[Any]) -> None:
+        """Remember which weights something is computed from."""
+        for x in given:
+            if isinstance(x, Hollow) and (storage := x.meta.untyped_storage()._cdata) in self.elements:
+                self.used.add(storage)
+
+    def tell_cast(self, source: Tensor, copy: Tensor) -> None:
+        """If it is a weight's copy, it is counted among casts."""
+        if source.untyped_storage()._cdata in self.weights:
+            storage = copy.untyped_storage()
             self.casts[storage._cdata] = storage.nbytes()
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            self.flops += formula(*args, **kwargs, out_val=out)
 
 
 def trace(
@@ -167,40 +242,46 @@ def trace(
         embed: Its embeddings of some features.
         features: Of the mini-batch; tensors of floats are taken by their shape alone.
         autocast: Type that it computes in; None for that of the weights.
-        merged: Features of what goes through pass one at once, where that is not the mini-batch alone.
+        merged: Features of what goes through the forward without graph; None leaves that out.
 
     Raises:
         CannotTraceError: The model cannot be followed so.
     """
-    ledger = ledger_of(model)
+    ledger = _ledger_of(model)
     ledger.is_weight = False
-    hollow = {name: _hollow_floats(value, ledger) for name, value in features.items()}
-    together = hollow if merged is None else {name: _hollow_floats(value, ledger) for name, value in merged.items()}
-    inputs_bytes = ledger.live_bytes
 
-    def forward(inputs: dict[str, Any]) -> Tensor:
+    def forward(inputs: Mapping[str, Any]) -> Tensor:
         with torch.autocast("cpu", autocast, enabled=autocast is not None):
-            return embed(dict(inputs))
+            return embed({name: _hollow_floats(value, ledger) for name, value in inputs.items()})
 
+    saved: dict[int, int] = {}
     try:
-        with torch.no_grad(), ledger_from(ledger):
-            forward(together)
-            forward_bytes = ledger.peak_bytes - inputs_bytes
-        saved: dict[int, int] = {}
-        with ledger_from(ledger):
-            with torch.autograd.graph.saved_tensors_hooks(_noted_in(saved, ledger), lambda x: x):
-                e_nD = forward(hollow)
-            casts, forward_flops = dict(ledger.casts), ledger.flops
-            if e_nD.requires_grad:
-                e_nD.float().sum().backward()
-            backward_bytes, flops = ledger.peak_bytes - inputs_bytes, ledger.flops
-        del e_nD
+        ledger.start()
+        if merged is not None:
+            with torch.no_grad():
+                forward(merged)
+        forward_bytes = ledger.peak_bytes
+        ledger.start()
+        with torch.autograd.graph.saved_tensors_hooks(_noted_in(saved, ledger), lambda x: x):
+            e_nD = forward(features)
+        casts, forward_flops = dict(ledger.casts), ledger.flops
+        if e_nD.requires_grad:
+            e_nD.float().sum().backward()
+        backward_bytes, flops = ledger.peak_bytes, ledger.flops
     except CannotTraceError:
         raise
     except Exception as error:  # whatever a model's code raises that meets no numbers
         raise CannotTraceError(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
     graph_bytes = sum(nbytes for storage, nbytes in saved.items() if storage not in casts)
-    return Trace(graph_bytes, sum(casts.values()), forward_bytes, backward_bytes, forward_flops, flops - forward_flops)
+    return Trace(
+        graph_bytes=graph_bytes,
+        cast_bytes=sum(casts.values()),
+        forward_bytes=forward_bytes,
+        backward_bytes=backward_bytes,
+        forward_flops=forward_flops,
+        backward_flops=flops - forward_flops,
+        used_elements=sum(ledger.elements[storage] for storage in ledger.used),
+    )
 
 
 def hollow_out(model: nn.Module) -> nn.Module:
@@ -219,22 +300,15 @@ def hollow_out(model: nn.Module) -> nn.Module:
     return model
 
 
-def ledger_of(model: nn.Module) -> _Ledger:
-    """That of a model that `hollow_out` has been through."""
+def _ledger_of(model: nn.Module) -> _Ledger:
     first: Any = next(model.parameters())
     ledger: _Ledger = first.ledger
     return ledger
 
 
-@contextmanager
-def ledger_from(ledger: _Ledger) -> Iterator[None]:
-    """Peak and FLOPs are counted from here on."""
-    ledger.peak_bytes, ledger.flops = ledger.live_bytes, 0
-    yield
-
-
 def _hollow_parameter(parameter: nn.Parameter, ledger: _Ledger) -> nn.Parameter:
     meta = parameter.detach().to(_META)
+    ledger.elements[meta.untyped_storage()._cdata] = meta.numel()
     hollow = nn.Parameter(Hollow(meta, ledger), parameter.requires_grad)
     if parameter.requires_grad:
         # So that a backward adds to it, as all but the first of a step do.
