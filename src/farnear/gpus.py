@@ -1,7 +1,7 @@
 """What is known of GPUs by their makers' data sheets, for the utilisation that a run tells and the plan of one.
 
-Figures are of one GPU: memory as the driver shows it, less than the name says; dense bf16 without sparsity; `link` is what
-one direction of NVLink carries, or of PCIe where there is none.
+Figures are of one GPU: memory as the driver shows it, less than the name says; dense bf16 without sparsity; the link is
+NVLink in one direction, or PCIe where there is none.
 """
 
 from dataclasses import dataclass

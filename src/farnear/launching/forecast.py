@@ -33,6 +33,8 @@ from farnear.resources import resource
 
 # What a run takes for the two that are `auto` (farnear.training.choices).
 SHARE_OF_A_MINI_BATCH, SHARE_OF_GRAPHS, MOST_INPUTS = 0.25, 0.6, 256
+PREFETCHED = 50_000_000
+"""Elements that ZeRO-3 fetches ahead, stage3_prefetch_bucket_size of ds_configs/zero3.json."""
 USABLE_SHARE = 0.95
 """Of a GPU's memory; the rest is lost between the allocator's blocks."""
 SIDES = ("document", "query")
@@ -47,7 +49,7 @@ class SideForecast:
         mini_batch: Inputs of a mini-batch, by the largest.
         tokens: Of the largest input.
         mean_share: Mean tokens over those of the largest.
-        first, second: Traces of ``mini_batch`` inputs and of twice as many; None where the model cannot be traced twice.
+        first, second: Traces of ``mini_batch`` inputs and of twice as many; None where there is one only.
     """
 
     inputs: int
@@ -61,12 +63,12 @@ class SideForecast:
     def mini_batches(self) -> int:
         return -(-self.inputs // self.mini_batch)
 
-    def at(self, figure: Callable[[Trace], int], inputs: int) -> int:
-        """A figure of a trace for so many inputs, on the line through the two that are known."""
-        first = figure(self.first)
+    def backward_bytes(self, inputs: int) -> int:
+        """Of a mini-batch of so many inputs, on the line through the two that are known."""
+        first = self.first.backward_bytes
         if self.second is None:
             return first * inputs // self.mini_batch
-        slope = (figure(self.second) - first) / self.mini_batch
+        slope = (self.second.backward_bytes - first) / self.mini_batch
         return max(0, round(first + slope * (inputs - self.mini_batch)))
 
 
@@ -155,16 +157,21 @@ def forecast(config: RunConfig, run_file: Path, machine: Machine, pairs: int | N
         width=model.width,
         flops=0.0,
         gathered_elements=0,
+        skipping_elements=0,
         queries_are_columns=any(name.endswith("_to_query") for name in config.loss.directions),
     )
     holding = _holding(config, model, work, sides, together, data)
     name = _chosen_name(config)
     keep_graphs = _kept_share(config, holding, sides, machine, name)
     holding = replace(holding, kept_bytes=_kept_bytes(sides, keep_graphs))
+    most_used = max(side.first.used_elements for side in sides.values())
     work = replace(
         work,
         flops=_flops(sides, keep_graphs),
-        gathered_elements=_gathered_elements(sides, together, keep_graphs),
+        gathered_elements=_gathered_elements(sides, together, keep_graphs, lambda side: side.first.used_elements),
+        skipping_elements=_gathered_elements(
+            sides, together, keep_graphs, lambda side: min(PREFETCHED, most_used - side.first.used_elements)
+        ),
     )
 
     def of(strategy: str) -> StrategyForecast:
@@ -218,14 +225,13 @@ def _of_strategy(
     half_precision = training.bf16 or training.fp16 or training.pure_bf16
 
     def memory_with(pages: int) -> Memory:
-        passes = {
-            name: max(side.at(figure, inputs) for side, inputs in _mini_batches(sides, pages))
-            for name, figure in (("backward_bytes", _backward),)
-        }
-        passes["forward_bytes"] = max(
-            _forward(side, min(inputs * together, side.inputs)) for side, inputs in _mini_batches(sides, pages)
+        both = [(sides["document"], pages), (sides["query"], min(pages, sides["query"].inputs))]
+        with_pages = replace(
+            holding,
+            forward_bytes=max(_forward(side, min(inputs * together, side.inputs)) for side, inputs in both),
+            backward_bytes=max(side.backward_bytes(inputs) for side, inputs in both),
         )
-        return memory_of(strategy, replace(holding, **passes), ranks, ranks_of_copy, on_gpu=on_gpu)
+        return memory_of(strategy, with_pages, ranks, ranks_of_copy, on_gpu=on_gpu)
 
     largest = None
     if machine.gpu is not None:
@@ -240,10 +246,6 @@ def _of_strategy(
     )
 
 
-def _mini_batches(sides: dict[str, SideForecast], pages: int) -> list[tuple[SideForecast, int]]:
-    return [(sides["document"], pages), (sides["query"], min(pages, sides["query"].inputs))]
-
-
 def _largest(most: int, fits: Callable[[int], bool]) -> int:
     """The largest number up to ``most`` that fits, by bisection; 0 if 1 does not."""
     low, high = 0, most
@@ -251,10 +253,6 @@ def _largest(most: int, fits: Callable[[int], bool]) -> int:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return low
-
-
-def _backward(trace: Trace) -> int:
-    return trace.backward_bytes
 
 
 def _forward(side: SideForecast, inputs: int) -> int:
@@ -277,9 +275,7 @@ def _sides(
                 raise CannotTraceError("its config does not say how a page becomes tokens")
             first = model.trace(size, text_tokens=text, visual_tokens=visual, together=size)
             # The larger side decides what fits, and only its second trace is worth its time.
-            second = (
-                model.trace(2 * size, text_tokens=text, visual_tokens=visual) if side == "document" else None
-            )
+            second = model.trace(2 * size, text_tokens=text, visual_tokens=visual) if side == "document" else None
         except CannotTraceError as error:
             estimated = str(error)
             first, second = _estimated(model, size, tokens.largest), None
@@ -361,7 +357,9 @@ def _kept_share(
         return float(share)
     if machine.gpu is None:
         return 0.0
-    held = memory_of(strategy, replace(holding, forward_bytes=0, backward_bytes=0), machine.ranks, machine.ranks, on_gpu=True)
+    held = memory_of(
+        strategy, replace(holding, forward_bytes=0, backward_bytes=0), machine.ranks, machine.ranks, on_gpu=True
+    )
     graphs = [side.first.graph_bytes for side in sides.values()]
     free = (machine.gpu.memory_bytes - held.total_bytes) * SHARE_OF_GRAPHS - max(graphs)
     return max(0, min(16, int(16 * free / max(_kept_bytes(sides, 1.0), 1)))) / 16
@@ -380,14 +378,15 @@ def _flops(sides: dict[str, SideForecast], keep_graphs: float) -> float:
     return flops
 
 
-def _gathered_elements(sides: dict[str, SideForecast], together: int, keep_graphs: float) -> int:
-    """Of all forwards and backwards, where each gathers what it computes with."""
+def _gathered_elements(
+    sides: dict[str, SideForecast], together: int, keep_graphs: float, of_a_pass: Callable[[SideForecast], int]
+) -> int:
+    """Of all forwards and backwards together."""
     elements = 0
     for side in sides.values():
         kept = int(keep_graphs * side.mini_batches)
         twice = side.mini_batches - kept
-        passes = -(-twice // together) + 2 * twice + 2 * kept
-        elements += passes * side.first.used_elements
+        elements += (-(-twice // together) + 2 * twice + 2 * kept) * of_a_pass(side)
     return elements
 
 

@@ -1,4 +1,4 @@
-"""What would go wrong with a planned run, told before it waits in a queue: errors, and notes on what is not known here."""
+"""What would go wrong with a planned run, told before it waits in a queue; and what is not known on this machine."""
 
 import importlib.util
 
@@ -34,7 +34,9 @@ def _unknown(forecast: Forecast) -> str:
     unknown = ["shards a step"] if forecast.data.steps is not None else ["steps", "epochs", "shards a step"]
     tokens = forecast.sides["query"].tokens
     words = ", ".join(unknown)
-    return f"{words} are left out (--pairs N gives steps), pages are as large as may be and queries {tokens} tokens long"
+    return (
+        f"{words} are left out (--pairs N gives steps), pages are as large as may be and queries {tokens} tokens long"
+    )
 
 
 def _batch(forecast: Forecast) -> list[str]:
@@ -58,8 +60,8 @@ def _model(forecast: Forecast) -> list[str]:
     side = model.pages.patch_pixels * model.pages.merge
     if model.pages.max_pixels < side**2:
         errors.append(
-            f"model.max_pixels is {model.pages.max_pixels}, less than the {side} x {side} pixels of one token, so a page "
-            f"cannot be made so small; set it to {side**2} at least"
+            f"model.max_pixels is {model.pages.max_pixels}, less than the {side} x {side} pixels of one token, and no "
+            f"page can be made so small; set it to {side**2} at least"
         )
     if model.pages.min_pixels > model.pages.max_pixels:
         errors.append(
@@ -75,13 +77,17 @@ def _memory(forecast: Forecast) -> list[str]:
         return []
     gpu = forecast.machine.gpu
     assert gpu is not None
-    needed = f"{_gigabytes(chosen.memory)} GB a rank, above the {budget / 1e9:.0f} GB ({USABLE_SHARE:.0%}) of {gpu.name}"
+    needed = (
+        f"{_gigabytes(chosen.memory)} GB a rank, above the {budget / 1e9:.0f} GB ({USABLE_SHARE:.0%}) of {gpu.name}"
+    )
     if chosen.largest_mini_batch:
         what = f"mini-batches of {chosen.largest_mini_batch} at most"
         return [f"strategy {chosen.name} needs {needed}, with these mini-batches; set {what}"]
     best = forecast.cheapest
     advice = (
-        f"set strategy={best.name}, which fits" if best else "no strategy fits: take more GPUs, lora, or a smaller model"
+        f"set strategy={best.name}, which fits"
+        if best
+        else "no strategy fits: take more GPUs, lora, or a smaller model"
     )
     return [f"strategy {chosen.name} needs {needed}, whatever the mini-batch, and would run out of memory; {advice}"]
 

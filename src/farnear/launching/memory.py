@@ -93,18 +93,20 @@ class Memory:
         host: Beside a GPU, in the rank's share of host memory.
         total_bytes: The peak.
         moment: When it comes; on a CPU of the large blocks.
+        keeps_small: Whether small blocks count at every moment.
     """
 
     parts: tuple[Part, ...]
     host: tuple[Part, ...]
     total_bytes: int
     moment: str
+    keeps_small: bool
 
     def by_name(self) -> dict[str, int]:
         """Bytes of each part that counts in the total, those of one name together."""
         counted: dict[str, int] = {}
         for part in self.parts:
-            if part.is_small or self.moment in part.moments:
+            if (part.is_small and self.keeps_small) or self.moment in part.moments:
                 counted[part.name] = counted.get(part.name, 0) + part.bytes
         return counted
 
@@ -120,7 +122,7 @@ def memory_of(strategy: str, holding: Holding, ranks: int, ranks_of_copy: int, *
         strategy: One of STRATEGIES.
         ranks_of_copy: Over how many fsdp2 spreads the model.
     """
-    parts = [*_held_by(strategy, holding, ranks, ranks_of_copy), *_of_a_step(strategy, holding)]
+    parts = [*_held_by(strategy, holding, ranks, ranks_of_copy, on_gpu), *_of_a_step(holding)]
     copy = Part("checkpoint copy", BYTES_SAVED_OF_A_PARAMETER * holding.trained // ranks, is_small=True)
     pages = Part("pages", holding.page_bytes, is_small=True)
     frozen = Part("frozen outputs", holding.frozen_bytes)
@@ -131,13 +133,13 @@ def memory_of(strategy: str, holding: Holding, ranks: int, ranks_of_copy: int, *
         parts = [*parts, *host]
         small = sum(part.bytes for part in parts if part.is_small)
         large, moment = _largest_moment([part for part in parts if not part.is_small])
-        return Memory(tuple(parts), (), small + large, moment)
+        return Memory(tuple(parts), (), small + large, moment, keeps_small=True)
     if strategy == "zero3 offload":
         host += [Part(part.name, part.bytes) for part in parts if part.name in ("weights", "optimizer")]
         parts = [part for part in parts if part.name not in ("weights", "optimizer")]
     parts.append(Part("runtime", CUDA_CONTEXT_BYTES + (NCCL_BYTES if ranks > 1 else 0)))
     total, moment = _largest_moment(parts)
-    return Memory(tuple(parts), tuple(host), total, moment)
+    return Memory(tuple(parts), tuple(host), total, moment, keeps_small=False)
 
 
 def _largest_moment(parts: Iterable[Part]) -> tuple[int, str]:
@@ -147,17 +149,17 @@ def _largest_moment(parts: Iterable[Part]) -> tuple[int, str]:
     return of_moment[moment], moment
 
 
-def _held_by(strategy: str, holding: Holding, ranks: int, ranks_of_copy: int) -> Iterator[Part]:
+def _held_by(strategy: str, holding: Holding, ranks: int, ranks_of_copy: int, on_gpu: bool) -> Iterator[Part]:
     """Weights, gradients, the optimizer's state and buffers."""
     if strategy.startswith("zero"):
-        yield from _held_by_zero(strategy, holding, ranks)
+        yield from _held_by_zero(strategy, holding, ranks, on_gpu)
     elif strategy == "fsdp2":
-        yield from _held_by_fsdp2(holding, ranks_of_copy)
+        yield from _held_by_fsdp2(holding, ranks_of_copy, on_gpu)
     else:
-        yield from _held_whole(holding, ranks)
+        yield from _held_whole(holding, ranks, on_gpu)
 
 
-def _held_whole(holding: Holding, ranks: int) -> Iterator[Part]:
+def _held_whole(holding: Holding, ranks: int, on_gpu: bool) -> Iterator[Part]:
     small = _is_small(holding)
     gradients = holding.element_bytes * holding.trained
     yield Part("weights", holding.weight_bytes, is_small=small)
@@ -166,12 +168,10 @@ def _held_whole(holding: Holding, ranks: int) -> Iterator[Part]:
     if ranks > 1:
         bucket = min(holding.trained, BUCKET_ELEMENTS_OF_DDP + holding.largest_trained)
         yield Part("buffers", holding.element_bytes * bucket, ("reduction",))
-    # torch's AdamW goes over all parameters at once on a GPU and makes a square root of each second moment; on a CPU it
-    # goes one by one.
-    yield Part("buffers", 2 * holding.element_bytes * holding.largest_trained, ("update",))
+    yield _temporaries(holding.element_bytes * holding.trained, holding.element_bytes * holding.largest_trained, on_gpu)
 
 
-def _held_by_zero(strategy: str, holding: Holding, ranks: int) -> Iterator[Part]:
+def _held_by_zero(strategy: str, holding: Holding, ranks: int, on_gpu: bool) -> Iterator[Part]:
     whole, own = 4 * holding.trained, 4 * holding.trained // ranks
     small = _is_small(holding)
     bucket = 4 * min(holding.trained, holding.bucket_elements)
@@ -189,6 +189,8 @@ def _held_by_zero(strategy: str, holding: Holding, ranks: int) -> Iterator[Part]
             yield Part("buffers", bucket, ("reduction",))
     else:
         yield Part("weights", holding.weight_bytes // ranks)
+        # Before they are laid end to end the partitions are small blocks, which nothing large can use later.
+        yield Part("buffers", own, (), is_small=small)
         yield Part("gradients", own)  # a buffer that stays
         # As long as fewer elements live than it may keep, nothing that is gathered is given back before the step.
         live = holding.parameters if holding.keeps_gathered else min(holding.parameters, LIVE_ELEMENTS_OF_ZERO3)
@@ -196,12 +198,11 @@ def _held_by_zero(strategy: str, holding: Holding, ranks: int) -> Iterator[Part]
         if not holding.reduces_at_once:
             yield Part("gradients", whole, whole_in, is_small=small)
         yield Part("buffers", bucket)
-    # A flat copy of the gradients, and AdamW's temporaries over one flat partition.
-    yield Part("buffers", own, ("update",))
-    yield Part("buffers", 2 * own, ("update",))
+    yield Part("buffers", own, ("update",))  # a flat copy of the gradients
+    yield _temporaries(own, own, on_gpu)
 
 
-def _held_by_fsdp2(holding: Holding, ranks_of_copy: int) -> Iterator[Part]:
+def _held_by_fsdp2(holding: Holding, ranks_of_copy: int, on_gpu: bool) -> Iterator[Part]:
     small = _is_small(holding)
     whole, own = 4 * holding.trained, 4 * holding.trained // ranks_of_copy
     *blocks, rest = holding.units
@@ -218,10 +219,15 @@ def _held_by_fsdp2(holding: Holding, ranks_of_copy: int) -> Iterator[Part]:
         # A unit's gradients padded and laid side by side, twice, and the mean that comes back.
         yield Part("buffers", 2 * 4 * max(holding.units), ("reduction",))
     yield Part("gradients", own, ("reduction", "update"))
-    yield Part("buffers", 2 * 4 * holding.largest_trained // ranks_of_copy, ("update",))
+    yield _temporaries(own, 4 * holding.largest_trained // ranks_of_copy, on_gpu)
 
 
-def _of_a_step(strategy: str, holding: Holding) -> Iterator[Part]:
+def _temporaries(trained_bytes: int, largest_bytes: int, on_gpu: bool) -> Part:
+    """Of torch's AdamW: on a GPU square roots of all second moments at once, on a CPU two copies of one at a time."""
+    return Part("buffers", trained_bytes if on_gpu else 2 * largest_bytes, ("update",))
+
+
+def _of_a_step(holding: Holding) -> Iterator[Part]:
     """What passes through, the same under every strategy."""
     yield Part("casts", holding.cast_bytes, ("pass one", "pass two"), is_small=True)
     activations = max(holding.forward_bytes, holding.backward_bytes)

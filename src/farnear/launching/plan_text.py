@@ -42,7 +42,9 @@ def _named(lines: Sequence[tuple[str, str]]) -> Iterator[str]:
 def _where(forecast: Forecast) -> str:
     machine = forecast.machine
     if machine.gpu is None:
-        return f"{counted(machine.ranks, 'process', 'processes')} on a CPU, {counted(machine.cores_of_rank, 'core')} each"
+        return (
+            f"{counted(machine.ranks, 'process', 'processes')} on a CPU, {counted(machine.cores_of_rank, 'core')} each"
+        )
     nodes = f" on {machine.nodes} nodes" if machine.nodes > 1 else ""
     return f"{machine.ranks} x {machine.gpu.name}{nodes} ({machine.gpu.memory_bytes / GIB:.0f} GiB each)"
 
@@ -84,7 +86,8 @@ def _facts(forecast: Forecast) -> list[tuple[str, str]]:
             "mini-batches",
             f"{pages.mini_batches} of {counted(pages.mini_batch, 'page')} ({pages.tokens} tokens) and "
             f"{queries.mini_batches} of {counted(queries.mini_batch, 'query', 'queries')} ({queries.tokens} tokens) a "
-            f"rank{_auto(forecast)}; {forecast.together} at once in pass one; graphs kept of {forecast.keep_graphs:.0%}",
+            f"rank{_auto(forecast)}; {forecast.together} at once in pass one; graphs kept of "
+            f"{forecast.keep_graphs:.0%}",
         ),
         ("data", _data(forecast)),
     ]
@@ -126,7 +129,8 @@ def _memory(forecast: Forecast) -> Iterator[str]:
     if memory.host:
         ranks = machine.ranks_of_node
         parts = ", ".join(f"{part.name} {_size(part.bytes)}" for part in memory.host if part.bytes >= 5e5)
-        yield f"  host memory a rank: {_size(memory.host_bytes)} ({parts}); a node of {ranks}: {_size(ranks * memory.host_bytes)}"
+        node = _size(ranks * memory.host_bytes)
+        yield f"  host memory of a rank: {_size(memory.host_bytes)} ({parts}); of a node: {node}"
 
 
 def _strategies(forecast: Forecast) -> Iterator[str]:
@@ -175,8 +179,8 @@ def _time(forecast: Forecast) -> list[tuple[str, str]]:
     lines = [
         (
             "step",
-            f"{time.total:.2f} s: compute {time.compute:.2f} ({forecast.work.flops / 1e12:.1f} TFLOP a rank), optimizer "
-            f"{time.optimizer:.3f}, network {time.network:.3f}",
+            f"{time.total:.2f} s: compute {time.compute:.2f} ({forecast.work.flops / 1e12:.1f} TFLOP a rank), "
+            f"optimizer {time.optimizer:.3f}, network {time.network:.3f}",
         ),
         ("by", model),
     ]
@@ -186,8 +190,8 @@ def _time(forecast: Forecast) -> list[tuple[str, str]]:
     lines.append(
         (
             "checkpoint",
-            f"{_size(forecast.saved_bytes)} on the disk, {forecast.save_seconds:.0f} s until it is published at an assumed "
-            f"{DISK_BANDWIDTH / 1e9:.0f} GB/s",
+            f"{_size(forecast.saved_bytes)} on the disk, {forecast.save_seconds:.0f} s until it is published at an "
+            f"assumed {DISK_BANDWIDTH / 1e9:.0f} GB/s",
         )
     )
     return lines
@@ -198,4 +202,3 @@ def _size(size: float) -> str:
         if size >= factor:
             return f"{size / factor:.2f} {unit}" if unit == "GB" else f"{size / factor:.0f} {unit}"
     return f"{size:.0f} B"
-

@@ -73,6 +73,8 @@ class Work:
         width: Of an embedding.
         flops: Of both passes.
         gathered_elements: Parameters that are computed with, summed over all forwards and backwards.
+        skipping_elements: Those that DeepSpeed fetches ahead in vain, where a text skips a tower that a page before it
+            went through, summed likewise.
         answers: Kept of a query, beside hashes, in the exchange.
     """
 
@@ -83,6 +85,7 @@ class Work:
     width: int
     flops: float
     gathered_elements: int
+    skipping_elements: int
     queries_are_columns: bool
     answers: int = 1
 
@@ -123,7 +126,8 @@ def network_of(strategy: str, holding: Holding, work: Work, ranks: int, ranks_of
         # ZeRO-2 reduces after each mini-batch where it is told to; the plan's step has one pass over the gradients.
         sent["reductions"], sent["parameter_gathers"] = trained, trained // ranks
         return Network(sent, travelling + 2 * trained * (ranks - 1) / ranks)
-    gathers = whole if holding.keeps_gathered else 4 * work.gathered_elements
+    ahead = work.skipping_elements if strategy.startswith("zero") else 0
+    gathers = whole if holding.keeps_gathered else 4 * (work.gathered_elements + ahead)
     spread_over = ranks if strategy.startswith("zero") else ranks_of_copy
     sent["reductions"], sent["parameter_gathers"] = trained, gathers // spread_over
     travelling += (trained + gathers) * (spread_over - 1) / spread_over

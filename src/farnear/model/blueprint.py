@@ -128,9 +128,7 @@ class Blueprint(nn.Module):
             CannotTraceError: The model cannot be followed.
         """
         make = _maker(self._settings, self.pages, text_tokens, visual_tokens)
-        return trace(
-            self, self.embed, make(inputs), self.autocast, merged=None if together is None else make(together)
-        )
+        return trace(self, self.embed, make(inputs), self.autocast, merged=None if together is None else make(together))
 
     def _choose_trainable(self, config: RunConfig) -> None:
         from farnear.model.trainable import checkpoint_activations, choose_trainable, store_frozen_in
@@ -208,7 +206,7 @@ def _traced_attention(config: ModelConfig) -> str:
 
 
 def _width(settings: dict[str, Any], folder: Path) -> int:
-    """Of the embeddings: the last dense layer's, where the model is a SentenceTransformer with one, else the model's."""
+    """Of the embeddings: the last dense layer's, where a SentenceTransformer has one, else the model's."""
     for dense in sorted(folder.glob("*_Dense/config.json"), reverse=True):
         return int(json.loads(dense.read_text(encoding="utf-8"))["out_features"])
     text = settings.get("text_config", settings)
@@ -251,7 +249,7 @@ def _maker(
     settings: dict[str, Any], pages: PageShape, text_tokens: int, visual_tokens: int
 ) -> Callable[[int], dict[str, Any]]:
     """Makes the features of some equal inputs. A page's visual tokens stand in one row: their number is what counts."""
-    image_token = settings.get("image_token_id", settings.get("image_token_index"))
+    image_token = int(settings.get("image_token_id", settings.get("image_token_index", 0)))
     start_token = settings.get("vision_start_token_id")
 
     def make(inputs: int) -> dict[str, Any]:
@@ -259,7 +257,7 @@ def _maker(
         if visual_tokens and start_token is not None and text_tokens > 1:
             before[:, -1] = start_token
         after = torch.full((inputs, text_tokens - text_tokens // 2), 1)
-        visual = torch.full((inputs, visual_tokens), image_token if visual_tokens else 0)
+        visual = torch.full((inputs, visual_tokens), image_token)
         input_ids = torch.cat([before, visual, after], dim=1)
         features = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
         if visual_tokens:
@@ -267,7 +265,7 @@ def _maker(
             columns = pages.channels * pages.frames * pages.patch_pixels**2
             features["pixel_values"] = torch.empty(patches, columns, device="meta")
             features["image_grid_thw"] = torch.tensor([[1, pages.merge, visual_tokens * pages.merge]] * inputs)
-            features["mm_token_type_ids"] = (input_ids == image_token).int()
+            features["mm_token_type_ids"] = (input_ids == image_token).to(torch.int32)
         return features
 
     return make

@@ -42,7 +42,7 @@ class CannotTraceError(ValueError):
 
 @dataclass(frozen=True)
 class Trace:
-    """Of one mini-batch; memory in bytes, and how many elements of weights it is computed from. See the module's text."""
+    """Of one mini-batch; memory in bytes, ``used_elements`` those of the weights that it is computed from."""
 
     graph_bytes: int
     cast_bytes: int
@@ -61,7 +61,7 @@ class Hollow(Tensor):
 
     @staticmethod
     def __new__(cls, meta: Tensor, ledger: "_Ledger") -> "Hollow":
-        return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        return torch.Tensor._make_wrapper_subclass(
             cls,
             meta.shape,
             strides=meta.stride(),
@@ -80,11 +80,13 @@ class Hollow(Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"Hollow({tuple(self.shape)}, {self.dtype})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if func is aten._fused_sdp_choice.default:
             return _FLASH
         if func is aten._local_scalar_dense.default:
@@ -145,7 +147,9 @@ def _outcome(func: Any, args: Any, kwargs: dict[str, Any], given: Sequence[Any])
     result = func(*args, **kwargs)
     formula = flop_registry.get(func._overloadpacket)
     flops = 0 if formula is None else formula(*args, **kwargs, out_val=result)
-    of_storage = {x.untyped_storage()._cdata: place for place, x in enumerate(metas) if isinstance(given[place], Hollow)}
+    of_storage = {
+        x.untyped_storage()._cdata: place for place, x in enumerate(metas) if isinstance(given[place], Hollow)
+    }
     outs: list[_Out | None] = []
     for x in result if isinstance(result, (list, tuple)) else [result]:
         if not isinstance(x, Tensor):

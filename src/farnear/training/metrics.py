@@ -20,6 +20,7 @@ from farnear.errors import UserError
 from farnear.files import published
 from farnear.gpus import gpu_of_device
 
+
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
     """Add one JSON object as a line; nan and inf become null, which JSON lacks."""
     plain = {
