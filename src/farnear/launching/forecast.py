@@ -10,7 +10,6 @@ docs/planning.md explains the figures. None of them is measured.
 
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,51 +24,18 @@ from farnear.launching.memory import (
     checkpoint_bytes,
     memory_of,
 )
+from farnear.launching.passes import Side, elements_of_passes, flops_of_step, kept_bytes, sides_of
 from farnear.launching.run_data import RunData, run_data
 from farnear.launching.step_time import Machine, Network, StepTime, Work, network_of, save_seconds, step_time
 from farnear.model.blueprint import TOKENS_OF_TEMPLATE, Blueprint, find_config
-from farnear.model.hollow import CannotTraceError, Trace
 from farnear.resources import resource
 
-# What a run takes for the two that are `auto` (farnear.training.choices).
-SHARE_OF_A_MINI_BATCH, SHARE_OF_GRAPHS, MOST_INPUTS = 0.25, 0.6, 256
+SHARE_OF_GRAPHS = 0.6
+"""Of the free memory under `keep_graphs: auto`, as in farnear.training.choices."""
 PREFETCHED = 50_000_000
 """Elements that ZeRO-3 fetches ahead, stage3_prefetch_bucket_size of ds_configs/zero3.json."""
 USABLE_SHARE = 0.95
 """Of a GPU's memory; the rest is lost between the allocator's blocks."""
-SIDES = ("document", "query")
-
-
-@dataclass(frozen=True)
-class SideForecast:
-    """One side of a rank's step.
-
-    Attributes:
-        inputs: In a step.
-        mini_batch: Inputs of a mini-batch, by the largest.
-        tokens: Of the largest input.
-        mean_share: Mean tokens over those of the largest.
-        first, second: Traces of ``mini_batch`` inputs and of twice as many; None where there is one only.
-    """
-
-    inputs: int
-    mini_batch: int
-    tokens: int
-    mean_share: float
-    first: Trace
-    second: Trace | None
-
-    @property
-    def mini_batches(self) -> int:
-        return -(-self.inputs // self.mini_batch)
-
-    def backward_bytes(self, inputs: int) -> int:
-        """Of a mini-batch of so many inputs, on the line through the two that are known."""
-        first = self.first.backward_bytes
-        if self.second is None:
-            return first * inputs // self.mini_batch
-        slope = (self.second.backward_bytes - first) / self.mini_batch
-        return max(0, round(first + slope * (inputs - self.mini_batch)))
 
 
 @dataclass(frozen=True)
@@ -93,7 +59,7 @@ class Forecast:
     """Of one run on one machine.
 
     Attributes:
-        chosen: The run file's strategy; offload where its DeepSpeed config says so.
+        chosen: The run file's strategy.
         strategies: All that can run there, the chosen one among them.
         sides: "document" and "query".
         keep_graphs, together: Share of kept graphs, mini-batches in pass one.
@@ -106,7 +72,7 @@ class Forecast:
     model_folder: Path
     model: Blueprint
     data: RunData
-    sides: dict[str, SideForecast]
+    sides: dict[str, Side]
     work: Work
     holding: Holding
     keep_graphs: float
@@ -125,8 +91,8 @@ class Forecast:
 
     @property
     def cheapest(self) -> StrategyForecast | None:
-        """Of the strategies that fit the one whose step is shortest; the fewest bytes decide between equals."""
-        fitting = [one for one in self.strategies if one.largest_mini_batch and _runs_here(one.name, self.machine)]
+        """Of the strategies that fit a GPU the one whose step is shortest; the fewest bytes decide between equals."""
+        fitting = [one for one in self.strategies if one.largest_mini_batch]
         return min(fitting, key=lambda one: (one.time.total, one.network.travelling), default=None)
 
 
@@ -147,7 +113,7 @@ def forecast(config: RunConfig, run_file: Path, machine: Machine, pairs: int | N
     ranks = machine.ranks
     pairs_of_rank = -(-batch // ranks)
     inputs = {"document": math.ceil(pairs_of_rank * (1 + data.negatives)), "query": pairs_of_rank}
-    sides, estimated = _sides(config, model, data, inputs, machine)
+    sides, estimated = sides_of(config, model, data, inputs)
     together = 1 if config.training.keep_graphs == 1.0 else config.training.no_grad_mini_batch_factor
     work = Work(
         pairs=pairs_of_rank,
@@ -158,19 +124,24 @@ def forecast(config: RunConfig, run_file: Path, machine: Machine, pairs: int | N
         flops=0.0,
         gathered_elements=0,
         skipping_elements=0,
+        reduced_elements=0,
         queries_are_columns=any(name.endswith("_to_query") for name in config.loss.directions),
     )
     holding = _holding(config, model, work, sides, together, data)
-    name = _chosen_name(config)
+    name: str = config.strategy
     keep_graphs = _kept_share(config, holding, sides, machine, name)
-    holding = replace(holding, kept_bytes=_kept_bytes(sides, keep_graphs))
+    holding = replace(holding, kept_bytes=kept_bytes(sides, keep_graphs))
     most_used = max(side.first.used_elements for side in sides.values())
     work = replace(
         work,
-        flops=_flops(sides, keep_graphs),
-        gathered_elements=_gathered_elements(sides, together, keep_graphs, lambda side: side.first.used_elements),
-        skipping_elements=_gathered_elements(
+        flops=flops_of_step(sides, keep_graphs),
+        gathered_elements=elements_of_passes(sides, together, keep_graphs, lambda side: side.first.used_elements),
+        skipping_elements=elements_of_passes(
             sides, together, keep_graphs, lambda side: min(PREFETCHED, most_used - side.first.used_elements)
+        ),
+        reduced_elements=sum(
+            side.mini_batches * side.first.used_elements * model.trained // model.parameters_in_all
+            for side in sides.values()
         ),
     )
 
@@ -204,7 +175,7 @@ def _of_strategy(
     config: RunConfig,
     holding: Holding,
     work: Work,
-    sides: dict[str, SideForecast],
+    sides: dict[str, Side],
     machine: Machine,
     together: int,
 ) -> StrategyForecast:
@@ -228,7 +199,7 @@ def _of_strategy(
         both = [(sides["document"], pages), (sides["query"], min(pages, sides["query"].inputs))]
         with_pages = replace(
             holding,
-            forward_bytes=max(_forward(side, min(inputs * together, side.inputs)) for side, inputs in both),
+            forward_bytes=max(side.forward_bytes(inputs * together) for side, inputs in both),
             backward_bytes=max(side.backward_bytes(inputs) for side, inputs in both),
         )
         return memory_of(strategy, with_pages, ranks, ranks_of_copy, on_gpu=on_gpu)
@@ -255,64 +226,8 @@ def _largest(most: int, fits: Callable[[int], bool]) -> int:
     return low
 
 
-def _forward(side: SideForecast, inputs: int) -> int:
-    """Without a graph all that lives belongs to inputs."""
-    return side.first.forward_bytes * inputs // side.mini_batch
-
-
-def _sides(
-    config: RunConfig, model: Blueprint, data: RunData, inputs: dict[str, int], machine: Machine
-) -> tuple[dict[str, SideForecast], str]:
-    sides: dict[str, SideForecast] = {}
-    estimated = ""
-    for side in SIDES:
-        tokens = data.page if side == "document" else data.query
-        visual = tokens.largest - TOKENS_OF_TEMPLATE if side == "document" else 0
-        text = tokens.largest - visual
-        size = _mini_batch(config, side, inputs[side], tokens.largest)
-        try:
-            if not model.pages.is_known and visual:
-                raise CannotTraceError("its config does not say how a page becomes tokens")
-            first = model.trace(size, text_tokens=text, visual_tokens=visual, together=size)
-            # The larger side decides what fits, and only its second trace is worth its time.
-            second = model.trace(2 * size, text_tokens=text, visual_tokens=visual) if side == "document" else None
-        except CannotTraceError as error:
-            estimated = str(error)
-            first, second = _estimated(model, size, tokens.largest), None
-        sides[side] = SideForecast(inputs[side], size, tokens.largest, tokens.mean / tokens.largest, first, second)
-    return sides, estimated
-
-
-def _estimated(model: Blueprint, inputs: int, tokens: int) -> Trace:
-    """By the number of parameters alone, where a model cannot be traced.
-
-    FLOPs are 2 a parameter and token forwards and 4 backwards. A layer that is fed a number of h elements a token saves
-    about 17 such numbers with flash attention (Korthikanti et al. 2022, arXiv:2205.05198: 34 bytes in half precision)
-    for its 12 h**2 parameters.
-    """
-    *blocks, _ = model.units
-    element_bytes = 2 if model.autocast is not None else model.element_bytes
-    hidden = [math.sqrt(block / 12) for block in blocks] or [math.sqrt(model.parameters_in_all / 12)]
-    graph = round(17 * element_bytes * sum(hidden) * inputs * tokens)
-    flops = 2 * model.parameters_in_all * inputs * tokens
-    casts = 2 * model.parameters_in_all if model.autocast is not None else 0
-    working = round(10 * element_bytes * max(hidden) * inputs * tokens)
-    largest = model.element_bytes * model.largest_trained
-    return Trace(graph, casts, working, graph + largest, flops, 2 * flops, model.parameters_in_all)
-
-
-def _mini_batch(config: RunConfig, side: str, inputs: int, tokens: int) -> int:
-    """Inputs of a mini-batch that holds the largest; under auto one, from which the plan goes on."""
-    size = config.training.mini_batch_size_of[side]
-    bound = config.training.mini_batch_num_tokens_of[side]
-    most = inputs if size is None else min(size, inputs)
-    if bound == "auto":
-        return 1
-    return max(1, most if bound is None else min(most, bound // tokens))
-
-
 def _holding(
-    config: RunConfig, model: Blueprint, work: Work, sides: dict[str, SideForecast], together: int, data: RunData
+    config: RunConfig, model: Blueprint, work: Work, sides: dict[str, Side], together: int, data: RunData
 ) -> Holding:
     training, pages = config.training, sides["document"]
     first_of = [side.first for side in sides.values()]
@@ -334,7 +249,7 @@ def _holding(
         small_trained=model.small_trained,
         units=model.units,
         cast_bytes=max(trace.cast_bytes for trace in first_of),
-        forward_bytes=max(_forward(s, min(s.mini_batch * together, s.inputs)) for s in sides.values()),
+        forward_bytes=max(s.forward_bytes(s.mini_batch * together) for s in sides.values()),
         backward_bytes=max(trace.backward_bytes for trace in first_of),
         kept_bytes=0,
         embedding_bytes=4 * 4 * work.width * embeddings,
@@ -348,9 +263,7 @@ def _holding(
     )
 
 
-def _kept_share(
-    config: RunConfig, holding: Holding, sides: dict[str, SideForecast], machine: Machine, strategy: str
-) -> float:
+def _kept_share(config: RunConfig, holding: Holding, sides: dict[str, Side], machine: Machine, strategy: str) -> float:
     """keep_graphs, or as a run finds it where that is auto: what fits into a share of the memory that is free."""
     share = config.training.keep_graphs
     if share != "auto":
@@ -362,32 +275,7 @@ def _kept_share(
     )
     graphs = [side.first.graph_bytes for side in sides.values()]
     free = (machine.gpu.memory_bytes - held.total_bytes) * SHARE_OF_GRAPHS - max(graphs)
-    return max(0, min(16, int(16 * free / max(_kept_bytes(sides, 1.0), 1)))) / 16
-
-
-def _kept_bytes(sides: dict[str, SideForecast], share: float) -> int:
-    return sum(int(share * side.mini_batches) * side.first.graph_bytes for side in sides.values())
-
-
-def _flops(sides: dict[str, SideForecast], keep_graphs: float) -> float:
-    """Of both passes over a rank's inputs of mean size."""
-    flops = 0.0
-    for side in sides.values():
-        scale = side.inputs / side.mini_batch * side.mean_share
-        flops += scale * (side.first.forward_flops * (2 - keep_graphs) + side.first.backward_flops)
-    return flops
-
-
-def _gathered_elements(
-    sides: dict[str, SideForecast], together: int, keep_graphs: float, of_a_pass: Callable[[SideForecast], int]
-) -> int:
-    """Of all forwards and backwards together."""
-    elements = 0
-    for side in sides.values():
-        kept = int(keep_graphs * side.mini_batches)
-        twice = side.mini_batches - kept
-        elements += (-(-twice // together) + 2 * twice + 2 * kept) * of_a_pass(side)
-    return elements
+    return max(0, min(16, int(16 * free / max(kept_bytes(sides, 1.0), 1)))) / 16
 
 
 def _possible(config: RunConfig, machine: Machine) -> list[str]:
@@ -400,18 +288,6 @@ def _possible(config: RunConfig, machine: Machine) -> list[str]:
     if training.pure_bf16 or training.optim == "adamw_8bit":
         names = [name for name in names if name in ("single", "ddp")]
     return names
-
-
-def _runs_here(name: str, machine: Machine) -> bool:
-    return machine.gpu is not None or name != "zero3 offload"
-
-
-def _chosen_name(config: RunConfig) -> str:
-    """The strategy, with offload where the DeepSpeed config that a launcher names has it."""
-    named = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
-    if config.strategy == "zero3" and named and "offload" in named:
-        return "zero3 offload"
-    return config.strategy
 
 
 def _bucket_elements(strategy: str) -> int:

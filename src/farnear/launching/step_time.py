@@ -75,6 +75,7 @@ class Work:
         gathered_elements: Parameters that are computed with, summed over all forwards and backwards.
         skipping_elements: Those that DeepSpeed fetches ahead in vain, where a text skips a tower that a page before it
             went through, summed likewise.
+        reduced_elements: Gradients of all mini-batches, where each is reduced at once.
         answers: Kept of a query, beside hashes, in the exchange.
     """
 
@@ -86,6 +87,7 @@ class Work:
     flops: float
     gathered_elements: int
     skipping_elements: int
+    reduced_elements: int
     queries_are_columns: bool
     answers: int = 1
 
@@ -116,24 +118,26 @@ def network_of(strategy: str, holding: Holding, work: Work, ranks: int, ranks_of
     if ranks == 1:
         return Network({}, 0.0)
     shown, said = _exchange(work, ranks)
-    trained, whole = holding.element_bytes * holding.trained, 4 * holding.parameters
+    reduced = trained = holding.element_bytes * holding.trained
+    whole = 4 * holding.parameters
+    if holding.reduces_at_once:
+        reduced = 4 * work.reduced_elements
     sent = {"exchange": shown + said}
     travelling = shown * (ranks - 1) + said * (ranks - 1) / ranks
     if strategy in ("single", "ddp"):
         sent["reductions"] = trained
         return Network(sent, travelling + 2 * trained * (ranks - 1) / ranks)
     if strategy in ("zero1", "zero2"):
-        # ZeRO-2 reduces after each mini-batch where it is told to; the plan's step has one pass over the gradients.
-        sent["reductions"], sent["parameter_gathers"] = trained, trained // ranks
-        return Network(sent, travelling + 2 * trained * (ranks - 1) / ranks)
+        sent["reductions"], sent["parameter_gathers"] = reduced, trained // ranks
+        return Network(sent, travelling + (reduced + trained) * (ranks - 1) / ranks)
     ahead = work.skipping_elements if strategy.startswith("zero") else 0
     gathers = whole if holding.keeps_gathered else 4 * (work.gathered_elements + ahead)
     spread_over = ranks if strategy.startswith("zero") else ranks_of_copy
-    sent["reductions"], sent["parameter_gathers"] = trained, gathers // spread_over
-    travelling += (trained + gathers) * (spread_over - 1) / spread_over
+    sent["reductions"], sent["parameter_gathers"] = reduced, gathers // spread_over
+    travelling += (reduced + gathers) * (spread_over - 1) / spread_over
     if spread_over < ranks:
-        sent["reductions"] += trained // spread_over
-        travelling += 2 * trained / spread_over
+        sent["reductions"] += reduced // spread_over
+        travelling += 2 * reduced / spread_over
     return Network(sent, travelling)
 
 
