@@ -4,6 +4,7 @@ import argparse
 import gc
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,11 +63,14 @@ def _plan(arguments: argparse.Namespace) -> int:
 
     from transformers.utils import logging
 
+    # What libraries say about their own future and about configs is for a run.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.set_verbosity_error()
+
     from farnear.launching.forecast import forecast
     from farnear.launching.foresee import foreseen
     from farnear.launching.plan_text import plan_lines
 
-    logging.set_verbosity_error()  # it warns of configs that a run reads in the same way
     planned = forecast(config, arguments.run_file, machine, arguments.pairs)
     for line in plan_lines(planned):
         print(line)

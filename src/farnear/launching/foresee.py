@@ -31,12 +31,11 @@ def foreseen(forecast: Forecast) -> tuple[list[str], list[str]]:
 
 
 def _unknown(forecast: Forecast) -> str:
-    unknown = ["shards a step"] if forecast.data.steps is not None else ["steps", "epochs", "shards a step"]
     tokens = forecast.sides["query"].tokens
-    words = ", ".join(unknown)
-    return (
-        f"{words} are left out (--pairs N gives steps), pages are as large as may be and queries {tokens} tokens long"
-    )
+    left_out = "shards a step are left out"
+    if forecast.data.steps is None:
+        left_out = "steps, epochs and shards a step are left out (--pairs N gives the steps)"
+    return f"{left_out}, pages are as large as may be and queries {tokens} tokens long"
 
 
 def _batch(forecast: Forecast) -> list[str]:

@@ -18,6 +18,23 @@ from dataclasses import dataclass
 from typing import Any
 
 MOMENTS = ("pass one", "loss", "pass two", "reduction", "update")
+PARTS = (
+    "weights",
+    "gathered",
+    "gradients",
+    "optimizer",
+    "buffers",
+    "casts",
+    "activations",
+    "kept graphs",
+    "embeddings",
+    "loss tiles",
+    "checkpoint copy",
+    "frozen outputs",
+    "pages",
+    "process",
+    "runtime",
+)
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "zero3 offload", "fsdp2")
 
 # As the modules name them that hold such buffers; tests compare.
@@ -40,7 +57,8 @@ class Holding:
 
     Attributes:
         parameters, trained: Elements.
-        weight_bytes: Of all weights, as one rank would hold them whole.
+        weight_bytes: Of all weights as single and ddp hold them, frozen ones perhaps in half precision; the others hold
+            fp32.
         element_bytes: Of a trained weight.
         largest_trained: Elements of the largest trained parameter.
         small_trained: Elements of trained parameters that are small blocks.
@@ -109,6 +127,16 @@ class Memory:
             if (part.is_small and self.keeps_small) or self.moment in part.moments:
                 counted[part.name] = counted.get(part.name, 0) + part.bytes
         return counted
+
+    def by_moment(self) -> dict[str, dict[str, int]]:
+        """Bytes of each part at each moment."""
+        table: dict[str, dict[str, int]] = {}
+        for name in sorted((part.name for part in self.parts), key=PARTS.index):
+            table[name] = {
+                moment: sum(part.bytes for part in self.parts if part.name == name and moment in part.moments)
+                for moment in MOMENTS
+            }
+        return table
 
     @property
     def host_bytes(self) -> int:
@@ -179,7 +207,7 @@ def _held_by_zero(strategy: str, holding: Holding, ranks: int, on_gpu: bool) -> 
     # fp32 weights that are updated, beside those that are computed with, and two moments.
     yield Part("optimizer", 3 * own)
     if strategy in ("zero1", "zero2"):
-        yield Part("weights", holding.weight_bytes)
+        yield Part("weights", 4 * holding.parameters)
         yield Part("gradients", own, ("reduction", "update"))
         if holding.reduces_at_once:
             yield Part("gradients", own, ("pass two",))
@@ -188,7 +216,7 @@ def _held_by_zero(strategy: str, holding: Holding, ranks: int, on_gpu: bool) -> 
             yield Part("gradients", whole, whole_in, is_small=small)
             yield Part("buffers", bucket, ("reduction",))
     else:
-        yield Part("weights", holding.weight_bytes // ranks)
+        yield Part("weights", 4 * holding.parameters // ranks)
         # Before they are laid end to end the partitions are small blocks, which nothing large can use later.
         yield Part("buffers", own, (), is_small=small)
         yield Part("gradients", own)  # a buffer that stays
@@ -207,7 +235,7 @@ def _held_by_fsdp2(holding: Holding, ranks_of_copy: int, on_gpu: bool) -> Iterat
     whole, own = 4 * holding.trained, 4 * holding.trained // ranks_of_copy
     *blocks, rest = holding.units
     largest = sorted(blocks)[-2:]
-    yield Part("weights", holding.weight_bytes // ranks_of_copy, is_small=small)
+    yield Part("weights", 4 * holding.parameters // ranks_of_copy, is_small=small)
     yield Part("optimizer", 2 * own, is_small=small)
     # The unit that computes, the next one, and what belongs to none, which stays through a pass.
     gathered = holding.parameters if holding.keeps_gathered else sum(largest) + rest

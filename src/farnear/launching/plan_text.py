@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from farnear.launching.forecast import USABLE_SHARE, Forecast, StrategyForecast
 from farnear.launching.foresee import foreseen
+from farnear.launching.memory import MOMENTS
 from farnear.launching.step_time import (
     CPU_FLOPS_OF_A_CORE,
     CPU_LINK,
@@ -116,16 +117,18 @@ def _data(forecast: Forecast) -> str:
 
 def _memory(forecast: Forecast) -> Iterator[str]:
     memory, machine = forecast.chosen.memory, forecast.machine
-    on_gpu = machine.gpu is not None
-    peak = f"at its peak, in {memory.moment}" if on_gpu else "of a process, blocks of malloc's heap never given back"
-    yield f"memory of a rank under {forecast.chosen.name}, {peak}"
-    for name, size in memory.by_name().items():
-        if size >= 5e5:
-            yield f"  {name:<18}{_size(size):>10}"
-    of = ""
-    if machine.gpu is not None and forecast.budget_bytes is not None:
-        of = f"  of {_size(machine.gpu.memory_bytes)}, {USABLE_SHARE:.0%} of which can be used"
-    yield f"  {'total':<18}{_size(memory.total_bytes):>10}{of}"
+    table = memory.by_moment()
+    yield f"{'memory of a rank, ' + forecast.chosen.name:<28}" + "".join(f"{moment:>11}" for moment in MOMENTS)
+    for name, of_moment in table.items():
+        if any(of_moment.values()):
+            yield f"  {name:<26}" + "".join(f"{_size(size) if size else '-':>11}" for size in of_moment.values())
+    totals = [sum(of_moment[moment] for of_moment in table.values()) for moment in MOMENTS]
+    yield f"  {'together':<26}" + "".join(f"{_size(size):>11}" for size in totals)
+    if machine.gpu is None:
+        yield f"  peak: {_size(memory.total_bytes)}, as malloc keeps small blocks of all moments in its heap"
+    else:
+        usable = f"{USABLE_SHARE:.0%} of the {_size(machine.gpu.memory_bytes)} of {machine.gpu.name}"
+        yield f"  peak: {_size(memory.total_bytes)}, in {memory.moment}; {usable} can be used"
     if memory.host:
         ranks = machine.ranks_of_node
         parts = ", ".join(f"{part.name} {_size(part.bytes)}" for part in memory.host if part.bytes >= 5e5)

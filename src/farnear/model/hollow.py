@@ -32,7 +32,6 @@ from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
 _INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
-_FLASH = 1  # torch.nn.attention.SDPBackend.FLASH_ATTENTION
 _META = torch.device("meta")
 
 
@@ -87,8 +86,6 @@ class Hollow(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if func is aten._fused_sdp_choice.default:
-            return _FLASH
         if func is aten._local_scalar_dense.default:
             raise CannotTraceError("its code depends on the values of activations")
         if func in _INDEXING:
