@@ -15,6 +15,7 @@ import farnear
 from farnear.command_line import Parser, add_run_arguments, parse, positive
 from farnear.commands.doctor import add_doctor
 from farnear.commands.launch import add_launch
+from farnear.commands.plan import add_plan
 from farnear.commands.shards import add_shards
 from farnear.commands.status import add_status
 from farnear.commands.submit import add_submit
@@ -79,11 +80,12 @@ def _farnear_parser() -> Parser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_demo(commands)
     add_shards(commands)
+    add_plan(commands)
+    add_doctor(commands)
     add_launch(commands)
     add_submit(commands)
     add_status(commands)
     _add_report(commands)
-    add_doctor(commands)
     return parser
 
 

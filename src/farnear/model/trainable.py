@@ -17,15 +17,17 @@ import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from sentence_transformers import SentenceTransformer
 from torch import nn
 from transformers import PreTrainedModel
 
 from farnear.errors import UserError
 from farnear.sections import ModelConfig
+
+if TYPE_CHECKING:  # a plan needs neither the model nor the seconds of this import
+    from sentence_transformers import SentenceTransformer
 
 # Keys of peft.LoraConfig that follow from what is trained here.
 OWN_KEYS = (
@@ -43,7 +45,7 @@ INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 _SAMPLE = 1024
 
 
-def choose_trainable(model: SentenceTransformer, config: ModelConfig, *, seed: int) -> None:
+def choose_trainable(model: "SentenceTransformer", config: ModelConfig, *, seed: int) -> None:
     """Add the adapters that the section asks for, and freeze what it names; in place.
 
     Args:
@@ -62,7 +64,7 @@ def choose_trainable(model: SentenceTransformer, config: ModelConfig, *, seed: i
         )
 
 
-def checkpoint_activations(model: SentenceTransformer) -> None:
+def checkpoint_activations(model: "SentenceTransformer") -> None:
     """Have activations computed again in the backward pass; in place.
 
     transformers also asks for the gradient of what the embedding layer puts out, which its older way of checkpointing
@@ -135,7 +137,7 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
             modules[name].requires_grad_(False)
 
 
-def add_adapters(model: SentenceTransformer, config: ModelConfig, *, seed: int) -> Any:
+def add_adapters(model: "SentenceTransformer", config: ModelConfig, *, seed: int) -> Any:
     """Put LoRA layers into the model, in place, and freeze all but them and what `modules_to_save` names.
 
     Returns:

@@ -18,22 +18,7 @@ import torch
 
 from farnear.errors import UserError
 from farnear.files import published
-
-# Dense, without sparsity, by the makers' data sheets. The first name that is part of the device's own counts.
-_PEAK_BF16_FLOPS = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H800": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10": 125e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-}
+from farnear.gpus import gpu_of_device
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
@@ -122,9 +107,8 @@ def model_flops_utilisation(flops: float, seconds: Mapping[str, float], device: 
     """Share of a GPU's dense bf16 peak that a step's two passes reach (MFU); None where the peak is not known."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    peak = next((peak for known, peak in _PEAK_BF16_FLOPS.items() if known in name), None)
-    return None if peak is None else flops / max(seconds["pass_one"] + seconds["pass_two"], 1e-9) / peak
+    gpu = gpu_of_device(torch.cuda.get_device_name(device))
+    return None if gpu is None else flops / max(seconds["pass_one"] + seconds["pass_two"], 1e-9) / gpu.bf16_flops
 
 
 def _duration(seconds: float) -> str:

@@ -25,9 +25,8 @@ from farnear.config import RunConfig, dump_config, load_config
 from farnear.data.faults import Fault
 from farnear.data.index import modality_name
 from farnear.data.order import Order
-from farnear.data.plan import PlanSettings
-from farnear.data.quotas import Schedule
 from farnear.data.remote import shown
+from farnear.data.run_order import plan_settings, steps_in_all
 from farnear.errors import UserError
 from farnear.files import replace_text
 from farnear.loss.own import load_own_loss
@@ -39,7 +38,6 @@ from farnear.parallel.trackers import Trackers
 from farnear.parallel.world import World, on_main_rank
 from farnear.processes import deaf_children
 from farnear.run_folder import Resume, RunFolder
-from farnear.sections import TrainingConfig
 from farnear.status import write_status
 from farnear.training.cache import CachedStep
 from farnear.training.checkpoint import Checkpoint, Progress, checkpoint_to_resume, folder_name
@@ -206,27 +204,6 @@ def prepare_workers() -> None:
     multiprocessing.set_forkserver_preload(["farnear.data.loader", "farnear.model.embedder"])
     with deaf_children():
         forkserver.ensure_running()
-
-
-def plan_settings(config: RunConfig) -> PlanSettings:
-    """What the run file says about the order of the pairs."""
-    return PlanSettings(
-        seed=config.seed,
-        global_batch_size=config.training.global_batch_size,
-        weights=config.data.weights,
-        mixing=config.data.mixing,
-        tail=config.data.tail,
-        shards_per_window=config.data.shards_per_window,
-    )
-
-
-def steps_in_all(training: TrainingConfig, schedule: Schedule) -> int:
-    """max_steps, or those of the epochs, the last of which may be a fraction; at least one."""
-    if training.max_steps > 0:
-        return training.max_steps
-    epochs = training.num_train_epochs
-    before = schedule.steps_before(int(epochs))
-    return max(1, before + round((epochs - int(epochs)) * (schedule.steps_before(int(epochs) + 1) - before)))
 
 
 def refuse_unsupported(model: SentenceTransformer, config: RunConfig, data: RunData) -> None:

@@ -1,0 +1,102 @@
+"""What would go wrong with a planned run, told before it waits in a queue; and what is not known on this machine."""
+
+import importlib.util
+
+from farnear.config import RunConfig
+from farnear.launching.forecast import USABLE_SHARE, Forecast
+from farnear.launching.memory import Memory
+
+_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
+
+
+def foreseen(forecast: Forecast) -> tuple[list[str], list[str]]:
+    """(errors, notes), a line each."""
+    errors = [*forecast.data.faults, *_batch(forecast), *_model(forecast), *_memory(forecast)]
+    notes = []
+    if forecast.data.pages is None:
+        notes.append(f"{forecast.data.known_by}, so {_unknown(forecast)}")
+    attention = _attention(forecast.config)
+    if attention and forecast.machine.is_this:
+        errors.append(f"{attention}; set sdpa or varlen")
+    elif attention:
+        notes.append(f"{attention}, which says nothing of the machine that is planned for")
+    if forecast.estimated:
+        notes.append(
+            f"the model's code could not be followed without numbers ({forecast.estimated}), so activations and FLOPs "
+            "are estimated from the sizes of its layers"
+        )
+    if forecast.machine.gpu is None:
+        notes.append("a CPU's speed differs more than a GPU's; the seconds assume an ordinary core")
+    return errors, notes
+
+
+def _unknown(forecast: Forecast) -> str:
+    tokens = forecast.sides["query"].tokens
+    left_out = "shards a step are left out"
+    if forecast.data.steps is None:
+        left_out = "steps, epochs and shards a step are left out (--pairs N gives the steps)"
+    return f"{left_out}, pages are as large as may be and queries {tokens} tokens long"
+
+
+def _batch(forecast: Forecast) -> list[str]:
+    batch, ranks = forecast.config.training.global_batch_size, forecast.machine.ranks
+    if ranks > batch:
+        return [
+            f"{ranks} ranks are more than the {batch} pairs of training.global_batch_size, so some would have none; "
+            f"take {batch} ranks at most, or raise it"
+        ]
+    single = forecast.config.strategy == "single" and ranks > 1
+    return [f"strategy single is one process, and {ranks} are planned; set strategy=ddp"] if single else []
+
+
+def _model(forecast: Forecast) -> list[str]:
+    errors, model, config = [], forecast.model, forecast.config
+    if above := [dim for dim in config.loss.matryoshka_dims or () if dim > model.width]:
+        errors.append(
+            f"loss.matryoshka_dims names {', '.join(map(str, above))}, but the embeddings of "
+            f"{config.model.name_or_path} have {model.width} dimensions; take out what is above"
+        )
+    side = model.pages.patch_pixels * model.pages.merge
+    if model.pages.max_pixels < side**2:
+        errors.append(
+            f"model.max_pixels is {model.pages.max_pixels}, less than the {side} x {side} pixels of one token, and no "
+            f"page can be made so small; set it to {side**2} at least"
+        )
+    if model.pages.min_pixels > model.pages.max_pixels:
+        errors.append(
+            f"pages have {model.pages.min_pixels} pixels at least by the model's processor and "
+            f"{model.pages.max_pixels} at most by model.max_pixels; raise that, or set model.min_pixels too"
+        )
+    return errors
+
+
+def _memory(forecast: Forecast) -> list[str]:
+    chosen, budget = forecast.chosen, forecast.budget_bytes
+    if budget is None or chosen.memory.total_bytes <= budget:
+        return []
+    gpu = forecast.machine.gpu
+    assert gpu is not None
+    needed = (
+        f"{_gigabytes(chosen.memory)} GB a rank, above the {budget / 1e9:.0f} GB ({USABLE_SHARE:.0%}) of {gpu.name}"
+    )
+    if chosen.largest_mini_batch:
+        what = f"mini-batches of {chosen.largest_mini_batch} at most"
+        return [f"strategy {chosen.name} needs {needed}, with these mini-batches; set {what}"]
+    best = forecast.cheapest
+    advice = (
+        f"set strategy={best.name}, which fits"
+        if best
+        else "no strategy fits: take more GPUs, lora, or a smaller model"
+    )
+    return [f"strategy {chosen.name} needs {needed}, whatever the mini-batch, and would run out of memory; {advice}"]
+
+
+def _gigabytes(memory: Memory) -> str:
+    return f"{memory.total_bytes / 1e9:.0f}"
+
+
+def _attention(config: RunConfig) -> str | None:
+    package = _PACKAGES.get(config.model.attn_implementation or "")
+    if package is None or importlib.util.find_spec(package) is not None or config.model.allow_kernel_download:
+        return None
+    return f"model.attn_implementation: {config.model.attn_implementation} is not installed on this machine"

@@ -1,0 +1,207 @@
+"""A forecast as lines for a person."""
+
+from collections.abc import Iterator, Sequence
+
+from farnear.launching.forecast import USABLE_SHARE, Forecast, StrategyForecast
+from farnear.launching.foresee import foreseen
+from farnear.launching.memory import MOMENTS
+from farnear.launching.step_time import (
+    CPU_FLOPS_OF_A_CORE,
+    CPU_LINK,
+    CPU_MEMORY_BANDWIDTH,
+    DISK_BANDWIDTH,
+    FP32_SHARE,
+    LINK_SHARE,
+    UTILISATION,
+)
+from farnear.wording import counted
+
+GIB = 2**30
+
+
+def plan_lines(forecast: Forecast) -> Iterator[str]:
+    """The whole plan."""
+    yield f"plan for {_where(forecast)}; computed, nothing is measured"
+    yield ""
+    yield from _named(_facts(forecast))
+    yield ""
+    yield from _memory(forecast)
+    yield ""
+    yield from _strategies(forecast)
+    yield ""
+    yield from _named(_time(forecast))
+    _, notes = foreseen(forecast)
+    if notes:
+        yield ""
+        yield from (f"note: {note}" for note in notes)
+
+
+def _named(lines: Sequence[tuple[str, str]]) -> Iterator[str]:
+    return (f"{name:>12}  {text}" for name, text in lines)
+
+
+def _where(forecast: Forecast) -> str:
+    machine = forecast.machine
+    if machine.gpu is None:
+        return (
+            f"{counted(machine.ranks, 'process', 'processes')} on a CPU, {counted(machine.cores_of_rank, 'core')} each"
+        )
+    nodes = f" on {machine.nodes} nodes" if machine.nodes > 1 else ""
+    return f"{machine.ranks} x {machine.gpu.name}{nodes} ({machine.gpu.memory_bytes / GIB:.0f} GiB each)"
+
+
+def _facts(forecast: Forecast) -> list[tuple[str, str]]:
+    config, training, model = forecast.config, forecast.config.training, forecast.model
+    compute = "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32"
+    precision = "bf16 weights" if training.pure_bf16 else f"fp32 weights, {compute} compute"
+    trained = "all trained" if model.trained == model.parameters_in_all else f"{model.trained:,} trained"
+    switches = [
+        f"attention {config.model.attn_implementation or 'as transformers chooses'}",
+        f"{training.optim}, lr {training.learning_rate:g}",
+        *(["gradient checkpointing"] if training.gradient_checkpointing else []),
+        *([f"reduce: {training.reduce}"] if training.reduce != "step" else []),
+        *([f"reshard: {training.reshard}"] if training.reshard != "forward" else []),
+        f"seed {config.seed}",
+    ]
+    dims = config.loss.matryoshka_dims
+    pages, queries = forecast.sides["document"], forecast.sides["query"]
+    work = forecast.work
+    hard = f" and {work.documents_of_all - work.pairs_of_all:,} hard ones" if work.documents > work.pairs else ""
+    return [
+        ("run", f"strategy {config.strategy}, {precision}, {', '.join(switches)}"),
+        (
+            "model",
+            f"{config.model.name_or_path}: {model.parameters_in_all:,} parameters, {trained}; embeddings of "
+            f"{model.width:,} (by {forecast.model_folder / 'config.json'})",
+        ),
+        (
+            "loss",
+            f"{config.loss.function or 'InfoNCE, ' + ', '.join(config.loss.directions)}"
+            + (f", dims {', '.join(map(str, dims))}" if dims else ""),
+        ),
+        (
+            "batch",
+            f"{work.pairs_of_all:,} pairs, {work.pairs} a rank; negatives a query: {work.pairs_of_all - 1:,}{hard}",
+        ),
+        (
+            "mini-batches",
+            f"{pages.mini_batches} of {counted(pages.mini_batch, 'page')} ({pages.tokens} tokens) and "
+            f"{queries.mini_batches} of {counted(queries.mini_batch, 'query', 'queries')} ({queries.tokens} tokens) a "
+            f"rank{_auto(forecast)}; {forecast.together} at once in pass one; graphs kept of "
+            f"{forecast.keep_graphs:.0%}",
+        ),
+        ("data", _data(forecast)),
+    ]
+
+
+def _auto(forecast: Forecast) -> str:
+    is_auto = "auto" in forecast.config.training.mini_batch_num_tokens_of.values()
+    return ", the least: a run measures what auto is" if is_auto else ""
+
+
+def _data(forecast: Forecast) -> str:
+    data, training = forecast.data, forecast.config.training
+    if data.steps is None:
+        return "not known here: steps and epochs are left out"
+    if data.pairs is None:
+        return f"{counted(data.steps, 'step')}, as training.max_steps says"
+    text = f"{data.pairs:,} pairs, {counted(data.steps, 'step')}"
+    if data.steps_of_epoch:
+        text += f", {data.steps_of_epoch:,} an epoch ({data.steps / data.steps_of_epoch:.3g} epochs)"
+    if data.shards is not None and data.shards_of_step is not None:
+        text += f"; a batch touches {data.shards_of_step:.1f} of {counted(data.shards, 'shard')}"
+    if training.max_steps > 0:
+        text += ", by training.max_steps"
+    return text
+
+
+def _memory(forecast: Forecast) -> Iterator[str]:
+    memory, machine = forecast.chosen.memory, forecast.machine
+    table = memory.by_moment()
+    yield f"{'memory of a rank, ' + forecast.chosen.name:<28}" + "".join(f"{moment:>11}" for moment in MOMENTS)
+    for name, of_moment in table.items():
+        if any(of_moment.values()):
+            yield f"  {name:<26}" + "".join(f"{_size(size) if size else '-':>11}" for size in of_moment.values())
+    totals = [sum(of_moment[moment] for of_moment in table.values()) for moment in MOMENTS]
+    yield f"  {'together':<26}" + "".join(f"{_size(size):>11}" for size in totals)
+    if machine.gpu is None:
+        yield f"  peak: {_size(memory.total_bytes)}, as malloc keeps small blocks of all moments in its heap"
+    else:
+        usable = f"{USABLE_SHARE:.0%} of the {_size(machine.gpu.memory_bytes)} of {machine.gpu.name}"
+        yield f"  peak: {_size(memory.total_bytes)}, in {memory.moment}; {usable} can be used"
+    if memory.host:
+        ranks = machine.ranks_of_node
+        parts = ", ".join(f"{part.name} {_size(part.bytes)}" for part in memory.host if part.bytes >= 5e5)
+        node = _size(ranks * memory.host_bytes)
+        yield f"  host memory of a rank: {_size(memory.host_bytes)} ({parts}); of a node: {node}"
+
+
+def _strategies(forecast: Forecast) -> Iterator[str]:
+    on_gpu = forecast.machine.gpu is not None
+    most = f"{'largest mini-batch':>20}" if on_gpu else ""
+    yield f"{'strategy':<15}{'memory':>10}{most}{'sent a step':>14}{'s a step':>10}{'pairs/s':>10}"
+    cheapest = forecast.cheapest
+    for one in forecast.strategies:
+        marks = [*(["chosen"] if one is forecast.chosen else []), *(["cheapest that fits"] if one is cheapest else [])]
+        yield _row(one, forecast) + (f"  <- {', '.join(marks)}" if marks else "")
+    sent = forecast.chosen.network.sent
+    if sent:
+        parts = ", ".join(f"{name.replace('_', ' ')} {_size(size)}" for name, size in sent.items())
+        yield f"a rank sends in a step under {forecast.chosen.name}: {parts} (as metrics.jsonl counts)"
+
+
+def _row(one: StrategyForecast, forecast: Forecast) -> str:
+    most = ""
+    if one.largest_mini_batch is not None:
+        number, inputs = one.largest_mini_batch, forecast.sides["document"].inputs
+        words = "none fits" if number == 0 else f"{number} (all)" if number == inputs else str(number)
+        most = f"{words:>20}"
+    pairs = forecast.work.pairs_of_all / one.time.total
+    sent = _size(sum(one.network.sent.values()))
+    return f"{one.name:<15}{_size(one.memory.total_bytes):>10}{most}{sent:>14}{one.time.total:>10.2f}{pairs:>10.1f}"
+
+
+def _time(forecast: Forecast) -> list[tuple[str, str]]:
+    time, machine = forecast.chosen.time, forecast.machine
+    training = forecast.config.training
+    half = training.bf16 or training.fp16 or training.pure_bf16
+    if machine.gpu is None:
+        model = (
+            f"{CPU_FLOPS_OF_A_CORE / 1e9:.0f} GFLOP/s a core, memory {CPU_MEMORY_BANDWIDTH / 1e9:.0f} GB/s, between "
+            f"processes {CPU_LINK / 1e9:.0f} GB/s, all assumed"
+        )
+    else:
+        peak = machine.gpu.bf16_flops * (1.0 if half else FP32_SHARE)
+        link = f"{machine.gpu.link} {machine.gpu.link_bandwidth / 1e9:.0f} GB/s"
+        if machine.nodes > 1:
+            link = f"{machine.node_bandwidth / 1e9:.0f} GB/s a rank between nodes (--node-bandwidth)"
+        model = (
+            f"{UTILISATION:.0%} of {peak / 1e12:.0f} TFLOP/s assumed, memory {machine.gpu.memory_bandwidth / 1e12:.2f} "
+            f"TB/s, {LINK_SHARE:.0%} of {link} assumed; parts one after the other, none hidden"
+        )
+    lines = [
+        (
+            "step",
+            f"{time.total:.2f} s: compute {time.compute:.2f} ({forecast.work.flops / 1e12:.1f} TFLOP a rank), "
+            f"optimizer {time.optimizer:.3f}, network {time.network:.3f}",
+        ),
+        ("by", model),
+    ]
+    if forecast.data.steps is not None:
+        hours = forecast.data.steps * time.total / 3600
+        lines.append(("run", f"{counted(forecast.data.steps, 'step')}: {hours:.1f} h, without evaluations and saves"))
+    lines.append(
+        (
+            "checkpoint",
+            f"{_size(forecast.saved_bytes)} on the disk, {forecast.save_seconds:.0f} s until it is published at an "
+            f"assumed {DISK_BANDWIDTH / 1e9:.0f} GB/s",
+        )
+    )
+    return lines
+
+
+def _size(size: float) -> str:
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= factor:
+            return f"{size / factor:.2f} {unit}" if unit == "GB" else f"{size / factor:.0f} {unit}"
+    return f"{size:.0f} B"

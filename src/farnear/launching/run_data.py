@@ -1,0 +1,184 @@
+"""What a plan knows of a run's pairs: from the index of its shards, from a number that a person gives, or nothing.
+
+Shards behind URLs are not asked about: a plan needs no network.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from farnear.config import RunConfig
+from farnear.data.budget import PageTokens, input_cost
+from farnear.data.index import Index
+from farnear.data.index_cache import cache_folder, cached_index
+from farnear.data.order import Order
+from farnear.data.plan import PairFacts, schedule_of
+from farnear.data.quotas import Schedule
+from farnear.data.remote import is_remote
+from farnear.data.run_order import plan_settings, steps_in_all
+from farnear.data.run_shards import shard_sets, shard_store
+from farnear.errors import UserError
+
+QUERY_TOKENS_ASSUMED = 64
+_STEPS_LOOKED_AT = 16
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Of an input: the largest, by which memory goes, and the mean, by which time goes."""
+
+    largest: int
+    mean: float
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What is known of the pairs.
+
+    Attributes:
+        pairs: None where nobody says.
+        steps, steps_of_epoch: None likewise.
+        negatives: Hard ones of a pair, the mean.
+        query, page: Tokens, a template's included.
+        pages: Distinct positive pages; None where there is no index.
+        shards, shards_of_step: In all, and those that a global batch touches, the mean.
+        known_by: Where this comes from, as a sentence.
+        faults: What the pairs cannot do, each a line.
+    """
+
+    pairs: int | None
+    steps: int | None
+    steps_of_epoch: int | None
+    negatives: float
+    query: Tokens
+    page: Tokens
+    pages: int | None
+    shards: int | None
+    shards_of_step: float | None
+    known_by: str
+    faults: tuple[str, ...] = ()
+
+
+def run_data(config: RunConfig, page_tokens: PageTokens, most_page_tokens: int, pairs: int | None) -> RunData:
+    """What is known of a run's pairs.
+
+    Args:
+        page_tokens: What a page costs, by its size.
+        most_page_tokens: What a page may cost, where no page is known.
+        pairs: What a person says.
+    """
+    named = [pattern for source in config.data.sources.values() for pattern in source.train] or config.data.train
+    if any(is_remote(pattern) for pattern in named):
+        why = "the shards are behind URLs, and a plan uses no network"
+    else:
+        try:
+            train, _ = shard_sets(config.data)
+            cache = cache_folder(config.data.cache_dir)
+            return _of_index(config, cached_index(train, cache, shard_store(config.data, cache)), page_tokens)
+        except UserError as error:
+            why = f"the shards are not on this machine ({str(error).partition(',')[0]})"
+    return _without_index(config, most_page_tokens, pairs, why)
+
+
+def _of_index(config: RunConfig, index: Index, page_tokens: PageTokens) -> RunData:
+    faults = []
+    batch = config.training.global_batch_size
+    positive_hash = index.input_hash_I[index.positives]
+    pages = len(np.unique(positive_hash))
+    if pages < min(batch, len(index)):
+        faults.append(
+            f"the training pairs have {pages:,} distinct pages, fewer than training.global_batch_size ({batch:,}): "
+            "every batch holds pages twice, which are masked, so queries get fewer negatives than it says; lower it, "
+            "or add pages"
+        )
+    steps = steps_of_epoch = touched = None
+    try:
+        order = Order(index, plan_settings(config), index.path.parent if index.path else cache_folder(None))
+        steps, steps_of_epoch = steps_in_all(config.training, order.schedule), order.schedule.steps_before(1)
+        looked_at = range(min(_STEPS_LOOKED_AT, steps_of_epoch))
+        touched = float(np.mean([_shards_of(index, order.global_batch(step)) for step in looked_at]))
+    except UserError as error:
+        faults.append(str(error))
+    pairs_of_source = dict(zip(index.sources, np.diff(index.source_start_K1).tolist(), strict=True))
+    faults += _too_small(config, len(index), pairs_of_source)
+    hard = len(index.negatives) / len(index)
+    limit = config.data.num_negatives
+    negatives = hard if limit is None else float(np.mean(np.minimum(np.diff(index.negative_start_N1), limit)))
+    documents = np.unique(np.concatenate([index.positives, index.negatives] if negatives else [index.positives]))
+    return RunData(
+        pairs=len(index),
+        steps=steps,
+        steps_of_epoch=steps_of_epoch,
+        negatives=negatives,
+        query=_tokens(index, np.unique(index.query_N), page_tokens),
+        page=_tokens(index, documents, page_tokens),
+        pages=pages,
+        shards=len(index.shards),
+        shards_of_step=touched,
+        known_by="by the index of the shards",
+        faults=tuple(faults),
+    )
+
+
+def _without_index(config: RunConfig, most_page_tokens: int, pairs: int | None, why: str) -> RunData:
+    steps = steps_of_epoch = None
+    faults: list[str] = []
+    if pairs is not None:
+        why += f"; {pairs:,} pairs as --pairs says"
+        try:
+            schedule = _schedule_of_number(config, pairs)
+            steps, steps_of_epoch = steps_in_all(config.training, schedule), schedule.steps_before(1)
+        except UserError as error:
+            faults.append(str(error))
+        faults += _too_small(config, pairs, {})
+    elif config.training.max_steps > 0:
+        steps = config.training.max_steps
+    return RunData(
+        pairs=pairs,
+        steps=steps,
+        steps_of_epoch=steps_of_epoch,
+        negatives=float(config.data.num_negatives or 0),
+        query=Tokens(QUERY_TOKENS_ASSUMED, QUERY_TOKENS_ASSUMED),
+        page=Tokens(most_page_tokens, most_page_tokens),
+        pages=None,
+        shards=None,
+        shards_of_step=None,
+        known_by=why,
+        faults=tuple(faults),
+    )
+
+
+def _schedule_of_number(config: RunConfig, pairs: int) -> Schedule:
+    """As if all pairs were of one source."""
+    nothing = np.zeros(0, np.int64)
+    facts = PairFacts("", nothing, nothing, nothing, np.zeros(0, np.int32), np.array([0, pairs]))
+    settings = plan_settings(config.model_copy(update={"data": config.data.model_copy(update={"sources": {}})}))
+    return schedule_of(facts, settings)
+
+
+def _too_small(config: RunConfig, pairs: int, pairs_of_source: dict[str, int]) -> list[str]:
+    batch = config.training.global_batch_size
+    if pairs < batch:
+        return [
+            f"there are {pairs:,} training pairs, fewer than training.global_batch_size ({batch:,}), so no batch is "
+            f"full; set it to {pairs:,} at most, or add pairs"
+        ]
+    if config.data.mixing == "within_batch":
+        return []
+    return [
+        f"source {name!r} has {count:,} pairs, fewer than training.global_batch_size ({batch:,}), and under "
+        f"data.mixing: per_batch a batch is of one source; lower it, add pairs, or set mixing=within_batch"
+        for name, count in pairs_of_source.items()
+        if count < batch
+    ]
+
+
+def _tokens(index: Index, rows: "np.typing.NDArray[np.int64]", page_tokens: PageTokens) -> Tokens:
+    cost_n = input_cost(index, rows, page_tokens)
+    return Tokens(int(cost_n.max()), float(cost_n.mean()))
+
+
+def _shards_of(index: Index, pairs: "np.typing.NDArray[np.int64]") -> int:
+    first_positive = index.positives[index.positive_start_N1[pairs]]
+    of_pages = index.part_shard_M[index.part_start_I1[first_positive]]
+    return len(np.unique(np.concatenate([of_pages, index.pair_shard_N[pairs]])))
