@@ -31,6 +31,7 @@ from farnear.config import RunConfig
 from farnear.data.dealing import SIDES, Dealing
 from farnear.data.loader import RankBatch, TrainLoader
 from farnear.data.order import Order
+from farnear.data.run_order import plan_settings
 from farnear.errors import UserError
 from farnear.loss.own import load_own_loss
 from farnear.model.embedder import Embedder, Preprocessing
@@ -43,7 +44,7 @@ from farnear.parallel.world import World, on_main_rank
 from farnear.sections import TrainingConfig
 from farnear.training.cache import CachedStep, NonFiniteLossError, StepFigures
 from farnear.training.engine import build_model, build_step
-from farnear.training.opening import measured_dims, plan_settings, refuse_unsupported
+from farnear.training.opening import measured_dims, refuse_unsupported
 from farnear.training.plain_gradient import Probe, plain_gradient
 from farnear.training.resume import first_progress
 from farnear.training.shards import RunData
