@@ -13,6 +13,7 @@ from pathlib import Path
 
 import farnear
 from farnear.command_line import Parser, parse, positive, resume
+from farnear.commands.prefetch import add_prefetch
 from farnear.commands.shards import add_shards
 from farnear.errors import UserError, as_user_error
 
@@ -89,6 +90,7 @@ def _farnear_parser() -> Parser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_demo(commands)
     add_shards(commands)
+    add_prefetch(commands)
     _add_launch(commands)
     _add_report(commands)
     return parser

@@ -42,7 +42,7 @@ def open_data(data: DataConfig, evaluation: EvaluationConfig, world: World) -> R
     """
     cache = cache_folder(data.cache_dir)
     store = shard_store(data, cache)
-    train, evaluated = on_main_rank(world, lambda: shard_sets(data))
+    train, evaluated = on_main_rank(world, lambda: shard_sets(data, store.expand))
     urls = [shard for of in (train, evaluated) if of is not None for shard, _ in of.shards() if is_remote(shard)]
     # A server is asked about each shard once and not by every rank.
     store = replace(store, known=on_main_rank(world, lambda: {url: store.facts(url) for url in urls}))
