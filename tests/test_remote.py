@@ -377,12 +377,10 @@ def test_s3_tries_again_in_one_place(s3: tuple[S3Server, Any], kind: str) -> Non
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+def hub(network: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     import fsspec
-    from huggingface_hub import constants
 
     with hub_server() as server:
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setitem(fsspec.config.conf, "hf", {"endpoint": server.url, "token": False})
         yield server
 

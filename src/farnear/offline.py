@@ -1,8 +1,8 @@
 """Whether this process may ask a network.
 
-The field has a switch for nodes without one, HF_HUB_OFFLINE=1, which huggingface_hub and transformers read. farnear takes
-it for the whole network: with it set nothing is asked of any server, be it the hub, an object store or a web server,
-and what a run needs must have been brought by `farnear prefetch` before.
+The field has a switch for nodes without one, HF_HUB_OFFLINE=1, which huggingface_hub and transformers read. farnear
+takes it for the whole network: with it set no server is asked for anything, be it the hub, an object store or a web
+server, and what a run needs must have been brought by `farnear prefetch` before.
 """
 
 

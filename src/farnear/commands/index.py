@@ -183,7 +183,7 @@ def _shard_sets(arguments: argparse.Namespace) -> "Iterator[tuple[str, ShardSet,
         cache = cache_folder(arguments.cache_dir)
         store = open_store(cache)
         corpus = tuple(expand_shards(arguments.corpus, "--corpus", store.expand)) if arguments.corpus else ()
-        shards = ()
+        shards: tuple[str, ...] = ()
         if arguments.shards or not corpus:
             shards = tuple(expand_shards(arguments.shards, "SHARDS", store.expand))
         yield "shards", ShardSet((SourceShards("shards", shards),) if shards else (), corpus), cache, store

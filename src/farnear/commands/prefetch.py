@@ -7,6 +7,7 @@ is downloaded. Killed and started again, it goes on where it was.
 
 import argparse
 import shlex
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,24 +43,28 @@ def add_prefetch(commands: "argparse._SubParsersAction[Parser]") -> None:
 def _prefetch(arguments: argparse.Namespace) -> int:
     from dataclasses import replace
 
+    from huggingface_hub.utils import disable_progress_bars
+
     from farnear.commands.index import tell_index
     from farnear.config import load_config
     from farnear.data.bring import ask_for_facts, refuse_more_than_the_cache_holds
     from farnear.data.index_cache import cache_folder, cached_index
-    from farnear.data.prefetched import Prefetched, add_prefetched
+    from farnear.data.prefetched import Known, add_known
     from farnear.data.remote import RemoteFacts, is_glob, is_remote
     from farnear.data.run_shards import byte_budget, names_remote_shards, shard_sets, shard_store
     from farnear.model.hub import is_folder, look_up, refuse_missing_folder
     from farnear.offline import is_offline
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     config = load_config(arguments.run_file, arguments.overrides)
     data, model = config.data, config.model
     refuse_missing_folder(model.name_or_path)
     on_hub, has_urls = not is_folder(model.name_or_path), names_remote_shards(data)
     if has_urls and data.remote == "ranges":
         raise UserError(
-            "data.remote: ranges reads every pair over the network and keeps no shard, so there is nothing to prefetch; "
-            "set data.remote: cache"
+            "data.remote: ranges reads every pair over the network and keeps no shard, so there is nothing to fetch "
+            "ahead; set data.remote: cache"
         )
     if (on_hub or has_urls) and is_offline():
         raise UserError("HF_HUB_OFFLINE is set, so nothing can be fetched; unset it, where there is a network")
@@ -88,7 +93,7 @@ def _prefetch(arguments: argparse.Namespace) -> int:
         if shard_set is not None:
             tell_index(name, cached_index(shard_set, cache, store))
     if facts:
-        add_prefetched(cache, Prefetched(listings, {url: RemoteFacts(of.size, of.etag) for url, of in facts.items()}))
+        add_known(cache, Known(listings, {url: RemoteFacts(of.size, of.etag) for url, of in facts.items()}))
     again = shlex.join(["farnear", "launch", str(arguments.run_file), *arguments.overrides])
     print(f"on nodes without a network: HF_HUB_OFFLINE=1 {again}", flush=True)
     return 0
@@ -121,8 +126,9 @@ def _bring_shards(facts: "Sequence[ShardFacts]", store: "ShardStore") -> None:
 
 
 def _tell(what: str, one: str, brought: "Sequence[int]", there: "Sequence[int]", began: float) -> None:
+    seconds = time.monotonic() - began
     print(
-        f"{what}: {counted(len(brought), one)}, {amount(sum(brought))}, downloaded in {time.monotonic() - began:,.1f} s; "
+        f"{what}: {counted(len(brought), one)}, {amount(sum(brought))}, downloaded in {seconds:,.1f} s; "
         f"{counted(len(there), one)}, {amount(sum(there))}, were there already",
         flush=True,
     )

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from farnear.data.index_cache import ShardSet, SourceShards
-from farnear.data.prefetched import read_prefetched
+from farnear.data.prefetched import Prefetched
 from farnear.data.remote import is_remote, short_name, shown
 from farnear.data.shard_cache import ShardCache
 from farnear.data.shard_names import Expand, expand_shards
@@ -37,7 +37,7 @@ def open_store(cache: Path, *, byte_budget: int | None = None, ranged: bool = Fa
     """How shards are read that no run file describes; see `ShardCache` and `ShardStore` for the arguments."""
     offline = is_offline()
     shard_cache = ShardCache(cache / "shards", byte_budget, offline=offline)
-    return ShardStore(shard_cache, ranged=ranged, prefetched=read_prefetched(cache) if offline else None)
+    return ShardStore(shard_cache, ranged=ranged, prefetched=Prefetched(cache) if offline else None)
 
 
 def byte_budget(data: DataConfig) -> int | None:

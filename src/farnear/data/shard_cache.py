@@ -89,7 +89,8 @@ class ShardCache:
                     return file
                 if self.offline:
                     raise UserError(
-                        f"shard {shown(url)} is not in the shard cache {self.folder}, or was not whole there. {PREFETCH}"
+                        f"shard {shown(url)} is not in the shard cache {self.folder}, or was not whole there. "
+                        + PREFETCH
                     )
                 with _owned(_part_of(entry)) as part:
                     # Whoever had the lock before may have brought the shard.

@@ -57,7 +57,7 @@ class ShardStore:
         if shard in self.known:
             return self.known[shard]
         if is_remote(shard):
-            facts = remote_facts(shard) if self.prefetched is None else self.prefetched.facts_of(shard)
+            facts = remote_facts(shard) if self.prefetched is None else self.prefetched.facts(shard)
             return ShardFacts(shard, facts.size, facts.etag)
         try:
             status = os.stat(shard)

@@ -2,6 +2,7 @@
 
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,8 +10,8 @@ from farnear.errors import UserError
 from farnear.offline import PREFETCH, is_offline
 from farnear.sections import ModelConfig
 
-# The weights once more, for other libraries, and as pickles where there are safetensors. Modules in folders of their own
-# keep all their files: sentence-transformers asks for such a folder as a whole.
+# The weights once more, for other libraries, and as pickles where there are safetensors. Modules in folders of their
+# own keep all their files: sentence-transformers asks for such a folder as a whole.
 OTHER_FORMATS = re.compile(r"[^/]*\.(h5|msgpack|ot|onnx|gguf)|(onnx|openvino|original)/.*")
 PICKLES = re.compile(r"pytorch_model[^/]*\.bin(\.index\.json)?|consolidated[^/]*\.pth")
 MODULES = "modules.json"
@@ -59,8 +60,8 @@ def refuse_unless_fetched(config: ModelConfig) -> None:
     if try_to_load_from_cache(name, MODULES, constants.HF_HUB_CACHE, config.revision) is None:
         revision = f" at revision {config.revision}" if config.revision else ""
         raise UserError(
-            f"model {name}{revision} cannot be loaded: no folder of that name is here, and it is not in the hub's cache "
-            f"{constants.HF_HUB_CACHE}. {PREFETCH}"
+            f"model {name}{revision} cannot be loaded: no folder of that name is here, and it is not in the "
+            f"hub's cache {constants.HF_HUB_CACHE}. {PREFETCH}"
         )
 
 
@@ -103,10 +104,8 @@ def fetch(config: ModelConfig, files: HubFiles) -> None:
     try:
         # By the revision's name, so that the cache knows the name too.
         snapshot_download(config.name_or_path, revision=config.revision, ignore_patterns=list(files.ignored))
-        try:
+        with suppress(EntryNotFoundError):  # from now on the cache knows that there is none
             hf_hub_download(config.name_or_path, MODULES, revision=config.revision)
-        except EntryNotFoundError:
-            pass  # the cache now knows that there is none
     except Exception as error:
         raise _refused(config, error) from error
 
