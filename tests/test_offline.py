@@ -12,6 +12,7 @@ from typing import Any
 
 import fsspec
 import pytest
+import torch
 import yaml
 from object_stores import Fault, ModelHub, ObjectServer, hub_server, model_hub_server, object_server
 from tiny_runs import make_inputs, run_tree
@@ -26,7 +27,9 @@ from farnear.data.remote import RemoteFacts
 from farnear.data.run_shards import shard_sets, shard_store
 from farnear.errors import UserError
 from farnear.model.load import load_model
+from farnear.parallel.world import World
 from farnear.sections import ModelConfig
+from farnear.training.shards import open_data
 
 GLOB = "hf://datasets/org/pages/part-*.tar"
 
@@ -195,12 +198,17 @@ def test_what_is_lost_after_prefetch_is_named(
     asked = elsewhere.requests()
     [part] = (cache / "shards").glob("part-0.tar-*")
     whole = part.read_bytes()
-    for damage in (lambda: part.write_bytes(whole[:-512]), lambda: part.unlink(missing_ok=True)):
-        damage()
-        with pytest.raises(
-            UserError, match=r"part-0.tar is not in the shard cache .*, or was not whole there. HF_HUB_O"
-        ):
-            training_index(run_file)
+    config = load_config(run_file)
+    # A run does not find out only where it reads a pair.
+    for read in (
+        lambda: open_data(config.data, config.evaluation, World(0, 1, torch.device("cpu"))),
+        lambda: training_index(run_file),
+    ):
+        part.write_bytes(whole[:-512])
+        for _ in ("cut off", "gone"):
+            with pytest.raises(UserError, match=r"part-0.tar is not in the shard cache .*, or was cut off there. HF_H"):
+                read()
+            part.unlink(missing_ok=True)
     # The index goes with it: it cannot be made again without its shards.
     shutil.rmtree(cache / "indexes")
     shutil.rmtree(cache / "scans")

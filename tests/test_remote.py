@@ -208,11 +208,11 @@ def test_a_server_without_ranges_is_noticed_at_once(store: ObjectServer, tmp_pat
     url = store.put("a.tar", DATA)
     shards = ShardStore(ShardCache(tmp_path), ranged=True)
     shards = replace(shards, known={url: shards.facts(url)})
-    shards.try_ranges()
+    shards.try_out()
     store.ranges = False
-    replace(shards, ranged=False).try_ranges()
+    replace(shards, ranged=False).try_out()
     with pytest.raises(UserError, match=r"sends whole objects only"):
-        shards.try_ranges()
+        shards.try_out()
 
 
 def test_pieces_come_while_the_rest_is_on_its_way(store: ObjectServer) -> None:

@@ -43,7 +43,7 @@ def add_prefetch(commands: "argparse._SubParsersAction[Parser]") -> None:
 def _prefetch(arguments: argparse.Namespace) -> int:
     from dataclasses import replace
 
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     from farnear.commands.index import tell_index
     from farnear.config import load_config

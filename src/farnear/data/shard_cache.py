@@ -25,7 +25,7 @@ import io
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
@@ -88,10 +88,7 @@ class ShardCache:
                 if file is not None:
                     return file
                 if self.offline:
-                    raise UserError(
-                        f"shard {shown(url)} is not in the shard cache {self.folder}, or was not whole there. "
-                        + PREFETCH
-                    )
+                    raise self._missing(url)
                 with _owned(_part_of(entry)) as part:
                     # Whoever had the lock before may have brought the shard.
                     if part is not None and not entry.exists():
@@ -107,6 +104,17 @@ class ShardCache:
     def fetch(self, url: str, facts: RemoteFacts, wanted: Callable[[], bool] = lambda: True) -> None:
         """See that the shard is there. Arguments and errors as in ``open``."""
         self.open(url, facts, wanted).close()
+
+    def refuse_missing(self, facts_of_url: Mapping[str, RemoteFacts]) -> None:
+        """Without a network, raise ``UserError`` for the first shard that is not there."""
+        for url, facts in facts_of_url.items():
+            if self.offline and not self.holds(url, facts):
+                raise self._missing(url)
+
+    def _missing(self, url: str) -> UserError:
+        return UserError(
+            f"shard {shown(url)} is not in the shard cache {self.folder}, or was cut off there. {PREFETCH}"
+        )
 
     def holds(self, url: str, facts: RemoteFacts) -> bool:
         """Whether the whole shard is there; if so, it counts as used now."""

@@ -67,14 +67,15 @@ class ShardStore:
             ) from None
         return ShardFacts(shard, status.st_size, "", status.st_mtime_ns)
 
-    def try_ranges(self) -> None:
-        """Read a byte from each server of the known shards, if pairs are to be read one by one.
+    def try_out(self) -> None:
+        """See that the known shards can be read as they will be: the first batch would be too late to say so.
 
-        Raises ``UserError`` for a server that sends whole objects only: the first batch would be too late to say so.
+        Raises ``UserError`` for a server that sends whole objects only, if pairs are to be read one by one, and without
+        a network for a shard that is not in the cache.
         """
-        shard_of_server = (
-            {shard.split("/")[2]: shard for shard in self.known if is_remote(shard)} if self.ranged else {}
-        )
+        remote = {shard: facts for shard, facts in self.known.items() if is_remote(shard)}
+        self.cache.refuse_missing({shard: RemoteFacts(facts.size, facts.etag) for shard, facts in remote.items()})
+        shard_of_server = {shard.split("/")[2]: shard for shard in remote} if self.ranged else {}
         for shard in shard_of_server.values():
             facts = self.known[shard]
             read_range(shard, 0, min(1, facts.size), RemoteFacts(facts.size, facts.etag))
