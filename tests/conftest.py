@@ -42,3 +42,11 @@ def write_run_file(tmp_path: Path) -> WriteRunFile:
         return path
 
     return write
+
+
+@pytest.fixture
+def network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers of the test may be asked, by this process."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

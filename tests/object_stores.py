@@ -286,3 +286,70 @@ def hub_server() -> Iterator[Hub]:
     hub = Hub()
     with serving(partial(_HubHandler, hub)) as hub.url:
         yield hub
+
+
+class _ModelHubHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def __init__(self, hub: "ModelHub", *args: Any) -> None:
+        self.hub = hub
+        super().__init__(*args)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    def _answer(self) -> None:
+        hub, path = self.hub, self.path.partition("?")[0]
+        hub.requests.append((self.command, path))
+        if path.startswith("/api/models/org/tiny/revision/"):
+            return self._send(json.dumps({"id": "org/tiny", "sha": hub.commit, "siblings": []}).encode())
+        if path.startswith("/api/models/org/tiny/tree/"):
+            entries = [
+                {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                for name, data in hub.files.items()
+            ]
+            return self._send(json.dumps(entries).encode())
+        name = path.removeprefix("/org/tiny/resolve/").partition("/")[2]
+        if name not in hub.files or name in hub.refused:
+            code = "EntryNotFound" if name not in hub.files else "Refused"
+            return self._send(b"", 404 if name not in hub.files else 403, {"X-Error-Code": code})
+        data = hub.files[name]
+        return self._send(data, 200, {"ETag": f'"{hashlib.sha1(data).hexdigest()}"'})
+
+    def _send(self, body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in {"X-Repo-Commit": self.hub.commit, **(headers or {})}.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+
+@dataclass
+class ModelHub:
+    """One model repository ``org/tiny`` on a hub, whose only revision is ``commit``."""
+
+    url: str = ""
+    commit: str = "c0ffee" + "0" * 34
+    files: dict[str, bytes] = field(default_factory=dict)
+    refused: set[str] = field(default_factory=set)
+    requests: list[tuple[str, str]] = field(default_factory=list)
+
+    def downloaded(self) -> set[str]:
+        """Names of the files that were asked for."""
+        asked = {path.partition(f"/resolve/{self.commit}/")[2] for method, path in self.requests if method == "GET"}
+        return asked - {""}
+
+
+@contextmanager
+def model_hub_server() -> Iterator[ModelHub]:
+    hub = ModelHub()
+    with serving(partial(_ModelHubHandler, hub)) as hub.url:
+        yield hub

@@ -397,17 +397,6 @@ def test_accelerate_alone_shows_the_line_once(program: RunProgram) -> None:
     assert ended.stderr.count("farnear: error: no shards in a b\n") == 1
 
 
-@pytest.mark.parametrize(("strategy", "config_name"), [("fsdp2", "fsdp2"), ("zero3", "zero3_offload")])
-def test_a_run_starts_from_its_accelerate_config(tmp_path: Path, strategy: str, config_name: str) -> None:
-    make_inputs(tmp_path)
-    run_file = tmp_path / "run.yaml"
-    run_file.write_text(yaml.safe_dump(run_tree(tmp_path, "run", strategy=strategy, training={"max_steps": 2})))
-    config_file = ROOT / "accelerate_configs" / f"{config_name}.yaml"
-    assert launch(run_file, [], config_file=config_file, num_processes=2) == 0
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert (summary["strategy"], summary["world_size"], summary["steps"]) == (strategy, 2, 2)
-
-
 @pytest.fixture(scope="module")
 def long_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run file of more steps than any test waits for."""

@@ -58,6 +58,7 @@ def halves(samples: dict[str, dict[str, bytes]], folder: Path) -> list[Path]:
     ]
 
 
+@pytest.mark.usefixtures("network")
 @pytest.mark.parametrize("remote", ["cache", "ranges"])
 def test_shards_behind_urls_train_as_files_do(
     folder: Path, samples: dict[str, dict[str, bytes]], tmp_path: Path, remote: str

@@ -162,8 +162,10 @@ def test_a_name_is_looked_for_on_the_hub_only_where_it_can_be_one(
     for name in ("./tiny", "a/b/c", "/tiny"):
         with pytest.raises(UserError, match="there is no model folder"):
             load_model(ModelConfig(name_or_path=name))
-    # Offline, a hub name is looked for and not found.
-    with pytest.raises(UserError, match=r"runs/tiny cannot be loaded \(no folder of that name is here, and"):
+    # Offline, a hub name is looked for in the cache and not found.
+    with pytest.raises(
+        UserError, match=r"runs/tiny cannot be loaded: no folder of that name is here, and it is not in "
+    ):
         load_model(ModelConfig(name_or_path="runs/tiny"))
 
 

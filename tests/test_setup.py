@@ -1,6 +1,5 @@
-"""What launchers, make and pip read: accelerate and DeepSpeed configs, the sbatch script, the Makefile, the wheel."""
+"""What launchers, make and pip read: the sbatch script, the Makefile, the wheel."""
 
-import json
 import re
 import subprocess
 import sys
@@ -8,71 +7,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.utils import DistributedType
 
 from farnear.config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
-ACCELERATE_CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
-DEEPSPEED_CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
-
-
-def test_there_is_a_config_for_every_strategy() -> None:
-    zero = ["zero1", "zero2", "zero3", "zero3_offload"]
-    assert [path.stem for path in ACCELERATE_CONFIGS] == ["cpu", "ddp", "fsdp2", *zero]
-    assert [path.stem for path in DEEPSPEED_CONFIGS] == zero
-
-
-@pytest.mark.parametrize("path", ACCELERATE_CONFIGS, ids=lambda path: path.stem)
-def test_accelerate_accepts_its_config(path: Path) -> None:
-    config = load_config_from_file(str(path))
-    is_zero = path.stem.startswith("zero")
-    # Other types start one process on a machine without GPUs.
-    assert config.distributed_type == (DistributedType.DEEPSPEED if is_zero else DistributedType.MULTI_GPU)
-    assert not config.use_cpu
-    # Passed on to torchrun as it is, which counts GPUs, or CPU cores if there are none.
-    assert config.num_processes == (2 if path.stem == "cpu" else "auto")
-    assert config.main_process_port == 0
-    # The run file decides about precision.
-    assert config.mixed_precision is None
-    named = (config.deepspeed_config or {}).get("deepspeed_config_file")
-    assert named == (f"ds_configs/{path.stem}.json" if is_zero else None)
-
-
-@pytest.mark.parametrize("path", ACCELERATE_CONFIGS, ids=lambda path: path.stem)
-def test_a_config_says_when_to_use_it_and_how(path: Path) -> None:
-    text = path.read_text()
-    assert f"--config_file accelerate_configs/{path.name} launch/train.py RUN.yaml" in text
-    strategy = "ddp" if path.stem == "cpu" else path.stem.removesuffix("_offload")
-    assert f"`strategy: {strategy}`" in " ".join(text.replace("#", "").split())
-
-
-@pytest.mark.parametrize("path", DEEPSPEED_CONFIGS, ids=lambda path: path.stem)
-def test_a_deepspeed_config_leaves_the_run_files_decisions_open(path: Path) -> None:
-    settings = json.loads(path.read_text())
-    assert list(settings) == ["zero_optimization"]
-    assert settings["zero_optimization"]["stage"] == int(path.stem[4])
-    assert "auto" not in json.dumps(settings)
-
-
-@pytest.mark.parametrize("path", DEEPSPEED_CONFIGS, ids=lambda path: path.stem)
-def test_deepspeed_knows_every_setting(path: Path) -> None:
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    settings = json.loads(path.read_text())["zero_optimization"]
-    known = {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
-    assert set(settings) <= known
-    assert DeepSpeedZeroConfig(**settings).stage == int(path.stem[4])
-
-
-def test_offload_is_stage_3_and_offload() -> None:
-    plain, offload = (
-        json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())["zero_optimization"]
-        for name in ("zero3", "zero3_offload")
-    )
-    in_host_memory = {"device": "cpu", "pin_memory": True}
-    assert offload == {**plain, "offload_optimizer": in_host_memory, "offload_param": in_host_memory}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.stem)

@@ -16,6 +16,7 @@ from farnear.command_line import Parser, add_run_arguments, parse, positive
 from farnear.commands.doctor import add_doctor
 from farnear.commands.launch import add_launch
 from farnear.commands.plan import add_plan
+from farnear.commands.prefetch import add_prefetch
 from farnear.commands.shards import add_shards
 from farnear.commands.status import add_status
 from farnear.commands.submit import add_submit
@@ -80,6 +81,7 @@ def _farnear_parser() -> Parser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_demo(commands)
     add_shards(commands)
+    add_prefetch(commands)
     add_plan(commands)
     add_doctor(commands)
     add_launch(commands)

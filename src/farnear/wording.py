@@ -13,6 +13,14 @@ def counted(number: int, one: str, several: str | None = None) -> str:
     return f"{number:,} {one if number == 1 else several or one + 's'}"
 
 
+def amount(count: float) -> str:
+    """Bytes in the unit that suits: ``512 bytes``, ``1.2 GB``."""
+    units = ["bytes", "kB", "MB", "GB", "TB"]
+    while count >= 1000 and len(units) > 1:
+        count, units = count / 1000, units[1:]
+    return f"{count:,.0f} bytes" if units[0] == "bytes" else f"{count:,.1f} {units[0]}"
+
+
 def spans(numbers: Sequence[int]) -> str:
     """Ascending numbers in few words: ``1, 3-5, 9``."""
     parts: list[list[int]] = []

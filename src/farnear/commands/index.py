@@ -16,6 +16,7 @@ from farnear.wording import counted
 
 if TYPE_CHECKING:
     from farnear.data.faults import Fault
+    from farnear.data.index import Index
     from farnear.data.index_cache import ShardSet
     from farnear.data.shard_store import ShardStore
 
@@ -78,22 +79,27 @@ def _add(
 
 
 def _index(arguments: argparse.Namespace) -> int:
-    from farnear.data.faults import fault_table, pairs_lost
     from farnear.data.index_cache import cached_index
-    from farnear.data.summary import ignored_members
 
     for name, shard_set, cache, store in _shard_sets(arguments):
-        index = cached_index(shard_set, cache, store, processes=arguments.processes)
-        documents = f", {len(index.corpus_C):,} documents in corpus shards" if len(index.corpus_C) else ""
-        print(
-            f"{name}: {len(index):,} pairs{documents} in {counted(len(index.shards), 'shard')}, "
-            f"{counted(len(index.faults), 'fault')}, at least {counted(pairs_lost(index.faults), 'pair')} lost, "
-            f"{ignored_members(index)} ignored"
-        )
-        if index.faults:
-            print(fault_table(index.faults))
-        print(f"kept in {index.path}", flush=True)
+        tell_index(name, cached_index(shard_set, cache, store, processes=arguments.processes))
     return 0
+
+
+def tell_index(name: str, index: "Index") -> None:
+    """Print what an index holds, what is wrong with its shards, and where it is kept."""
+    from farnear.data.faults import fault_table, pairs_lost
+    from farnear.data.summary import ignored_members
+
+    documents = f", {len(index.corpus_C):,} documents in corpus shards" if len(index.corpus_C) else ""
+    print(
+        f"{name}: {len(index):,} pairs{documents} in {counted(len(index.shards), 'shard')}, "
+        f"{counted(len(index.faults), 'fault')}, at least {counted(pairs_lost(index.faults), 'pair')} lost, "
+        f"{ignored_members(index)} ignored"
+    )
+    if index.faults:
+        print(fault_table(index.faults))
+    print(f"kept in {index.path}", flush=True)
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
@@ -168,15 +174,16 @@ def _shard_sets(arguments: argparse.Namespace) -> "Iterator[tuple[str, ShardSet,
         data = load_config(arguments.shards[0], arguments.shards[1:]).data
         cache = cache_folder(arguments.cache_dir or data.cache_dir)
         store = shard_store(data, cache)
-        for name, shard_set in zip(("training", "evaluation"), shard_sets(data), strict=True):
+        for name, shard_set in zip(("training", "evaluation"), shard_sets(data, store.expand), strict=True):
             if shard_set is not None:
                 yield name, shard_set, cache, store
     else:
-        from farnear.data.shard_cache import ShardCache
-        from farnear.data.shard_store import ShardStore
+        from farnear.data.run_shards import open_store
 
         cache = cache_folder(arguments.cache_dir)
-        store = ShardStore(ShardCache(cache / "shards"))
-        corpus = tuple(expand_shards(arguments.corpus, "--corpus")) if arguments.corpus else ()
-        shards = tuple(expand_shards(arguments.shards, "SHARDS")) if arguments.shards or not corpus else ()
+        store = open_store(cache)
+        corpus = tuple(expand_shards(arguments.corpus, "--corpus", store.expand)) if arguments.corpus else ()
+        shards: tuple[str, ...] = ()
+        if arguments.shards or not corpus:
+            shards = tuple(expand_shards(arguments.shards, "SHARDS", store.expand))
         yield "shards", ShardSet((SourceShards("shards", shards),) if shards else (), corpus), cache, store

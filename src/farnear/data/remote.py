@@ -39,6 +39,7 @@ __all__ = [
     "Patience",
     "RemoteFacts",
     "expand_remote",
+    "is_glob",
     "is_remote",
     "read_pieces",
     "read_range",
@@ -77,6 +78,16 @@ def expand_remote(pattern: str, patience: Patience = USUAL) -> list[str]:
     Raises:
         UserError: Nothing matches, the protocol cannot list or is unknown, or the store cannot be reached.
     """
+    if not is_glob(pattern):
+        return [pattern]
+    matches = _persist(pattern, patience, lambda: list_files(pattern, patience.seconds_stalled))
+    if not matches:
+        raise UserError(f"{shown(pattern)} matches no file, so there is nothing to read; check its folder and pattern")
+    return matches
+
+
+def is_glob(pattern: str) -> bool:
+    """Whether a url stands for the files that match it. Raises ``UserError`` for one that nobody can list."""
     if protocol_of(pattern) in ("http", "https"):
         # Behind the host, which has brackets of its own when it is an IPv6 address.
         path = pattern.partition("?")[0].partition("://")[2].partition("/")[2]
@@ -85,13 +96,8 @@ def expand_remote(pattern: str, patience: Patience = USUAL) -> list[str]:
                 f"{shown(pattern)} holds a glob, and http has no way to list files; name the shards with braces like "
                 f"{{000..007}}"
             )
-        return [pattern]
-    if not glob.has_magic(pattern.partition("?versionId=")[0]):
-        return [pattern]
-    matches = _persist(pattern, patience, lambda: list_files(pattern, patience.seconds_stalled))
-    if not matches:
-        raise UserError(f"{shown(pattern)} matches no file, so there is nothing to read; check its folder and pattern")
-    return matches
+        return False
+    return glob.has_magic(pattern.partition("?versionId=")[0])
 
 
 def remote_facts(url: str, patience: Patience = USUAL) -> RemoteFacts:

@@ -6,24 +6,53 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from farnear.data.index_cache import ShardSet, SourceShards
+from farnear.data.prefetched import Prefetched
 from farnear.data.remote import is_remote, short_name, shown
 from farnear.data.shard_cache import ShardCache
-from farnear.data.shard_names import expand_shards
+from farnear.data.shard_names import Expand, expand_shards
 from farnear.data.shard_store import ShardStore
 from farnear.errors import UserError
+from farnear.offline import is_offline
 from farnear.sections import DataConfig
 
 ONE_SOURCE = "train"
 
 
 def shard_store(data: DataConfig, cache: Path) -> ShardStore:
-    """How the run reads its shards."""
-    budget = None if data.remote_cache_gb is None else int(data.remote_cache_gb * 1e9)
-    return ShardStore(ShardCache(cache / "shards", budget), ranged=data.remote == "ranges")
+    """How the run reads its shards: with a network, or from what was prefetched (`farnear.offline`).
+
+    Raises:
+        UserError: Pairs are to be read over a network, and there is none.
+    """
+    ranged = data.remote == "ranges"
+    if ranged and is_offline() and names_remote_shards(data):
+        raise UserError(
+            "data.remote: ranges reads every pair over the network, which HF_HUB_OFFLINE forbids; set data.remote: "
+            "cache and run `farnear prefetch RUN.yaml` where there is a network"
+        )
+    return open_store(cache, byte_budget=byte_budget(data), ranged=ranged)
 
 
-def shard_sets(data: DataConfig) -> tuple[ShardSet, ShardSet | None]:
-    """The shards of training and of evaluation, patterns expanded.
+def open_store(cache: Path, *, byte_budget: int | None = None, ranged: bool = False) -> ShardStore:
+    """How shards are read that no run file describes; see `ShardCache` and `ShardStore` for the arguments."""
+    offline = is_offline()
+    shard_cache = ShardCache(cache / "shards", byte_budget, offline=offline)
+    return ShardStore(shard_cache, ranged=ranged, prefetched=Prefetched(cache) if offline else None)
+
+
+def byte_budget(data: DataConfig) -> int | None:
+    """Bytes that downloaded shards may take on a node; None for no limit."""
+    return None if data.remote_cache_gb is None else int(data.remote_cache_gb * 1e9)
+
+
+def names_remote_shards(data: DataConfig) -> bool:
+    """Whether any shard of the run is behind a URL."""
+    of_sources = [pattern for source in data.sources.values() for pattern in (*source.train, *source.corpus)]
+    return any(map(is_remote, (*data.train, *data.train_corpus, *of_sources, *data.eval, *data.eval_corpus)))
+
+
+def shard_sets(data: DataConfig, expand: Expand) -> tuple[ShardSet, ShardSet | None]:
+    """The shards of training and of evaluation, patterns expanded; ``expand`` gives the URLs that a URL names.
 
     Raises:
         UserError: A pattern matches nothing, or a shard stands on both sides.
@@ -32,16 +61,16 @@ def shard_sets(data: DataConfig) -> tuple[ShardSet, ShardSet | None]:
         sources = tuple(
             SourceShards(
                 name,
-                tuple(expand_shards(source.train, f"data.sources.{name}.train")),
-                _optional(source.corpus, f"data.sources.{name}.corpus"),
+                tuple(expand_shards(source.train, f"data.sources.{name}.train", expand)),
+                _optional(source.corpus, f"data.sources.{name}.corpus", expand),
             )
             for name, source in data.sources.items()
         )
         _refuse_shared([shard for source in sources for shard in source.shards])
     else:
-        sources = (SourceShards(ONE_SOURCE, tuple(expand_shards(data.train, "data.train"))),)
+        sources = (SourceShards(ONE_SOURCE, tuple(expand_shards(data.train, "data.train", expand))),)
     train_shards = [shard for source in sources for shard in source.shards]
-    eval_shards = expand_shards(data.eval, "data.eval") if data.eval else []
+    eval_shards = _optional(data.eval, "data.eval", expand)
     shared = sorted(set(map(_resolved, train_shards)) & set(map(_resolved, eval_shards)))
     if shared:
         raise UserError(
@@ -53,16 +82,17 @@ def shard_sets(data: DataConfig) -> tuple[ShardSet, ShardSet | None]:
     in_eval = tuple(pair for pair in exclude if pair[0] in of_eval)
     # What is of no shard is told with the training's faults.
     in_train = tuple(pair for pair in exclude if pair[0] not in of_eval)
-    train = ShardSet(sources, _optional(data.train_corpus, "data.train_corpus"), in_train, data.max_image_pixels)
+    train_corpus = _optional(data.train_corpus, "data.train_corpus", expand)
+    train = ShardSet(sources, train_corpus, in_train, data.max_image_pixels)
     if not eval_shards:
         return train, None
-    corpus = _optional(data.eval_corpus, "data.eval_corpus")
-    evaluated = ShardSet((SourceShards("eval", tuple(eval_shards)),), corpus, in_eval, data.max_image_pixels)
+    corpus = _optional(data.eval_corpus, "data.eval_corpus", expand)
+    evaluated = ShardSet((SourceShards("eval", eval_shards),), corpus, in_eval, data.max_image_pixels)
     return train, evaluated
 
 
-def _optional(patterns: Sequence[str], what: str) -> tuple[str, ...]:
-    return tuple(expand_shards(patterns, what)) if patterns else ()
+def _optional(patterns: Sequence[str], what: str, expand: Expand) -> tuple[str, ...]:
+    return tuple(expand_shards(patterns, what, expand)) if patterns else ()
 
 
 def _resolved(shard: str) -> str:

@@ -25,12 +25,13 @@ import io
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from farnear.data.remote import USUAL, Patience, RemoteFacts, read_pieces, shown
 from farnear.errors import UserError
+from farnear.offline import PREFETCH
 
 _PART = ".part"
 _BUDGET_LOCK = ".budget"
@@ -50,12 +51,16 @@ class ShardCache:
         byte_budget: Bytes that all shards and downloads in it may have together; None for no limit. All users of a
             folder should give the same.
         patience: With the network.
+        offline: Whether there is none, so that a shard must be there already.
     """
 
-    def __init__(self, folder: Path, byte_budget: int | None = None, patience: Patience = USUAL) -> None:
+    def __init__(
+        self, folder: Path, byte_budget: int | None = None, patience: Patience = USUAL, *, offline: bool = False
+    ) -> None:
         self.folder = folder
         self.byte_budget = byte_budget
         self.patience = patience
+        self.offline = offline
 
     def open(self, url: str, facts: RemoteFacts, wanted: Callable[[], bool] = lambda: True) -> io.FileIO:
         """The complete shard, downloaded if it is not there. The file stays readable when its entry is deleted.
@@ -66,7 +71,8 @@ class ShardCache:
             wanted: Asked between pieces of a download, which ends when this says no.
 
         Raises:
-            UserError: The object cannot be read or was changed, is larger than the budget, or does not fit on the disk.
+            UserError: The object cannot be read or was changed, is larger than the budget, or does not fit on the disk;
+                offline, it is not there.
             NoLongerWantedError: ``wanted`` said no.
         """
         if self.byte_budget is not None and facts.size > self.byte_budget:
@@ -81,6 +87,8 @@ class ShardCache:
                 file = _open_entry(entry, facts.size)
                 if file is not None:
                     return file
+                if self.offline:
+                    raise self._missing(url)
                 with _owned(_part_of(entry)) as part:
                     # Whoever had the lock before may have brought the shard.
                     if part is not None and not entry.exists():
@@ -96,6 +104,24 @@ class ShardCache:
     def fetch(self, url: str, facts: RemoteFacts, wanted: Callable[[], bool] = lambda: True) -> None:
         """See that the shard is there. Arguments and errors as in ``open``."""
         self.open(url, facts, wanted).close()
+
+    def refuse_missing(self, facts_of_url: Mapping[str, RemoteFacts]) -> None:
+        """Without a network, raise ``UserError`` for the first shard that is not there."""
+        for url, facts in facts_of_url.items():
+            if self.offline and not self.holds(url, facts):
+                raise self._missing(url)
+
+    def _missing(self, url: str) -> UserError:
+        return UserError(
+            f"shard {shown(url)} is not in the shard cache {self.folder}, or was cut off there. {PREFETCH}"
+        )
+
+    def holds(self, url: str, facts: RemoteFacts) -> bool:
+        """Whether the whole shard is there; if so, it counts as used now."""
+        file = _open_entry(self.folder / _entry_name(url, facts), facts.size)
+        if file is not None:
+            file.close()
+        return file is not None
 
     def discard(self, url: str, facts: RemoteFacts) -> None:
         """Delete the entry of a shard whose bytes are not right. Whoever has it open keeps what he has."""
@@ -189,7 +215,8 @@ def _open_entry(entry: Path, size: int) -> io.FileIO | None:
         file.close()
         entry.unlink(missing_ok=True)
         return None
-    os.utime(file.fileno())
+    with suppress(PermissionError):  # whoever shares a cache may read what another has brought
+        os.utime(file.fileno())
     return file
 
 

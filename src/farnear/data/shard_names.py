@@ -3,21 +3,24 @@
 import glob
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
 
 from farnear.data.remote import expand_remote, is_remote
 from farnear.errors import UserError
 
+Expand = Callable[[str], list[str]]
+"""Gives the URLs that a URL names: itself, or those of the files that match it."""
 
-def expand_shards(patterns: Sequence[str], what: str) -> list[str]:
+
+def expand_shards(patterns: Sequence[str], what: str, expand: Expand = expand_remote) -> list[str]:
     """Absolute paths and URLs of the shards that ``patterns`` name, in their order, sorted within a glob.
 
     Patterns may hold ``~``, ``{000..007}`` and ``{a,b}`` (expanded first, each must exist) and ``*``, ``?``, ``[...]``
     (at least one match each). ``what`` is how messages call the list. Raises ``UserError``.
     """
-    names = list(chain.from_iterable(_expand_one(pattern, what) for pattern in patterns))
+    names = list(chain.from_iterable(_expand_one(pattern, what, expand) for pattern in patterns))
     if not names:
         raise UserError(f"{what}: no shard is named, so there is nothing to read; name at least one .tar")
     seen: set[str] = set()
@@ -28,11 +31,11 @@ def expand_shards(patterns: Sequence[str], what: str) -> list[str]:
     return names
 
 
-def _expand_one(pattern: str, what: str) -> list[str]:
+def _expand_one(pattern: str, what: str, expand: Expand) -> list[str]:
     names: list[str] = []
     for name in _expand_braces(os.path.expanduser(pattern), what):
         if is_remote(name):
-            names += expand_remote(name)
+            names += expand(name)
             continue
         name = re.sub("^file://(localhost)?(?=/)", "", name, flags=re.IGNORECASE)
         if not Path(name).exists() and glob.has_magic(name):

@@ -13,7 +13,8 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from farnear.data.remote import RemoteFacts, is_remote, read_range, remote_facts, shown
+from farnear.data.prefetched import Prefetched
+from farnear.data.remote import RemoteFacts, expand_remote, is_remote, read_range, remote_facts, shown
 from farnear.data.shard_cache import ShardCache
 from farnear.errors import UserError
 
@@ -39,18 +40,24 @@ class ShardStore:
         cache: Keeps shards behind URLs as files.
         ranged: Whether pairs are read from URLs one by one instead; scanning still takes whole shards.
         known: Facts of shards that somebody has asked for already.
+        prefetched: What is known of URLs without a network; None where the servers are asked.
     """
 
     cache: ShardCache
     ranged: bool = False
     known: Mapping[str, ShardFacts] = field(default_factory=dict)
+    prefetched: Prefetched | None = None
+
+    def expand(self, pattern: str) -> list[str]:
+        """The URLs that a URL names, itself or those of the files that match it. Raises ``UserError``."""
+        return expand_remote(pattern) if self.prefetched is None else self.prefetched.expand(pattern)
 
     def facts(self, shard: str) -> ShardFacts:
         """The shard as it is now. Raises ``UserError`` where it is missing or cannot be read."""
         if shard in self.known:
             return self.known[shard]
         if is_remote(shard):
-            facts = remote_facts(shard)
+            facts = remote_facts(shard) if self.prefetched is None else self.prefetched.facts(shard)
             return ShardFacts(shard, facts.size, facts.etag)
         try:
             status = os.stat(shard)
@@ -60,14 +67,15 @@ class ShardStore:
             ) from None
         return ShardFacts(shard, status.st_size, "", status.st_mtime_ns)
 
-    def try_ranges(self) -> None:
-        """Read a byte from each server of the known shards, if pairs are to be read one by one.
+    def try_out(self) -> None:
+        """See that the known shards can be read as they will be: the first batch would be too late to say so.
 
-        Raises ``UserError`` for a server that sends whole objects only: the first batch would be too late to say so.
+        Raises ``UserError`` for a server that sends whole objects only, if pairs are to be read one by one, and without
+        a network for a shard that is not in the cache.
         """
-        shard_of_server = (
-            {shard.split("/")[2]: shard for shard in self.known if is_remote(shard)} if self.ranged else {}
-        )
+        remote = {shard: facts for shard, facts in self.known.items() if is_remote(shard)}
+        self.cache.refuse_missing({shard: RemoteFacts(facts.size, facts.etag) for shard, facts in remote.items()})
+        shard_of_server = {shard.split("/")[2]: shard for shard in remote} if self.ranged else {}
         for shard in shard_of_server.values():
             facts = self.known[shard]
             read_range(shard, 0, min(1, facts.size), RemoteFacts(facts.size, facts.etag))
@@ -122,7 +130,9 @@ class OpenShards:
 
         False if there is none, or if that was done already: what is wrong then is wrong where it comes from.
         """
-        if not is_remote(facts.shard) or self.store.ranged or facts.shard in self._fetched_again:
+        if not is_remote(facts.shard) or self.store.ranged or self.store.cache.offline:
+            return False
+        if facts.shard in self._fetched_again:
             return False
         self._fetched_again.add(facts.shard)
         if file := self._file_of_shard.pop(facts.shard, None):

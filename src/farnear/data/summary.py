@@ -12,7 +12,7 @@ from farnear.data.index import Index, modality_name
 from farnear.data.read import BadInputError, InputReader
 from farnear.data.sample import IMAGE
 from farnear.data.shard_store import ShardStore
-from farnear.wording import counted, printable
+from farnear.wording import amount, counted, printable
 
 Numbers = npt.NDArray[Any]
 
@@ -64,7 +64,7 @@ def _shards(index: Index) -> str:
     size_of_shard = dict(zip(index.shards, index.shard_size_S.tolist(), strict=True))  # one in two uses counts once
     of_pairs = len(index.shards) - of_corpus
     corpus = f" and {of_corpus:,} of documents" if of_corpus else ""
-    return f"{of_pairs:,} of pairs{corpus}, {_bytes(sum(size_of_shard.values()))}"
+    return f"{of_pairs:,} of pairs{corpus}, {amount(sum(size_of_shard.values()))}"
 
 
 def _modalities(index: Index, rows: Numbers) -> str:
@@ -164,10 +164,3 @@ def _content(content: Any) -> str:
     if isinstance(content, str):
         return _in_words(content)
     return ", ".join(_in_words(part[part["type"]]) for part in content)
-
-
-def _bytes(count: float) -> str:
-    units = ["bytes", "kB", "MB", "GB", "TB"]
-    while count >= 1000 and len(units) > 1:
-        count, units = count / 1000, units[1:]
-    return f"{count:,.0f} bytes" if units[0] == "bytes" else f"{count:,.1f} {units[0]}"

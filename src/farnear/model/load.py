@@ -8,8 +8,6 @@ checkpoint in bf16, where an AdamW update at a learning rate of 2e-5 is lost to 
 """
 
 import json
-import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +23,10 @@ from transformers.utils.hub import cached_file
 from farnear.errors import UserError
 from farnear.model.attention import VARLEN, register_varlen, tell_towers
 from farnear.model.attention_choice import refuse_kernels
+from farnear.model.hub import is_folder, refuse_missing_folder, refuse_unless_fetched
 from farnear.model.patches import multiply_patches
 from farnear.model.pixels import call_settings, image_processor_of, is_qwen_family
+from farnear.offline import PREFETCH, is_offline
 from farnear.sections import ModelConfig
 
 FLOAT_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -60,7 +60,8 @@ def load_model(
     Raises:
         UserError: The checkpoint cannot be loaded, reads no images, or contradicts the section.
     """
-    _refuse_missing_folder(config.name_or_path)
+    refuse_missing_folder(config.name_or_path)
+    refuse_unless_fetched(config)
     if config.attn_implementation == VARLEN:
         register_varlen()
     model_kwargs: dict[str, Any] = {"dtype": dtype, **config.model_kwargs}
@@ -96,6 +97,7 @@ def load_model(
             f"model {config.name_or_path} cannot be loaded ({no_folder}{type(error).__name__}: "
             f"{' '.join(str(error).split())[:300]}); "
             "check the folder or hub name, model.revision and model.model_kwargs"
+            + ("" if is_folder(config.name_or_path) or not is_offline() else f". {PREFETCH}")
         ) from error
     if not model.supports("image"):
         raise UserError(
@@ -139,14 +141,6 @@ def _keep_limits_of_pages_in_size(model: SentenceTransformer, run_file: dict[str
             if (limit := settings.pop(name, None)) is not None:
                 size[edge] = limit
     image_processor.size = type(image_processor.size)(**size)
-
-
-def _refuse_missing_folder(name: str) -> None:
-    """A name that can only be a folder is not looked for on the hub, which takes minutes without a network."""
-    is_hub_name = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name)
-    path = Path(name).expanduser()
-    if not is_hub_name and not path.exists():
-        raise UserError(f"there is no model folder {os.path.abspath(path)}; set model.name_or_path")
 
 
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:

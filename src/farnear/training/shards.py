@@ -42,11 +42,11 @@ def open_data(data: DataConfig, evaluation: EvaluationConfig, world: World) -> R
     """
     cache = cache_folder(data.cache_dir)
     store = shard_store(data, cache)
-    train, evaluated = on_main_rank(world, lambda: shard_sets(data))
+    train, evaluated = on_main_rank(world, lambda: shard_sets(data, store.expand))
     urls = [shard for of in (train, evaluated) if of is not None for shard, _ in of.shards() if is_remote(shard)]
     # A server is asked about each shard once and not by every rank.
     store = replace(store, known=on_main_rank(world, lambda: {url: store.facts(url) for url in urls}))
-    on_main_rank(world, store.try_ranges)
+    on_main_rank(world, store.try_out)
 
     def index(shard_set: ShardSet, what: str) -> Index:
         # Rank 0 first, alone, so that an error is told once; a node with a cache of its own scans for itself.
