@@ -273,24 +273,46 @@ def is_good(summary: dict[str, dict[str, Any]]) -> bool:
     )
 
 
-def measured_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown of some of what was counted."""
-    heads = ["strategy", "setting", "W", "exchange calls", "reduction calls", "exchange kB", "of least"]
-    heads += ["update kB", "of least", "gather calls", "gathered kB", "of least", "check calls", "seconds"]
-
-    def ratio(above: float, below: float) -> str:
-        return f"{above / below:.3f}" if below else "-"
-
-    lines = []
+def measured_tables(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown: exchange and update by W, gathers by setting."""
+    heads = ["strategy", "W", "exchange calls", "reduction calls", "exchange kB", "of least", "update kB", "of least"]
+    by_ranks = []
     for row in rows:
-        cells: list[Any] = [row["strategy"], row["setting"], row["world_size"]]
-        cells += [row["exchange_calls"], row["reduction_calls"]]
-        cells += [f"{row['exchange_bytes'] / 1e3:.1f}", ratio(row["exchange_bytes"], row["least_exchange"])]
-        cells += [f"{row['update_bytes'] / 1e3:.0f}", ratio(row["update_bytes"], row["least_update"])]
-        cells += [row["gather_calls"], f"{row['gathered_bytes'] / 1e3:.0f}"]
-        cells += [ratio(row["gathered_bytes"], row["least_gathers"]), row["check_calls"], f"{row['seconds']:.2f}"]
-        lines.append([str(cell) for cell in cells])
-    return markdown(heads, lines)
+        if row["setting"] == "weak":
+            cells = [row["strategy"], row["world_size"], row["exchange_calls"], row["reduction_calls"]]
+            cells += [_kilobytes(row["exchange_bytes"]), _ratio(row["exchange_bytes"], row["least_exchange"])]
+            cells += [_kilobytes(row["update_bytes"]), _ratio(row["update_bytes"], row["least_update"])]
+            strong = [other for other in rows if _is_strong(other) and _place(other) == _place(row)]
+            cells += [_ratio(other["update_bytes"], other["least_update"]) for other in strong] or ["-"]
+            by_ranks.append([*map(str, cells), f"{row['seconds']:.2f}"])
+    by_setting = []
+    for row in rows:
+        if row["world_size"] == max(other["world_size"] for other in rows) and row["gather_calls"]:
+            cells = [row["strategy"], row["setting"], row["mini_batches"], row["gather_calls"]]
+            cells += [_kilobytes(row["gathered_bytes"]), _ratio(row["gathered_bytes"], row["least_gathers"])]
+            by_setting.append([*map(str, cells), str(row["check_calls"])])
+    gathers = ["strategy", "setting", "mini-batches", "gather calls", "gathered kB", "of least", "checks"]
+    return (
+        markdown([*heads, "of least, strong", "seconds"], by_ranks)
+        + f"\n\nGathers for the passes, at W = {rows[-1]['world_size']}:\n\n"
+        + markdown(gathers, by_setting)
+    )
+
+
+def _is_strong(row: dict[str, Any]) -> bool:
+    return row["setting"] == "strong"
+
+
+def _place(row: dict[str, Any]) -> tuple[str, int]:
+    return row["strategy"], row["world_size"]
+
+
+def _kilobytes(size: float) -> str:
+    return f"{size / 1e3:,.1f}"
+
+
+def _ratio(above: float, below: float) -> str:
+    return f"{above / below:.3f}" if below else "-"
 
 
 def main() -> int:
@@ -302,7 +324,7 @@ def main() -> int:
         print(computed_tables(), end="")
         return 0
     rows = run(WORLD_SIZES)
-    print(measured_table(rows))
+    print(measured_tables(rows))
     summary = summarise(rows)
     print(json.dumps(summary))
     return 0 if is_good(summary) else 1
