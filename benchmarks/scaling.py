@@ -66,6 +66,7 @@ STRATEGIES = (
     "fsdp2-reshard_step",
     "fsdp2-nodes",
 )
+RANKS_OF_ALL_SETTINGS = 4
 WIDTH = 64
 # ZeRO-3's first step is not like the others, which are all alike.
 STEPS = 2
@@ -192,28 +193,37 @@ def weights_of(module: torch.nn.Module) -> Weights:
 
 
 def settings_of(strategy: str, world_size: int) -> Sequence[Setting]:
-    """All of them, but two for variants, and one where a rank is alone."""
-    return SETTINGS[:1] if world_size == 1 else SETTINGS[:2] if "-" in strategy else SETTINGS
+    """All of them; fewer for variants, where a rank is alone, and where eight share two cores."""
+    if world_size == 1:
+        return SETTINGS[:1]
+    if "-" in strategy:
+        return SETTINGS[:2]
+    return SETTINGS if world_size < 8 else (*SETTINGS[:2], SETTINGS[-1])
 
 
-def rank_main(rank: int, world_size: int, port: int, model_path: str, out: str) -> None:
-    """One of W processes: all strategies, sharing the process group. Rank 0 writes what was counted."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), DS_ACCELERATOR="cpu")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    transformers_logging.disable_progress_bar()
+def count(rank: int, world_size: int, model_path: str, wanted: dict[str, Sequence[Setting]], out: str) -> None:
+    """One of W processes with torchrun's environment: some strategies, each with its settings. Rank 0 writes them."""
     dist.init_process_group("gloo")
     world = World(rank, world_size, CPU)
     count_in(world.traffic)
-    rows = []
-    for strategy in STRATEGIES:
-        # Of two nodes with a rank each, none has a neighbour to share a copy with.
-        if strategy != "fsdp2-nodes" or world_size >= 4:
-            rows += measure(strategy, settings_of(strategy, world_size), model_path, world)
+    rows = [row for strategy, settings in wanted.items() for row in measure(strategy, settings, model_path, world)]
     if rank == 0:
         Path(out).write_text(json.dumps(rows), encoding="utf-8")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def rank_main(rank: int, world_size: int, port: int, model_path: str, out: str) -> None:
+    """`count` of everything, in a process that still has to be made a rank."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), DS_ACCELERATOR="cpu")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    transformers_logging.disable_progress_bar()
+    wanted = {strategy: settings_of(strategy, world_size) for strategy in STRATEGIES}
+    if world_size < 4:
+        # Of two nodes with a rank each, none has a neighbour to share a copy with.
+        wanted.pop("fsdp2-nodes")
+    count(rank, world_size, model_path, wanted, out)
 
 
 def run(world_sizes: Iterable[int]) -> list[dict[str, Any]]:
@@ -287,14 +297,14 @@ def measured_tables(rows: Sequence[dict[str, Any]]) -> str:
             by_ranks.append([*map(str, cells), f"{row['seconds']:.2f}"])
     by_setting = []
     for row in rows:
-        if row["world_size"] == max(other["world_size"] for other in rows) and row["gather_calls"]:
+        if row["world_size"] == RANKS_OF_ALL_SETTINGS and row["gather_calls"]:
             cells = [row["strategy"], row["setting"], row["mini_batches"], row["gather_calls"]]
             cells += [_kilobytes(row["gathered_bytes"]), _ratio(row["gathered_bytes"], row["least_gathers"])]
             by_setting.append([*map(str, cells), str(row["check_calls"])])
     gathers = ["strategy", "setting", "mini-batches", "gather calls", "gathered kB", "of least", "checks"]
     return (
         markdown([*heads, "of least, strong", "seconds"], by_ranks)
-        + f"\n\nGathers for the passes, at W = {rows[-1]['world_size']}:\n\n"
+        + f"\n\nGathers for the passes, at W = {RANKS_OF_ALL_SETTINGS}:\n\n"
         + markdown(gathers, by_setting)
     )
 
