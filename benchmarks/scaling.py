@@ -14,7 +14,7 @@ of any rank. The settings are
     strong           16 pairs in all, in mini-batches of 2
 
 and what has to hold is that exchanges and reductions are as many in all of them and at every W, and that their bytes
-are near the least. What the least is, from first principles, stands in `scaling_table.py`; gathers of the weights that
+are near the least. What the least is, from first principles, stands in `scaling_least.py`; gathers of the weights that
 a pass goes through (zero3, fsdp2) are compared with it apart, as they have to grow with the number of passes. Beside
 embeddings and gradients travel the sizes of the ranks' batches (once), 48 bytes of a pair, by which false negatives are
 known, 12 bytes a rank of the step's figures, a flag for each parameter and a norm; they are no part of the least.
@@ -40,7 +40,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from exactness import CPU, Case, free_port, make_batch, parameters_split, prepared_model, rank_batch, run_config
-from scaling_table import Passes, Weights, computed_tables, least_exchange, least_update, markdown, reducing
+from scaling_least import Passes, Weights, least_exchange, least_update, reducing
+from scaling_table import computed_tables, markdown
 from sentence_transformers import SentenceTransformer
 from transformers.utils import logging as transformers_logging
 
@@ -303,7 +304,7 @@ def measured_tables(rows: Sequence[dict[str, Any]]) -> str:
             by_setting.append([*map(str, cells), str(row["check_calls"])])
     gathers = ["strategy", "setting", "mini-batches", "gather calls", "gathered kB", "of least", "checks"]
     return (
-        markdown([*heads, "of least, strong", "seconds"], by_ranks)
+        markdown([*heads, "update of least, strong", "seconds"], by_ranks)
         + f"\n\nGathers for the passes, at W = {RANKS_OF_ALL_SETTINGS}:\n\n"
         + markdown(gathers, by_setting)
     )

@@ -1,35 +1,16 @@
-"""What a step has to send at least, and what that would cost on clusters nobody measured: up to 1,024 GPUs, computed.
+"""What a step would cost on clusters that nobody measured, up to 1,024 GPUs: computed for docs/scaling.md.
 
-First principles, of W ranks with n bytes each (`ring`): everyone's n reach everyone else with (W - 1) n sent by each
-rank; a sum of n bytes that is left in W parts takes (W - 1) n / W; one that everybody has whole, twice that. No way of
-doing it sends less, and rings send no more. A step of the cached gradient then needs
-
-    exchange      an all-gather of a rank's page embeddings, 4 D bytes a page, and a reduce-scatter of their gradients
-    update        ddp             an all-reduce of the gradient, 4 bytes a trained parameter
-                  zero1, zero2    a reduce-scatter of it, and an all-gather of the updated weights
-                  zero3, fsdp2    a reduce-scatter
-    gathers       zero3, fsdp2    an all-gather of the weights that a pass goes through, for every forward and backward;
-                                  of all weights once a step under ``reshard: step``
-
-The passes of M mini-batches of a side, k of which keep their graph and T of which share a forward in pass one, are
-(M - k) / T + M forwards and M backwards. Queries go through the language model alone.
-
-farnear sends more than that in one place, and less in another, and the computed tables reckon with both. Under zero1
-and zero2 DeepSpeed reduces its buckets by an all-reduce, of which every rank throws the most away: three halves of the
-least. fsdp2 keeps what stands outside the blocks (the token embedding, for one) from pass one through to the first
-backward, and from each later forward to its backward.
-
-zero3 gathers module by module while DeepSpeed learns in which order they come, and in buckets ahead of their use once
-it knows. It learns anew, in two rounds, whenever the mini-batches change from pages to queries or from pass one to pass
-two. (What it then has gathered in vain, a bucket at most for each change, is left out here.)
-
-With ``shard_within: node`` the S ranks of a node share a copy of the model: gathers and the reduce-scatter stay inside
-it, and each rank's 1/S of the gradient is all-reduced over the nodes.
+What is sent stands in `scaling_least.py`, together with what farnear sends beyond the least, which is reckoned with
+here, but for what zero3 gathers in vain: a bucket at most at each change.
 
 How long: bytes over the bandwidth of the slowest link of the ring, plus the hops of one small message through it for
 every collective. A ring over several nodes enters and leaves each of them once, over all its network cards together. An
 all-gather or reduce-scatter hops W - 1 times; an all-reduce goes up and down a tree of nodes, as NCCL does it. Nothing
 is taken to overlap with computing, which makes fsdp2, whose gathers run ahead, look worse than it is.
+
+zero3 gathers module by module while DeepSpeed learns in which order they come, and in buckets ahead of their use once
+it knows. It learns anew, in two rounds, whenever the mini-batches change from pages to queries or from pass one to pass
+two.
 """
 
 import math
@@ -41,12 +22,12 @@ from typing import Any
 import torch
 from gpu_inputs import forward_flops
 from gpu_step import TEXT_2B, VISION_2B
+from scaling_least import FP32, Passes, Weights, least_exchange, least_update, reducing
 from transformers import AutoModel, Qwen3VLConfig
 
 from farnear.loss.contrastive import TILE_BYTES
 from farnear.parallel.replicated import BUCKET_ELEMENTS
 
-FP32 = 4
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 FIXED_PAIRS = 8192
 PAIRS_PER_RANK = 64
@@ -75,76 +56,6 @@ UTILISATION = 0.4
 # Elements of a bucket in ds_configs/, and its bound below which a parameter stays on every rank.
 DEEPSPEED_BUCKET_ELEMENTS = 50_000_000
 DEEPSPEED_PERSISTENT_ELEMENTS = 100_000
-
-
-@dataclass(frozen=True)
-class Passes:
-    """How often a step goes through a model for one side.
-
-    Attributes:
-        mini_batches: M.
-        kept: k, those whose graph is kept.
-        together: T.
-    """
-
-    mini_batches: int
-    kept: int = 0
-    together: int = 1
-
-    @property
-    def first_forwards(self) -> int:
-        """Of pass one."""
-        return -(-(self.mini_batches - self.kept) // self.together) + self.kept
-
-    @property
-    def forwards(self) -> int:
-        """Of both passes."""
-        return self.first_forwards + self.mini_batches - self.kept
-
-    @property
-    def backwards(self) -> int:
-        """One a mini-batch."""
-        return self.mini_batches
-
-    @property
-    def learning(self) -> int:
-        """Forwards and backwards in which DeepSpeed does not know what comes next, where no graph is kept."""
-        return min(self.first_forwards, 2) + 2 * min(self.mini_batches, 2)
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Elements of a model, or how many gathers bring them.
-
-    Attributes:
-        text_blocks, vision_blocks: In the transformer blocks of the language model and the vision tower.
-        text_rest, vision_rest: What stands outside of them.
-    """
-
-    text_blocks: int
-    vision_blocks: int
-    text_rest: int
-    vision_rest: int
-
-    @property
-    def of_page(self) -> int:
-        """All."""
-        return self.of_query + self.vision_blocks + self.vision_rest
-
-    @property
-    def of_query(self) -> int:
-        """The language model."""
-        return self.text_blocks + self.text_rest
-
-    def gathered(self, pages: Passes, queries: Passes) -> int:
-        """Sum over all passes of what each goes through."""
-        of_pages = (pages.forwards + pages.backwards) * self.of_page
-        return of_pages + (queries.forwards + queries.backwards) * self.of_query
-
-    def gathered_by_fsdp2(self, pages: Passes, queries: Passes) -> int:
-        """The same where the rest, all of it in one unit, comes once for each backward."""
-        blocks = Weights(self.text_blocks, self.vision_blocks, 0, 0).gathered(pages, queries)
-        return blocks + (pages.backwards + queries.backwards) * (self.text_rest + self.vision_rest)
 
 
 @dataclass(frozen=True)
@@ -201,30 +112,6 @@ class Cluster:
 H100 = Cluster("8 H100 a node, NVLink, 400 Gb/s a GPU", 450e9, 8 * 50e9, 2e-6, 6e-6, 989e12, 67e12)
 A100 = Cluster("8 A100 a node, PCIe, 100 Gb/s a node", 25e9, 12.5e9, 5e-6, 20e-6, 312e12, 19.5e12)
 CLUSTERS = (H100, A100)
-
-
-def gathering(own_bytes: float, ranks: int) -> float:
-    """Sent by each rank so that all have everyone's bytes."""
-    return (ranks - 1) * own_bytes
-
-
-def reducing(whole_bytes: float, ranks: int) -> float:
-    """Sent by each rank so that each has a W-th of the sum."""
-    return (ranks - 1) * whole_bytes / ranks
-
-
-def least_exchange(pages_per_rank: float, width: int, ranks: int) -> float:
-    """Embeddings out, their gradients back."""
-    own_bytes = FP32 * width * pages_per_rank
-    return gathering(own_bytes, ranks) + reducing(ranks * own_bytes, ranks)
-
-
-def least_update(strategy: str, trained: int, ranks: int, ranks_of_copy: int | None = None) -> float:
-    """The gradient's way, and under zero1 and zero2 that of the updated weights."""
-    if ranks_of_copy is not None and ranks_of_copy < ranks:
-        part = FP32 * trained / ranks_of_copy
-        return reducing(FP32 * trained, ranks_of_copy) + 2 * reducing(part, ranks // ranks_of_copy)
-    return (2 if strategy.startswith(("ddp", "zero1", "zero2")) else 1) * reducing(FP32 * trained, ranks)
 
 
 @cache

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import scaling
+import scaling_least
 import scaling_table
 from ranks import run_ranks
 
@@ -26,8 +27,8 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
 def rows(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     both, one = (WEAK, MINI_BATCHES), (WEAK,)
     wanted = {
-        2: {"ddp": both, "zero3": one, "fsdp2": both, "zero2-mini_batch": both},
-        3: {"ddp": one, "zero3": both},
+        2: {"ddp": both, "zero3": both, "fsdp2": one, "zero2-mini_batch": both},
+        3: {"ddp": one, "zero3": one},
     }
     found = []
     for world_size, of_strategy in wanted.items():
@@ -60,12 +61,10 @@ def test_calls_that_grow_with_ranks_would_be_seen(rows: list[dict[str, Any]]) ->
 def test_the_tables_reckon_with_what_was_counted(rows: list[dict[str, Any]], model_path: str) -> None:
     module = Embedder(scaling.prepared_model(model_path, scaling.Case("any")), bf16=False)
     weights = scaling.weights_of(module)
-    of_fsdp2 = [row for row in rows if row["strategy"] == "fsdp2"]
-    assert [row["mini_batches"] for row in of_fsdp2] == [4, 8]
-    for row in of_fsdp2:
-        passes = scaling_table.Passes(row["mini_batches"] // 2)
-        gathered = scaling_table.reducing(4 * weights.gathered_by_fsdp2(passes, passes), 2)
-        assert row["gathered_bytes"] == pytest.approx(gathered, rel=0.01)
+    (of_fsdp2,) = [row for row in rows if row["strategy"] == "fsdp2"]
+    passes = scaling_least.Passes(of_fsdp2["mini_batches"] // 2)
+    gathered = scaling_least.reducing(4 * weights.gathered_by_fsdp2(passes, passes), 2)
+    assert of_fsdp2["gathered_bytes"] == pytest.approx(gathered, rel=0.001)
 
 
 def test_docs_hold_the_computed_tables() -> None:
