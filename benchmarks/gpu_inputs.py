@@ -1,6 +1,6 @@
 """What `gpu_step.py` and `gpu_zero.py` train on: pages of noise and queries of mixed lengths, however they are cut."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,29 +115,39 @@ class Inputs:
         )
 
     def forward_flops(self, config: Any, pairs: int) -> float:
-        """Of one forward of all queries and pages without padding; the reference is torch's own counter.
-
-        A multiplication and an addition are two. Attention counts in full where it is causal, as that counter does.
-        """
-        text, vision = config.text_config, config.vision_config
-        width, heads, pair_heads = text.hidden_size, text.num_attention_heads, text.num_key_value_heads
-        weights = text.num_hidden_layers * (
-            width * text.head_dim * (2 * heads + 2 * pair_heads) + 3 * width * text.intermediate_size
-        )
-        squares = 4 * text.num_hidden_layers * heads * text.head_dim
+        """Of one forward of all queries and pages without padding."""
         query_tokens = [_places(self._model.preprocess([query])) for query in self.queries[:pairs]]
-        every = [*query_tokens, *(int(self.page_tokens_n[n % len(self.page_tokens_n)]) for n in range(pairs))]
-        of_text = sum(2 * weights * tokens + squares * tokens**2 for tokens in every)
-        patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        of_a_patch = patch * vision.hidden_size + vision.depth * (
-            4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size
-        )
-        merged = vision.hidden_size * vision.spatial_merge_size**2
-        of_a_merger = (merged * merged + merged * vision.out_hidden_size) / vision.spatial_merge_size**2
-        of_a_patch += of_a_merger * (1 + len(vision.deepstack_visual_indexes))
+        page_tokens = [int(self.page_tokens_n[n % len(self.page_tokens_n)]) for n in range(pairs)]
         patches = [self._patches_n[n % len(self._patches_n)] for n in range(pairs)]
-        of_pages = sum(2 * of_a_patch * n + 4 * vision.depth * vision.hidden_size * n**2 for n in patches)
-        return float(of_text + of_pages)
+        return forward_flops(config, [*query_tokens, *page_tokens], patches)
+
+
+def forward_flops(config: Any, tokens: Sequence[int], patches: Sequence[int]) -> float:
+    """Of one forward of some inputs without padding; the reference is torch's own counter.
+
+    A multiplication and an addition are two. Attention counts in full where it is causal, as that counter does.
+
+    Args:
+        config: A Qwen3-VL's.
+        tokens: Of each query and page, visual ones too.
+        patches: Of each page.
+    """
+    text, vision = config.text_config, config.vision_config
+    width, heads, pair_heads = text.hidden_size, text.num_attention_heads, text.num_key_value_heads
+    weights = text.num_hidden_layers * (
+        width * text.head_dim * (2 * heads + 2 * pair_heads) + 3 * width * text.intermediate_size
+    )
+    squares = 4 * text.num_hidden_layers * heads * text.head_dim
+    of_text = sum(2 * weights * n + squares * n**2 for n in tokens)
+    patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    of_a_patch = patch * vision.hidden_size + vision.depth * (
+        4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size
+    )
+    merged = vision.hidden_size * vision.spatial_merge_size**2
+    of_a_merger = (merged * merged + merged * vision.out_hidden_size) / vision.spatial_merge_size**2
+    of_a_patch += of_a_merger * (1 + len(vision.deepstack_visual_indexes))
+    of_pages = sum(2 * of_a_patch * n + 4 * vision.depth * vision.hidden_size * n**2 for n in patches)
+    return float(of_text + of_pages)
 
 
 def _pinned(features: Mapping[str, Any]) -> dict[str, Any]:

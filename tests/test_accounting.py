@@ -98,6 +98,14 @@ def count_each_kind(rank: int, world_size: int) -> None:
         "parameter_gathers": {"calls": 1, "bytes": 12},
         "reductions": {"calls": 2, "bytes": 12 + 24},
     }
+    dist.broadcast(x, src=0)
+    # A rank that is alone in its group talks to nobody.
+    alone, _ = (dist.new_group([member]) for member in range(2))
+    if rank == 0:
+        dist.all_gather([torch.empty(3)], x, group=alone)
+    assert traffic.as_plain()["checks"] == {"calls": 1, "bytes": 12}
+    # Of two in a ring each sends what it gathers, twice half of what it reduces, half of what it scatters.
+    assert traffic.wire_bytes == {"exchange": 12, "parameter_gathers": 12, "reductions": 12 + 12, "checks": 6}
     assert older.as_plain() == {}
     traffic.start()
     assert traffic.as_plain() == {}

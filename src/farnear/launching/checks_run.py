@@ -220,8 +220,8 @@ def is_indexed(config: RunConfig) -> bool:
 
 
 def _sets(config: RunConfig) -> tuple[ShardStore, dict[str, ShardSet]]:
-    train, evaluated = shard_sets(config.data)
     store = shard_store(config.data, cache_folder(config.data.cache_dir))
+    train, evaluated = shard_sets(config.data, store.expand)
     return store, {"training": train, **({"evaluation": evaluated} if evaluated is not None else {})}
 
 

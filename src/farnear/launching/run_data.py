@@ -72,9 +72,10 @@ def run_data(config: RunConfig, page_tokens: PageTokens, most_page_tokens: int, 
         why = "the shards are behind URLs, and a plan uses no network"
     else:
         try:
-            train, _ = shard_sets(config.data)
             cache = cache_folder(config.data.cache_dir)
-            return _of_index(config, cached_index(train, cache, shard_store(config.data, cache)), page_tokens)
+            store = shard_store(config.data, cache)
+            train, _ = shard_sets(config.data, store.expand)
+            return _of_index(config, cached_index(train, cache, store), page_tokens)
         except UserError as error:
             why = f"the shards are not on this machine ({str(error).partition(',')[0]})"
     return _without_index(config, most_page_tokens, pairs, why)
