@@ -43,7 +43,6 @@ def test_every_machine_has_its_own_number_in_the_same_command() -> None:
     assert shown[1] == shown[0].replace("--machine_rank 0", "--machine_rank 1")
     for words in (
         "--num_machines 2 --machine_rank 0 --main_process_ip 10.0.0.1 --main_process_port 1234",
-        "--rdzv_backend static --max_restarts 0",
         "--num_processes 4",
         "--deepspeed_multinode_launcher standard",
     ):

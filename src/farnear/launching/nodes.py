@@ -53,14 +53,16 @@ class Nodes:
             )
 
     def words(self) -> list[str]:
-        """Options of ``accelerate launch``; none where there is one machine."""
+        """Options of ``accelerate launch``; none where there is one machine.
+
+        That machines find each other statically and are not replaced, so that a rank's failure is everyone's end, are
+        its defaults, and no config can say otherwise.
+        """
         if self.num_machines == 1:
             return []
         return [
             *("--num_machines", str(self.num_machines), "--machine_rank", str(self.machine_rank)),
             *("--main_process_ip", self.main_process_ip, "--main_process_port", str(self.main_process_port)),
-            # No machine is replaced, and a rank that fails is everyone's end: the next start resumes.
-            *("--rdzv_backend", "static", "--max_restarts", "0"),
         ]
 
     def environment(self, given: Mapping[str, str] = os.environ) -> dict[str, str]:
