@@ -153,7 +153,12 @@ def test_memory_of_each_strategy_in_order(monkeypatch: pytest.MonkeyPatch) -> No
 
 FORESEEN = [
     ({"loss": {"matryoshka_dims": [128, 64]}}, None, "names 128, but the embeddings of"),
-    ({"training": {"global_batch_size": 32}}, None, "22 training pairs, fewer than training.global_batch_size (32)"),
+    ({"training": {"global_batch_size": 32}}, None, "the data has 22 pairs, but a global batch of 32 pairs"),
+    (
+        {"training": {"global_batch_size": 32}, "data": {"tail": "pad"}},
+        None,
+        "22 training pairs, fewer than training.global_batch_size (32)",
+    ),
     ({"training": {"global_batch_size": 2}}, machine(ranks=4), "4 ranks are more than the 2 pairs"),
     ({"strategy": "single"}, machine(ranks=2), "strategy single is one process, and 2 are planned"),
     ({"model": {"max_pixels": 100, "min_pixels": 50}}, None, "less than the 32 x 32 pixels of one token"),
@@ -256,3 +261,18 @@ def test_unknown_gpus_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["plan", str(run_file), "--gpu", "h1000"]) == 2
     assert "--gpu h1000 is not known; the kinds are cpu, h200" in capsys.readouterr().err
     assert torch.cuda.device_count() == 0
+
+
+def test_a_copy_a_node_keeps_gathers_off_the_slow_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    where = machine("h100", 8, nodes=4, is_this=False)
+    everywhere, in_node = (
+        forecast(load_config(EXAMPLE, ["strategy=fsdp2", f"shard_within={within}"]), EXAMPLE, where).chosen
+        for within in ("world", "node")
+    )
+    assert in_node.network.travelling < everywhere.network.travelling / 10
+    assert in_node.time.network < everywhere.time.network / 4
+    # It is paid for in memory: an eighth of the weights and moments in place of a thirty-second.
+    assert in_node.memory.by_name()["optimizer"] == pytest.approx(
+        4 * everywhere.memory.by_name()["optimizer"], rel=1e-6
+    )
