@@ -78,14 +78,8 @@ def test_memory_of_fresh_processes(inputs: Inputs, model: str, strategy: str) ->
     assert abs(row.error) < benchmark.BOUND, row
     if model == "100m":
         assert row.error_above_process is not None and abs(row.error_above_process) < benchmark.BOUND, row
+    if (model, strategy) != ("tiny", "zero3"):  # whose parameters DeepSpeed does not gather one by one
         assert_network(row.planned.chosen.network.sent, row.collectives, exact=strategy != "zero3")
-
-
-@pytest.mark.parametrize("world_size", [2])
-def test_network_of_ddp(inputs: Inputs, world_size: int) -> None:
-    run_file = benchmark.write_run_file(inputs("tiny"), "tiny", "ddp")
-    planned = benchmark.planned(run_file, world_size).chosen
-    assert_network(planned.network.sent, last_record(run_file, world_size)["collectives"], exact=True)
 
 
 def assert_network(sent: dict[str, int], collectives: dict[str, dict[str, int]], *, exact: bool) -> None:
@@ -135,16 +129,9 @@ def test_memory_of_each_strategy_in_order(monkeypatch: pytest.MonkeyPatch) -> No
     assert of["zero3 offload"].by_name().keys() & {"weights", "optimizer"} == set()
     assert of["zero3 offload"].host_bytes > of["zero3"].host_bytes
     assert of["ddp"].total_bytes > of["zero2"].total_bytes > of["fsdp2"].total_bytes
-    # Two hundred pages at once are not the same as one.
-    larger = forecast(
-        load_config(EXAMPLE, ["training.mini_batch_size=8", "training.gradient_checkpointing=true"]),
-        EXAMPLE,
-        machine("h100", 8, is_this=False),
-    )
     eight = forecast(load_config(EXAMPLE, ["training.mini_batch_size=8"]), EXAMPLE, machine("h100", 8))
     graph = eight.sides["document"].first.graph_bytes
     assert graph == pytest.approx(8 * planned.sides["document"].first.graph_bytes, rel=0.05)
-    assert larger.sides["document"].first.graph_bytes < graph / 10
     # The line through one and two pages leads to eight.
     assert planned.sides["document"].backward_bytes(8) == pytest.approx(
         eight.sides["document"].first.backward_bytes, rel=0.05
@@ -153,7 +140,12 @@ def test_memory_of_each_strategy_in_order(monkeypatch: pytest.MonkeyPatch) -> No
 
 FORESEEN = [
     ({"loss": {"matryoshka_dims": [128, 64]}}, None, "names 128, but the embeddings of"),
-    ({"training": {"global_batch_size": 32}}, None, "22 training pairs, fewer than training.global_batch_size (32)"),
+    ({"training": {"global_batch_size": 32}}, None, "the data has 22 pairs, but a global batch of 32 pairs"),
+    (
+        {"training": {"global_batch_size": 32}, "data": {"tail": "pad"}},
+        None,
+        "22 training pairs, fewer than training.global_batch_size (32)",
+    ),
     ({"training": {"global_batch_size": 2}}, machine(ranks=4), "4 ranks are more than the 2 pairs"),
     ({"strategy": "single"}, machine(ranks=2), "strategy single is one process, and 2 are planned"),
     ({"model": {"max_pixels": 100, "min_pixels": 50}}, None, "less than the 32 x 32 pixels of one token"),
@@ -256,3 +248,17 @@ def test_unknown_gpus_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["plan", str(run_file), "--gpu", "h1000"]) == 2
     assert "--gpu h1000 is not known; the kinds are cpu, h200" in capsys.readouterr().err
     assert torch.cuda.device_count() == 0
+
+
+def test_a_copy_a_node_keeps_gathers_off_the_slow_network(inputs: Inputs) -> None:
+    run_file = benchmark.write_run_file(inputs("tiny"), "tiny", "fsdp2", global_batch_size=16)
+    where = machine("h100", 2, nodes=8, is_this=False)
+    everywhere, in_node = (
+        forecast(load_config(run_file, [f"shard_within={within}"]), run_file, where).chosen
+        for within in ("world", "node")
+    )
+    assert in_node.network.travelling < everywhere.network.travelling / 3
+    assert in_node.time.network < everywhere.time.network / 2
+    # It is paid for in memory: half of the moments in place of a sixteenth.
+    moments = [one.memory.by_moment()["optimizer"]["update"] for one in (everywhere, in_node)]
+    assert moments[1] == pytest.approx(8 * moments[0], rel=1e-4)

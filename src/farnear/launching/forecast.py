@@ -93,7 +93,7 @@ class Forecast:
     def cheapest(self) -> StrategyForecast | None:
         """Of the strategies that fit a GPU the one whose step is shortest; the fewest bytes decide between equals."""
         fitting = [one for one in self.strategies if one.largest_mini_batch]
-        return min(fitting, key=lambda one: (one.time.total, one.network.travelling), default=None)
+        return min(fitting, key=lambda one: (one.time.total, sum(one.network.sent.values())), default=None)
 
 
 def forecast(config: RunConfig, run_file: Path, machine: Machine, pairs: int | None = None) -> Forecast:

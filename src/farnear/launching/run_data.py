@@ -101,7 +101,7 @@ def _of_index(config: RunConfig, index: Index, page_tokens: PageTokens) -> RunDa
     except UserError as error:
         faults.append(str(error))
     pairs_of_source = dict(zip(index.sources, np.diff(index.source_start_K1).tolist(), strict=True))
-    faults += _too_small(config, len(index), pairs_of_source)
+    faults += [] if steps is None else _too_small(config, len(index), pairs_of_source)
     hard = len(index.negatives) / len(index)
     limit = config.data.num_negatives
     negatives = hard if limit is None else float(np.mean(np.minimum(np.diff(index.negative_start_N1), limit)))
@@ -131,7 +131,7 @@ def _without_index(config: RunConfig, most_page_tokens: int, pairs: int | None, 
             steps, steps_of_epoch = steps_in_all(config.training, schedule), schedule.steps_before(1)
         except UserError as error:
             faults.append(str(error))
-        faults += _too_small(config, pairs, {})
+        faults += [] if steps is None else _too_small(config, pairs, {})
     elif config.training.max_steps > 0:
         steps = config.training.max_steps
     return RunData(

@@ -52,9 +52,13 @@ class Machine:
         return self.ranks_of_node * self.nodes
 
     @property
+    def bandwidth_in_node(self) -> float:
+        return CPU_LINK if self.gpu is None else self.gpu.link_bandwidth
+
+    @property
     def link_bandwidth(self) -> float:
-        own = CPU_LINK if self.gpu is None else self.gpu.link_bandwidth
-        return min(own, self.node_bandwidth) if self.nodes > 1 else own
+        """Of the slowest link."""
+        return min(self.bandwidth_in_node, self.node_bandwidth) if self.nodes > 1 else self.bandwidth_in_node
 
     def flops(self, *, half_precision: bool) -> float:
         """That a rank reaches, a second."""
@@ -94,10 +98,11 @@ class Work:
 
 @dataclass(frozen=True)
 class Network:
-    """Bytes of a step that a rank sends, by what they are about, and those that travel to it."""
+    """Bytes of a step that a rank sends, by what they are about, and those that travel to it, within its node apart."""
 
     sent: dict[str, int]
     travelling: float
+    within_node: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -134,11 +139,13 @@ def network_of(strategy: str, holding: Holding, work: Work, ranks: int, ranks_of
     gathers = whole if holding.keeps_gathered else 4 * (work.gathered_elements + ahead)
     spread_over = ranks if strategy.startswith("zero") else ranks_of_copy
     sent["reductions"], sent["parameter_gathers"] = reduced, gathers // spread_over
-    travelling += (reduced + gathers) * (spread_over - 1) / spread_over
-    if spread_over < ranks:
-        sent["reductions"] += reduced // spread_over
-        travelling += 2 * reduced / spread_over
-    return Network(sent, travelling)
+    among_owners = (reduced + gathers) * (spread_over - 1) / spread_over
+    if spread_over == ranks:
+        return Network(sent, travelling + among_owners)
+    # A copy of the model on each node: only reduced shards go between nodes.
+    copies = ranks // spread_over
+    sent["reductions"] += reduced // spread_over
+    return Network(sent, travelling + 2 * reduced / spread_over * (copies - 1) / copies, within_node=among_owners)
 
 
 def _exchange(work: Work, ranks: int) -> tuple[int, int]:
@@ -167,7 +174,8 @@ def step_time(
     return StepTime(
         compute=work.flops / machine.flops(half_precision=half_precision),
         optimizer=optimizer,
-        network=network.travelling / (machine.link_bandwidth * LINK_SHARE),
+        network=(network.travelling / machine.link_bandwidth + network.within_node / machine.bandwidth_in_node)
+        / LINK_SHARE,
     )
 
 
