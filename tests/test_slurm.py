@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 TESTS = Path(__file__).parent
-STEPS = 90
+STEPS = 120
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +65,13 @@ class Job:
         """How often it was put back into the queue."""
         found = re.search(r"Restarts=(\d+)", self.facts)
         return int(found[1]) if found else 0
+
+    @property
+    def seconds(self) -> int:
+        """That it has run in this start."""
+        found = re.search(r"RunTime=(\d+):(\d+):(\d+)", self.facts)
+        assert found
+        return sum(int(part) * unit for part, unit in zip(found.groups(), (3600, 60, 1), strict=True))
 
     @property
     def log(self) -> str:
@@ -133,7 +140,9 @@ def test_a_run_survives_all_that_a_cluster_does_to_it(tmp_path: Path, environmen
     job.come_back(2)
 
     job.take_steps()
-    slurm(environment, "scontrol", "update", f"JobId={job.id}", "TimeLimit=1")
+    # Whole minutes are all that SLURM knows, and it looks at the time every half of one.
+    minutes = -(-(job.seconds + 45) // 60)
+    slurm(environment, "scontrol", "update", f"JobId={job.id}", f"TimeLimit={minutes}")
     job.come_back(3)
     assert job.log.count("back into the queue, to continue from step-") == 3
     assert "TIME LIMIT" not in job.log
