@@ -13,9 +13,11 @@ from conftest import WriteRunFile
 from farnear.cli import main
 from farnear.config import parse_config
 from farnear.errors import UserError
-from farnear.launching.slurm import LEAST_LEAD_SECONDS, UNKNOWN_LEAD_SECONDS, job_script, lead_seconds
+from farnear.launching.slurm import LEAST_LEAD_SECONDS, UNKNOWN_LEAD_SECONDS, job_script, lead_seconds, submit
 from farnear.run_folder import RunFolder
 from farnear.status import write_status
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def script(*overrides: str, nodes: int = 2, **keys: Any) -> str:
@@ -85,14 +87,14 @@ def test_the_script_is_one_that_bash_and_a_person_can_read() -> None:
 def test_the_signal_comes_as_early_as_saves_and_steps_have_taken(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     assert lead_seconds(folder) == UNKNOWN_LEAD_SECONDS
-    assert lead_seconds(folder, checkpoint_bytes=25 * 10**9) == 2 * 50 + 30
-    assert lead_seconds(folder, checkpoint_bytes=1000) == LEAST_LEAD_SECONDS
+    assert lead_seconds(folder, save_seconds=50.0) == 2 * 50 + 30
+    assert lead_seconds(folder, save_seconds=0.1) == LEAST_LEAD_SECONDS
 
     def write(path: Path, *records: dict[str, Any]) -> None:
         path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
     write(folder.saves, {"step": 1, "seconds": 100.0}, {"step": 2, "seconds": 40.0})
-    assert lead_seconds(folder, checkpoint_bytes=1000) == 2 * 100 + 30
+    assert lead_seconds(folder, save_seconds=0.1) == 2 * 100 + 30
     write(folder.metrics, {"step": 1, "seconds": {"data": 1.0, "pass_one": 9.0}})
     assert lead_seconds(folder) == 2 * 110 + 30
     # What was slow long ago, and half a last line, do not count.
@@ -115,9 +117,11 @@ def test_the_signal_comes_as_early_as_saves_and_steps_have_taken(tmp_path: Path)
         ({"slurm": {"gpus_per_node": 8}}, 16, "128 ranks would share 64 pairs"),
     ],
 )
-def test_a_run_that_cannot_be_spread_so_is_refused(keys: dict[str, Any], nodes: int, message: str) -> None:
+def test_a_run_that_cannot_be_spread_so_is_refused(
+    keys: dict[str, Any], nodes: int, message: str, write_run_file: WriteRunFile
+) -> None:
     with pytest.raises(UserError, match=message):
-        script(nodes=nodes, **keys)
+        submit(write_run_file(**keys), [], nodes=nodes, dry_run=True)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +130,8 @@ def test_a_run_that_cannot_be_spread_so_is_refused(keys: dict[str, Any], nodes: 
         ({"time": "a day"}, r"slurm\.time: minutes, HH:MM:SS or D-HH:MM:SS, not 'a day'"),
         ({"options": ["exclusive"]}, "options of sbatch begin with a dash"),
         ({"container_mounts": "/a:/a"}, "container_mounts is set, but container is not"),
-        ({"gpus": 8}, "unknown key 'slurm.gpus'; did you mean 'slurm.gpus_per_node'"),
+        ({"gpus": 8}, r"slurm\.gpus is not a key of farnear: slurm\.gpus_per_node counts the GPUs of each node"),
+        ({"gpu_per_node": 8}, r"unknown key 'slurm\.gpu_per_node'; did you mean 'slurm\.gpus_per_node'"),
     ],
 )
 def test_a_wrong_section_is_told_in_one_line(slurm: dict[str, Any], message: str) -> None:
@@ -160,6 +165,22 @@ def test_without_slurm_and_when_slurm_refuses_it_is_told(
     assert main(["submit", str(write_run_file()), "seed=7"]) == 0
     assert capsys.readouterr().out.startswith("job 123 submitted")
     assert "seed=7" in (tmp_path / "run" / "submit.sbatch").read_text()
+
+
+def test_what_the_plan_foresees_is_told_and_not_submitted(capsys: pytest.CaptureFixture[str]) -> None:
+    example = str(ROOT / "examples" / "qwen3-vl-embedding-2b.yaml")
+    words = ["submit", example, "--nodes", "1", "--dry-run", "slurm.gpus_per_node=8"]
+    assert main([*words, "slurm.gpu_type=h100"]) == 0
+    # The plan's time for a save, twice, and half a minute.
+    assert "#SBATCH --signal=USR1@81\n" in capsys.readouterr().out
+    assert main([*words, "slurm.gpu_type=l4", "strategy=ddp"]) == 2
+    error = capsys.readouterr().err
+    assert "foreseen: strategy ddp needs" in error
+    assert "--no-plan submits all the same" in error
+    assert main([*words, "slurm.gpu_type=l4", "strategy=ddp", "--no-plan"]) == 0
+    assert f"#SBATCH --signal=USR1@{UNKNOWN_LEAD_SECONDS}\n" in capsys.readouterr().out
+    assert main([*words, "slurm.gpu_type=h100", "loss.matryoshka_dims=[4096, 64]"]) == 2
+    assert "loss.matryoshka_dims names 4096" in capsys.readouterr().err
 
 
 def test_status_tells_how_a_run_stands(

@@ -55,6 +55,7 @@ FOREIGN_KEYS = {
     ),
     "train_batch_size": "training.global_batch_size counts the pairs of all ranks together",
     "lr": "write training.learning_rate",
+    "gpus": "slurm.gpus_per_node counts the GPUs of each node, and submit's --nodes the nodes",
     "resume_from_checkpoint": "say --resume to continue, or --resume auto to continue if there is a checkpoint",
     "save_strategy": "training.save_steps is a number of steps, or below 1 a share of all",
     "eval_strategy": "evaluation.eval_steps is a number of steps, or below 1 a share of all",

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 
 
 def prepare_environment() -> None:
@@ -17,3 +18,11 @@ def prepare_environment() -> None:
     # One rank speaks, and bars that redraw themselves are for a terminal.
     if os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def quiet_libraries() -> None:
+    """What libraries say about their own future and about configs is for a run, not for a plan of one."""
+    from transformers.utils import logging
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.set_verbosity_error()

@@ -29,6 +29,8 @@ class SlurmConfig(Section):
     """Generic resources a node, such as gpu:h100:8, where gpus_per_node is not what the cluster wants."""
     gpus_per_node: int | None = Field(default=None, ge=1)
     """GPUs of each node, and one rank for each of them; unset: none are asked for by this name."""
+    gpu_type: str | None = None
+    """Their kind, such as h100: what `farnear plan` foresees for it is told before the job is submitted."""
     ranks_per_node: int | None = Field(default=None, ge=1)
     """Ranks on each node; unset: one for each of the GPUs that the job finds there, or one where there are none."""
     cpus_per_task: int | None = Field(default=None, ge=1)

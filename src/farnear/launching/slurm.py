@@ -4,8 +4,9 @@ The script is ``slurm/train.sbatch`` with two parts filled in: the lines for sba
 need. All else, how ranks meet, what becomes of signals, when the job goes back into the queue, stands there and is the
 same for everybody.
 
-The signal before the time limit must come early enough for a save. How early follows from what the run's saves have
-taken so far, in `saves.jsonl` of its folder; before the first one, from the size of a checkpoint.
+Before a night in the queue the run is planned (`farnear.launching.forecast`): what is foreseen to go wrong is told
+instead of submitted. The signal before the time limit must come early enough for a save. How early follows from what
+the run's saves have taken so far, in `saves.jsonl` of its folder; before the first one, from the size of a checkpoint.
 """
 
 import json
@@ -28,7 +29,7 @@ from farnear.run_folder import RunFolder, check_start
 from farnear.slurm_section import SlurmConfig
 
 LEAST_LEAD_SECONDS = 60
-"""SLURM may send its signal a minute early, and never less than the lead before the end."""
+"""Before the end of the job."""
 
 UNKNOWN_LEAD_SECONDS = 300
 """Where nothing is known about the model or its saves."""
@@ -38,19 +39,24 @@ _LAST = 50
 _SPARE_SECONDS = 30
 
 
-def submit(run_file: Path, overrides: Sequence[str], *, nodes: int, dry_run: bool) -> int:
-    """Check a run, write its script into the run folder, and hand that to sbatch; or print the script.
+def submit(run_file: Path, overrides: Sequence[str], *, nodes: int, dry_run: bool, planned: bool = True) -> int:
+    """Check and plan a run, write its script into the run folder, and hand that to sbatch; or print the script.
+
+    Args:
+        planned: Whether what the plan foresees keeps the job from being submitted.
 
     Returns:
         The exit code.
 
     Raises:
-        UserError: The run cannot start, there is no SLURM here, or SLURM refuses the job.
+        UserError: The run cannot start or is foreseen to fail, there is no SLURM here, or SLURM refuses the job.
     """
     config = load_config(run_file, overrides)
     folder = RunFolder(Path(config.output_dir))
     check_start(folder.path, "auto")
-    script = job_script(config, run_file, overrides, nodes)
+    _refuse_wrong_ranks(config, nodes)
+    seconds = plan(config, run_file, nodes) if planned else None
+    script = job_script(config, run_file, overrides, nodes, seconds)
     if dry_run:
         print(script, end="")
         return 0
@@ -72,15 +78,41 @@ def submit(run_file: Path, overrides: Sequence[str], *, nodes: int, dry_run: boo
     return 0
 
 
-def job_script(config: RunConfig, run_file: Path, overrides: Sequence[str], nodes: int) -> str:
-    """The job's script.
+def plan(config: RunConfig, run_file: Path, nodes: int) -> float | None:
+    """Seconds that a save is foreseen to take; None, and a line that says why, where the model is not described here.
 
     Raises:
-        UserError: The run cannot be spread over so many nodes.
+        UserError: What is foreseen to go wrong, all of it.
     """
-    _refuse_wrong_ranks(config, nodes)
+    from farnear.environment import quiet_libraries
+    from farnear.launching.forecast import forecast
+    from farnear.launching.foresee import foreseen
+    from farnear.launching.planned_machine import planned_machine
+
+    quiet_libraries()
+    ranks = _ranks_per_node(config) or (None if config.num_processes else 1)
+    try:
+        machine = planned_machine(config, kind=config.slurm.gpu_type or "cpu", ranks_of_node=ranks, nodes=nodes)
+        planned = forecast(config, run_file, machine)
+    except UserError as error:
+        print(f"not planned: {error}", file=sys.stderr)
+        return None
+    errors, _ = foreseen(planned)
+    if errors:
+        raise UserError(f"foreseen: {'; and: '.join(errors)} (--no-plan submits all the same)")
+    return planned.save_seconds
+
+
+def job_script(
+    config: RunConfig, run_file: Path, overrides: Sequence[str], nodes: int, save_seconds: float | None = None
+) -> str:
+    """The job's script.
+
+    Args:
+        save_seconds: As a plan foresees it.
+    """
     text = (resource_root() / "slurm" / "train.sbatch").read_text(encoding="utf-8")
-    directives = "".join(f"#SBATCH {line}\n" for line in _directives(config, nodes))
+    directives = "".join(f"#SBATCH {line}\n" for line in _directives(config, nodes, save_seconds))
     text = _replaced(r"(^#SBATCH .*\n)+", directives, text)
     settings = "\n".join(["# What this run and this cluster need.", *_settings(config, run_file, overrides)])
     text = _replaced(r"^# What this run and this cluster need\.\n(.+\n)+", f"{settings}\n", text)
@@ -88,25 +120,18 @@ def job_script(config: RunConfig, run_file: Path, overrides: Sequence[str], node
     return _replaced(r"^#\n(#   .*\n)+#\n", f"#\n#   {command}\n#\n", text)
 
 
-def lead_seconds(folder: RunFolder, checkpoint_bytes: int | None = None) -> int:
+def lead_seconds(folder: RunFolder, save_seconds: float | None = None) -> int:
     """How long before its end a job has to be told, for the step in hand to end and a save to be published.
 
     Args:
-        checkpoint_bytes: About, for a run that has not saved yet; None where it is not known.
+        save_seconds: As a plan foresees it, for a run that has not saved yet; None where it is not known.
     """
     saves = [record["seconds"] for record in _records(folder.saves)]
     steps = [sum(record["seconds"].values()) for record in _records(folder.metrics)]
-    if saves:
-        save = max(saves)
-    elif checkpoint_bytes is not None:
-        save = checkpoint_bytes / _BYTES_PER_SECOND
-    else:
+    save = max(saves, default=save_seconds)
+    if save is None:
         return UNKNOWN_LEAD_SECONDS
     return max(LEAST_LEAD_SECONDS, round(2 * (save + max(steps, default=0.0)) + _SPARE_SECONDS))
-
-
-# Of a shared file system that many write to.
-_BYTES_PER_SECOND = 0.5e9
 
 
 def _refuse_wrong_ranks(config: RunConfig, nodes: int) -> None:
@@ -130,7 +155,7 @@ def _ranks_per_node(config: RunConfig) -> int | None:
     return 1 if config.strategy == "single" else config.slurm.ranks_per_node or config.slurm.gpus_per_node
 
 
-def _directives(config: RunConfig, nodes: int) -> Iterator[str]:
+def _directives(config: RunConfig, nodes: int, save_seconds: float | None) -> Iterator[str]:
     """Options of sbatch, one a line."""
     slurm, folder = config.slurm, RunFolder(Path(config.output_dir))
     yield f"--job-name={_job_name(folder)}"
@@ -140,7 +165,7 @@ def _directives(config: RunConfig, nodes: int) -> Iterator[str]:
     for name in named:
         if (value := getattr(slurm, name)) is not None:
             yield f"--{name.replace('_', '-')}={value}"
-    yield f"--signal=USR1@{slurm.signal_seconds or lead_seconds(folder)}"
+    yield f"--signal=USR1@{slurm.signal_seconds or lead_seconds(folder, save_seconds)}"
     yield "--requeue"
     yield "--open-mode=append"
     yield f"--chdir={os.getcwd()}"
