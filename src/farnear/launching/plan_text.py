@@ -1,7 +1,11 @@
 """A forecast as lines for a person."""
 
+import json
+import textwrap
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+from farnear.config import RunConfig
 from farnear.launching.forecast import USABLE_SHARE, Forecast, StrategyForecast
 from farnear.launching.foresee import foreseen
 from farnear.launching.memory import MOMENTS
@@ -17,6 +21,7 @@ from farnear.launching.step_time import (
 from farnear.wording import counted
 
 GIB = 2**30
+WIDTH = 120
 
 
 def plan_lines(forecast: Forecast) -> Iterator[str]:
@@ -24,6 +29,7 @@ def plan_lines(forecast: Forecast) -> Iterator[str]:
     yield f"plan for {_where(forecast)}; computed, nothing is measured"
     yield ""
     yield from _named(_facts(forecast))
+    yield from _set_keys(forecast.config)
     yield ""
     yield from _memory(forecast)
     yield ""
@@ -92,6 +98,33 @@ def _facts(forecast: Forecast) -> list[tuple[str, str]]:
         ),
         ("data", _data(forecast)),
     ]
+
+
+def _set_keys(config: RunConfig) -> Iterator[str]:
+    """What the run file and the command line set; all else is as `farnear.sections` has it."""
+    words = [
+        f"{key}={json.dumps(value, ensure_ascii=False)}"
+        for key, value in _flat(config.model_dump(mode="json", exclude_defaults=True))
+    ]
+    # A value with spaces stays on one line.
+    text = " ".join(word.replace(" ", "\0") for word in words)
+    lines = textwrap.wrap(
+        text,
+        WIDTH,
+        initial_indent=f"{'set':>12}  ",
+        subsequent_indent=" " * 14,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    yield from (line.replace("\0", " ") for line in lines)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def _auto(forecast: Forecast) -> str:
