@@ -43,6 +43,7 @@ soak: $(INSTALLED) ## what takes longer: the tests left out of `make test`, the 
 	$(RUN)/python benchmarks/data.py
 	$(RUN)/python benchmarks/checkpoint.py
 	$(RUN)/python benchmarks/scaling.py
+	$(RUN)/python benchmarks/forecast.py
 
 # The exact versions need Python 3.11; on 3.10 pip picks the newest ones that still support it.
 $(INSTALLED):

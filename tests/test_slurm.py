@@ -28,7 +28,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 TESTS = Path(__file__).parent
-STEPS = 120
 
 
 @pytest.fixture(scope="module")
@@ -114,38 +113,53 @@ def run_undisturbed(rank: int, world_size: int, folder: str) -> None:
     run_training(load_config("run.yaml", ["output_dir=undisturbed"]))
 
 
+def tell(job: Job) -> None:
+    slurm(job.environment, "scancel", "--signal=USR1", job.id)
+
+
+def preempt(job: Job) -> None:
+    urgent = ["sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null"]
+    assert slurm(job.environment, *urgent, "--wrap=true").isdigit()
+
+
+def end_its_time(job: Job) -> None:
+    # Whole minutes are all that SLURM knows, and it looks at the time every half of one.
+    minutes = -(-(job.seconds + 45) // 60)
+    slurm(job.environment, "scontrol", "update", f"JobId={job.id}", f"TimeLimit={minutes}")
+
+
 @pytest.mark.timeout(900)  # most of it waits for SLURM
-def test_a_run_survives_all_that_a_cluster_does_to_it(tmp_path: Path, environment: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    "stops",
+    [
+        pytest.param([tell], id="told"),
+        pytest.param([tell, preempt, end_its_time], id="told, preempted, out of time", marks=pytest.mark.soak),
+    ],
+)
+def test_a_run_survives_what_a_cluster_does_to_it(
+    tmp_path: Path, environment: dict[str, str], stops: list[Callable[[Job], None]]
+) -> None:
+    """Each stop has the job save and put itself back; then a rank is killed; another job ends as if nothing was."""
     make_inputs(tmp_path)
+    steps = 60 * len(stops) - 20  # more than there is time for until the last stop
     tree = run_tree(
         tmp_path,
         "run",
         strategy="ddp",
         loss={"function": "own_losses:paced", "matryoshka_dims": None},
-        training={"max_steps": STEPS, "save_steps": 1000},
+        training={"max_steps": steps, "save_steps": 1000},
         slurm={"ranks_per_node": 2, "cpus_per_task": 2, "time": 10, "signal_seconds": 10, "partition": "main"},
     )
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
     set_pace(tmp_path, 1.0)
     job = Job(tmp_path, environment)
-
-    job.take_steps()
-    slurm(environment, "scancel", "--signal=USR1", job.id)
-    job.come_back(1)
-    assert "stopped by SIGUSR1" in job.log
-
-    job.take_steps()
-    urgent = ["sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null"]
-    assert slurm(environment, *urgent, "--wrap=true").isdigit()
-    job.come_back(2)
-
-    job.take_steps()
-    # Whole minutes are all that SLURM knows, and it looks at the time every half of one.
-    minutes = -(-(job.seconds + 45) // 60)
-    slurm(environment, "scontrol", "update", f"JobId={job.id}", f"TimeLimit={minutes}")
-    job.come_back(3)
-    assert job.log.count("back into the queue, to continue from step-") == 3
-    assert "TIME LIMIT" not in job.log
+    for number, stop in enumerate(stops, 1):
+        job.take_steps()
+        stop(job)
+        job.come_back(number)
+    assert job.log.count("back into the queue, to continue from step-") == len(stops)
+    assert job.log.count("saving step") == len(stops)
+    assert "SIGTERM" not in job.log  # the signal came before the end did
 
     job.take_steps()
     rank = json.loads((tmp_path / "run" / "heartbeats" / "rank-00003.json").read_text())
@@ -156,7 +170,7 @@ def test_a_run_survives_all_that_a_cluster_does_to_it(tmp_path: Path, environmen
     set_pace(tmp_path, 0.0)
     again = Job(tmp_path, environment)
     again.wait("COMPLETED", lambda: again.state == "COMPLETED")
-    assert [again.starts, len(losses(tmp_path / "run"))] == [0, STEPS]
+    assert [again.starts, len(losses(tmp_path / "run"))] == [0, steps]
     # Each rank has a log of its own, and rank 0 alone speaks in the job's.
     logs = tmp_path / "run" / "logs" / again.id
     assert sorted(path.name for path in logs.iterdir()) == [f"rank-{rank:05d}.log" for rank in range(4)]
