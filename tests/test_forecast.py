@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from ranks import run_ranks
+from scaling_table import H100
 from tar_makers import write_pairs
 
 import farnear
@@ -246,7 +247,7 @@ def test_unknown_gpus_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str
     run_file = tmp_path / "run.yaml"
     run_file.write_text("output_dir: x\nmodel: {name_or_path: m}\ndata: {train: a.tar}\n", encoding="utf-8")
     assert main(["plan", str(run_file), "--gpu", "h1000"]) == 2
-    assert "--gpu h1000 is not known; the kinds are cpu, h200" in capsys.readouterr().err
+    assert "GPU h1000 is not known; the kinds are cpu, h200" in capsys.readouterr().err
     assert torch.cuda.device_count() == 0
 
 
@@ -262,3 +263,9 @@ def test_a_copy_a_node_keeps_gathers_off_the_slow_network(inputs: Inputs) -> Non
     # It is paid for in memory: half of the moments in place of a sixteenth.
     moments = [one.memory.by_moment()["optimizer"]["update"] for one in (everywhere, in_node)]
     assert moments[1] == pytest.approx(8 * moments[0], rel=1e-4)
+
+
+def test_links_between_nodes_are_those_of_the_scaling_table() -> None:
+    one, two = (machine("h100", ranks=8, nodes=nodes) for nodes in (1, 2))
+    assert (one.ring_bandwidth, two.ring_bandwidth) == (H100.inside, H100.between)
+    assert two.bandwidth_over_nodes == H100.between / 8

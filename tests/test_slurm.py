@@ -28,6 +28,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 TESTS = Path(__file__).parent
+RUN = "it's 100% mine"  # a run folder that has to be quoted
+COMMENT = "a \"comment\" with 'quotes' and $HOME"
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +76,11 @@ class Job:
 
     @property
     def log(self) -> str:
-        return (self.folder / "run" / "logs" / f"{self.id}.log").read_text()
+        return (self.folder / RUN / "logs" / f"{self.id}.log").read_text()
 
     @property
     def steps(self) -> int:
-        metrics = self.folder / "run" / "metrics.jsonl"
+        metrics = self.folder / RUN / "metrics.jsonl"
         return len(metrics.read_text().splitlines()) if metrics.exists() else 0
 
     def wait(self, what: str, holds: Callable[[], bool], seconds: float = 240) -> None:
@@ -144,15 +146,23 @@ def test_a_run_survives_what_a_cluster_does_to_it(
     steps = 60 * len(stops) - 20  # more than there is time for until the last stop
     tree = run_tree(
         tmp_path,
-        "run",
+        RUN,
         strategy="ddp",
         loss={"function": "own_losses:paced", "matryoshka_dims": None},
         training={"max_steps": steps, "save_steps": 1000},
-        slurm={"ranks_per_node": 2, "cpus_per_task": 2, "time": 10, "signal_seconds": 10, "partition": "main"},
+        slurm={
+            "partition": "main",
+            "ranks_per_node": 2,
+            "cpus_per_task": 2,
+            "time": 10,
+            "signal_seconds": 10,
+            "options": [f"--comment={COMMENT}"],
+        },
     )
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
     set_pace(tmp_path, 1.0)
     job = Job(tmp_path, environment)
+    assert f"Comment={COMMENT}" in job.facts
     for number, stop in enumerate(stops, 1):
         job.take_steps()
         stop(job)
@@ -162,19 +172,19 @@ def test_a_run_survives_what_a_cluster_does_to_it(
     assert "SIGTERM" not in job.log  # the signal came before the end did
 
     job.take_steps()
-    rank = json.loads((tmp_path / "run" / "heartbeats" / "rank-00003.json").read_text())
+    rank = json.loads((tmp_path / RUN / "heartbeats" / "rank-00003.json").read_text())
     os.kill(rank["pid"], signal.SIGKILL)
     job.wait("FAILED", lambda: job.state == "FAILED")
-    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
+    assert json.loads((tmp_path / RUN / "status.json").read_text())["state"] == "failed"
 
     set_pace(tmp_path, 0.0)
     again = Job(tmp_path, environment)
     again.wait("COMPLETED", lambda: again.state == "COMPLETED")
-    assert [again.starts, len(losses(tmp_path / "run"))] == [0, steps]
+    assert [again.starts, len(losses(tmp_path / RUN))] == [0, steps]
     # Each rank has a log of its own, and rank 0 alone speaks in the job's.
-    logs = tmp_path / "run" / "logs" / again.id
+    logs = tmp_path / RUN / "logs" / again.id
     assert sorted(path.name for path in logs.iterdir()) == [f"rank-{rank:05d}.log" for rank in range(4)]
     assert again.log.count("continuing from step-") == 1
 
     run_ranks(run_undisturbed, 4, str(tmp_path))
-    assert losses(tmp_path / "run") == losses(tmp_path / "undisturbed")
+    assert losses(tmp_path / RUN) == losses(tmp_path / "undisturbed")

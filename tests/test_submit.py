@@ -49,7 +49,7 @@ def test_the_script_asks_for_what_the_run_file_says() -> None:
         *("--account=vdr", "--partition=gpu", "--qos=high", "--constraint=h100", "--gres=nvme:1"),
         *("--gpus-per-node=8", "--cpus-per-task=64", "--mem=400G", "--time=1-12:00:00", "--signal=USR1@240"),
         *("--requeue", "--open-mode=append", f"--chdir={os.getcwd()}"),
-        *(f"--output={os.path.abspath('runs/my run')}/logs/%j.log", "--exclusive", "--mail-type=END"),
+        *(f'--output="{os.path.abspath("runs/my run")}/logs/%j.log"', "--exclusive", "--mail-type=END"),
     ]
     assert "\nranks_per_node=8\n" in text
     # Only what was asked for: a cluster without accounts or GPUs knows no such options.
@@ -73,6 +73,14 @@ def test_words_reach_the_nodes_as_they_were_typed(tmp_path: Path) -> None:
         f"{here}/runs/my run/logs/7",
         *("--container-image=img", f"--container-mounts={here}:{here}", f"--container-workdir={here}"),
     ]
+
+
+def test_options_are_quoted_as_sbatch_reads_them() -> None:
+    """A real one does in test_slurm.py."""
+    text = script(output_dir="it's 100%", slurm={"options": ['--comment=a "b" \\ $c', "--exclusive"]})
+    assert '--comment="a \\"b\\" \\\\ $c"' in directives(text)
+    assert f'--output="{os.getcwd()}/it\'s 100%%/logs/%j.log"' in directives(text)
+    assert "--exclusive" in directives(text)
 
 
 def test_the_script_is_one_that_bash_and_a_person_can_read() -> None:
@@ -179,8 +187,8 @@ def test_what_the_plan_foresees_is_told_and_not_submitted(capsys: pytest.Capture
     assert "--no-plan submits all the same" in error
     assert main([*words, "slurm.gpu_type=l4", "strategy=ddp", "--no-plan"]) == 0
     assert f"#SBATCH --signal=USR1@{UNKNOWN_LEAD_SECONDS}\n" in capsys.readouterr().out
-    assert main([*words, "slurm.gpu_type=h100", "loss.matryoshka_dims=[4096, 64]"]) == 2
-    assert "loss.matryoshka_dims names 4096" in capsys.readouterr().err
+    with pytest.raises(UserError, match="GPU h101 is not known; the kinds are cpu, h200"):
+        submit(Path(example), ["slurm.gpu_type=h101"], nodes=1, dry_run=True)
 
 
 def test_status_tells_how_a_run_stands(

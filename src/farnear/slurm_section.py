@@ -30,7 +30,7 @@ class SlurmConfig(Section):
     gpus_per_node: int | None = Field(default=None, ge=1)
     """GPUs of each node, and one rank for each of them; unset: none are asked for by this name."""
     gpu_type: str | None = None
-    """Their kind, such as h100: what `farnear plan` foresees for it is told before the job is submitted."""
+    """Their kind, such as h100, for the plan alone; constraint or gres asks the cluster for it."""
     ranks_per_node: int | None = Field(default=None, ge=1)
     """Ranks on each node; unset: one for each of the GPUs that the job finds there, or one where there are none."""
     cpus_per_task: int | None = Field(default=None, ge=1)
@@ -64,6 +64,13 @@ class SlurmConfig(Section):
             raise ValueError(f"minutes, HH:MM:SS or D-HH:MM:SS, not {value!r}")
         return value
 
+    @field_validator("account", "partition", "qos", "constraint", "gres", "mem", "container", "container_mounts")
+    @classmethod
+    def _is_one_line(cls, value: str | None) -> str | None:
+        if value is not None and not value.isprintable():
+            raise ValueError(f"a single line, not {value!r}")
+        return value
+
     @field_validator("options", mode="before")
     @classmethod
     def _one_or_several(cls, value: Any) -> Any:
@@ -73,7 +80,7 @@ class SlurmConfig(Section):
     @classmethod
     def _are_options(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for option in value:
-            if not option.startswith("-") or "\n" in option:
+            if not option.startswith("-") or not option.isprintable():
                 raise ValueError(f"options of sbatch begin with a dash, such as --exclusive, not {option!r}")
         return value
 

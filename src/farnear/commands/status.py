@@ -1,6 +1,7 @@
 """`farnear status`: how a run stands or has ended, for a person and for the script that started it."""
 
 import argparse
+import sys
 
 from farnear.command_line import Parser, add_run_arguments
 
@@ -11,7 +12,7 @@ def add_status(commands: "argparse._SubParsersAction[Parser]") -> None:
         "status",
         help="how a run stands or has ended",
         description="Print the state of a run (running, finished, stopped, failed), its newest checkpoint and the "
-        "reason, from status.json in its run folder; no line where nothing has run.",
+        "reason, from status.json in its run folder.",
         epilog="example:\n  farnear status run.yaml output_dir=runs/second",
     )
     add_run_arguments(parser, resumes=False)
@@ -31,4 +32,6 @@ def _status(arguments: argparse.Namespace) -> int:
     if status is not None and (arguments.since is None or str(status.get("time")) >= arguments.since):
         words = (status.get("state"), status.get("checkpoint") or "-", status.get("reason") or "")
         print(" ".join(map(str, words)).rstrip())
+    else:
+        print(f"nothing has run in {folder.path}{' since then' if arguments.since else ''}", file=sys.stderr)
     return 0

@@ -1,6 +1,7 @@
 """What would go wrong with a planned run, told before it waits in a queue; and what is not known on this machine."""
 
 import importlib.util
+import os
 
 from farnear.config import RunConfig
 from farnear.launching.forecast import USABLE_SHARE, Forecast
@@ -26,7 +27,10 @@ def foreseen(forecast: Forecast) -> tuple[list[str], list[str]]:
             "are estimated from the sizes of its layers"
         )
     if forecast.machine.gpu is None:
-        notes.append("a CPU's speed differs more than a GPU's; the seconds assume an ordinary core")
+        notes.append("a CPU's speed differs more than a GPU's: a step may well take three times as long")
+        ranks, cores = forecast.machine.ranks_of_node, len(os.sched_getaffinity(0))
+        if forecast.machine.is_this and ranks > cores:
+            notes.append(f"{ranks} processes would share {cores} cores, and are planned as if each had one")
     return errors, notes
 
 
@@ -42,8 +46,8 @@ def _batch(forecast: Forecast) -> list[str]:
     batch, ranks = forecast.config.training.global_batch_size, forecast.machine.ranks
     if ranks > batch:
         return [
-            f"{ranks} ranks are more than the {batch} pairs of training.global_batch_size, so some would have none; "
-            f"take {batch} ranks at most, or raise it"
+            f"{ranks} ranks are more than the {batch} pairs of training.global_batch_size, so some would have none and "
+            f"no figure above holds; take {batch} ranks at most, or raise it"
         ]
     single = forecast.config.strategy == "single" and ranks > 1
     return [f"strategy single is one process, and {ranks} are planned; set strategy=ddp"] if single else []
@@ -77,7 +81,7 @@ def _memory(forecast: Forecast) -> list[str]:
     gpu = forecast.machine.gpu
     assert gpu is not None
     needed = (
-        f"{_gigabytes(chosen.memory)} GB a rank, above the {budget / 1e9:.0f} GB ({USABLE_SHARE:.0%}) of {gpu.name}"
+        f"{_gigabytes(chosen.memory)} GB a rank, above the {budget / 1e9:.1f} GB ({USABLE_SHARE:.0%}) of {gpu.name}"
     )
     if chosen.largest_mini_batch:
         what = f"mini-batches of {chosen.largest_mini_batch} at most"
@@ -92,7 +96,7 @@ def _memory(forecast: Forecast) -> list[str]:
 
 
 def _gigabytes(memory: Memory) -> str:
-    return f"{memory.total_bytes / 1e9:.0f}"
+    return f"{memory.total_bytes / 1e9:.1f}"
 
 
 def _attention(config: RunConfig) -> str | None:

@@ -20,7 +20,6 @@ from farnear.launching.step_time import (
 )
 from farnear.wording import counted
 
-GIB = 2**30
 WIDTH = 120
 
 
@@ -53,7 +52,7 @@ def _where(forecast: Forecast) -> str:
             f"{counted(machine.ranks, 'process', 'processes')} on a CPU, {counted(machine.cores_of_rank, 'core')} each"
         )
     nodes = f" on {machine.nodes} nodes" if machine.nodes > 1 else ""
-    return f"{machine.ranks} x {machine.gpu.name}{nodes} ({machine.gpu.memory_bytes / GIB:.0f} GiB each)"
+    return f"{machine.ranks} x {machine.gpu.name}{nodes} ({_size(machine.gpu.memory_bytes)} each)"
 
 
 def _facts(forecast: Forecast) -> list[tuple[str, str]]:
@@ -124,7 +123,8 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
         if isinstance(value, dict) and value:
             yield from _flat(value, f"{prefix}{key}.")
         else:
-            yield prefix + key, value
+            # Intervals are numbers of steps or shares of all.
+            yield prefix + key, int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _auto(forecast: Forecast) -> str:
@@ -158,7 +158,7 @@ def _memory(forecast: Forecast) -> Iterator[str]:
     totals = [sum(of_moment[moment] for of_moment in table.values()) for moment in MOMENTS]
     yield f"  {'together':<26}" + "".join(f"{_size(size):>11}" for size in totals)
     if machine.gpu is None:
-        yield f"  peak: {_size(memory.total_bytes)}, as malloc keeps small blocks of all moments in its heap"
+        yield f"  peak: {_size(memory.total_bytes)}: on a CPU little of what one moment gives back serves the next"
     else:
         usable = f"{USABLE_SHARE:.0%} of the {_size(machine.gpu.memory_bytes)} of {machine.gpu.name}"
         yield f"  peak: {_size(memory.total_bytes)}, in {memory.moment}; {usable} can be used"
@@ -177,6 +177,8 @@ def _strategies(forecast: Forecast) -> Iterator[str]:
     for one in forecast.strategies:
         marks = [*(["chosen"] if one is forecast.chosen else []), *(["cheapest that fits"] if one is cheapest else [])]
         yield _row(one, forecast) + (f"  <- {', '.join(marks)}" if marks else "")
+    if on_gpu:
+        yield "cheapest: the shortest step of those that fit. all: the batch has no more for a rank"
     sent = forecast.chosen.network.sent
     if sent:
         parts = ", ".join(f"{name.replace('_', ' ')} {_size(size)}" for name, size in sent.items())
@@ -207,7 +209,8 @@ def _time(forecast: Forecast) -> list[tuple[str, str]]:
         peak = machine.gpu.bf16_flops * (1.0 if half else FP32_SHARE)
         link = f"{machine.gpu.link} {machine.gpu.link_bandwidth / 1e9:.0f} GB/s"
         if machine.nodes > 1:
-            link = f"{machine.node_bandwidth / 1e9:.0f} GB/s a rank between nodes (--node-bandwidth)"
+            between = machine.ranks_of_node * machine.node_bandwidth / 1e9
+            link += f", {between:.0f} GB/s a node to others (--node-bandwidth)"
         model = (
             f"{UTILISATION:.0%} of {peak / 1e12:.0f} TFLOP/s assumed, memory {machine.gpu.memory_bandwidth / 1e12:.2f} "
             f"TB/s, {LINK_SHARE:.0%} of {link} assumed; parts one after the other, none hidden"

@@ -34,6 +34,8 @@ LEAST_LEAD_SECONDS = 60
 UNKNOWN_LEAD_SECONDS = 300
 """Where nothing is known about the model or its saves."""
 
+_NO_CLUSTER = ("configuration source", "Unable to contact", "Connection refused")
+
 # Of saves and steps, whose times vary: the longest of the last ones, and as much again.
 _LAST = 50
 _SPARE_SECONDS = 30
@@ -55,6 +57,8 @@ def submit(run_file: Path, overrides: Sequence[str], *, nodes: int, dry_run: boo
     folder = RunFolder(Path(config.output_dir))
     check_start(folder.path, "auto")
     _refuse_wrong_ranks(config, nodes)
+    for note in _notes(config):
+        print(f"note: {note}", file=sys.stderr)
     seconds = plan(config, run_file, nodes) if planned else None
     script = job_script(config, run_file, overrides, nodes, seconds)
     if dry_run:
@@ -69,6 +73,8 @@ def submit(run_file: Path, overrides: Sequence[str], *, nodes: int, dry_run: boo
     ended = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True)
     if ended.returncode != 0:
         why = " ".join(ended.stderr.split()).replace("sbatch: error: ", "")
+        if any(words in why for words in _NO_CLUSTER):
+            raise UserError(f"no SLURM cluster answers here ({why}); submit from a login node")
         raise UserError(f"SLURM refuses the job: {why}; mend section slurm of the run file (the script is {path})")
     job = ended.stdout.strip().partition(";")[0]
     print(f"job {job} submitted; its script is {path}")
@@ -91,8 +97,8 @@ def plan(config: RunConfig, run_file: Path, nodes: int) -> float | None:
 
     quiet_libraries()
     ranks = _ranks_per_node(config) or (None if config.num_processes else 1)
+    machine = planned_machine(config, kind=config.slurm.gpu_type or "cpu", ranks_of_node=ranks, nodes=nodes)
     try:
-        machine = planned_machine(config, kind=config.slurm.gpu_type or "cpu", ranks_of_node=ranks, nodes=nodes)
         planned = forecast(config, run_file, machine)
     except UserError as error:
         print(f"not planned: {error}", file=sys.stderr)
@@ -112,7 +118,7 @@ def job_script(
         save_seconds: As a plan foresees it.
     """
     text = (resource_root() / "slurm" / "train.sbatch").read_text(encoding="utf-8")
-    directives = "".join(f"#SBATCH {line}\n" for line in _directives(config, nodes, save_seconds))
+    directives = "".join(f"#SBATCH {_quoted(option)}\n" for option in _options(config, nodes, save_seconds))
     text = _replaced(r"(^#SBATCH .*\n)+", directives, text)
     settings = "\n".join(["# What this run and this cluster need.", *_settings(config, run_file, overrides)])
     text = _replaced(r"^# What this run and this cluster need\.\n(.+\n)+", f"{settings}\n", text)
@@ -134,9 +140,21 @@ def lead_seconds(folder: RunFolder, save_seconds: float | None = None) -> int:
     return max(LEAST_LEAD_SECONDS, round(2 * (save + max(steps, default=0.0)) + _SPARE_SECONDS))
 
 
+def _notes(config: RunConfig) -> Iterator[str]:
+    """What a cluster would take in another way than is probably meant."""
+    slurm = config.slurm
+    asked = " ".join(slurm.options)
+    if not slurm.gpus_per_node and not slurm.gres and "--gpus" not in asked and "--gres" not in asked:
+        yield "no GPU is asked for; slurm.gpus_per_node does"
+    if not slurm.cpus_per_task and "--cpus-per" not in asked and "--exclusive" not in asked:
+        yield "most clusters give all ranks and data workers of a node one core unless slurm.cpus_per_task says more"
+
+
 def _refuse_wrong_ranks(config: RunConfig, nodes: int) -> None:
     if config.strategy == "single" and nodes > 1:
         raise UserError(f"strategy single is one process and has no use for {nodes} nodes; set strategy=ddp")
+    if "\n" in config.output_dir:
+        raise UserError("output_dir holds a line break, which the job's script cannot; set another output_dir")
     ranks = _ranks_per_node(config)
     if ranks is not None and config.num_processes not in (None, ranks * nodes):
         raise UserError(
@@ -155,8 +173,8 @@ def _ranks_per_node(config: RunConfig) -> int | None:
     return 1 if config.strategy == "single" else config.slurm.ranks_per_node or config.slurm.gpus_per_node
 
 
-def _directives(config: RunConfig, nodes: int, save_seconds: float | None) -> Iterator[str]:
-    """Options of sbatch, one a line."""
+def _options(config: RunConfig, nodes: int, save_seconds: float | None) -> Iterator[str]:
+    """Options of sbatch."""
     slurm, folder = config.slurm, RunFolder(Path(config.output_dir))
     yield f"--job-name={_job_name(folder)}"
     yield f"--nodes={nodes}"
@@ -169,8 +187,18 @@ def _directives(config: RunConfig, nodes: int, save_seconds: float | None) -> It
     yield "--requeue"
     yield "--open-mode=append"
     yield f"--chdir={os.getcwd()}"
-    yield f"--output={_logs(folder)}/%j.log"
+    # A % begins a pattern, as in %j.
+    yield f"--output={str(_logs(folder)).replace('%', '%%')}/%j.log"
     yield from slurm.options
+
+
+def _quoted(option: str) -> str:
+    """An option as sbatch reads it from a script: it knows quotes and backslashes, and no variables."""
+    name, equals, value = option.partition("=")
+    if not re.search(r"[\s'\"\\#]", value):
+        return option
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'{name}{equals}"{escaped}"'
 
 
 def _settings(config: RunConfig, run_file: Path, overrides: Sequence[str]) -> Iterator[str]:

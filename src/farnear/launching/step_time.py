@@ -56,9 +56,16 @@ class Machine:
         return CPU_LINK if self.gpu is None else self.gpu.link_bandwidth
 
     @property
-    def link_bandwidth(self) -> float:
-        """Of the slowest link."""
-        return min(self.bandwidth_in_node, self.node_bandwidth) if self.nodes > 1 else self.bandwidth_in_node
+    def ring_bandwidth(self) -> float:
+        """Of a ring over all ranks, which enters and leaves each node once, over all of its cards together."""
+        if self.nodes == 1:
+            return self.bandwidth_in_node
+        return min(self.bandwidth_in_node, self.node_bandwidth * self.ranks_of_node)
+
+    @property
+    def bandwidth_over_nodes(self) -> float:
+        """Of a ring over one rank of each node, while the node's other ranks have rings of their own."""
+        return min(self.bandwidth_in_node, self.node_bandwidth)
 
     def flops(self, *, half_precision: bool) -> float:
         """That a rank reaches, a second."""
@@ -98,11 +105,19 @@ class Work:
 
 @dataclass(frozen=True)
 class Network:
-    """Bytes of a step that a rank sends, by what they are about, and those that travel to it, within its node apart."""
+    """Bytes of a step.
+
+    Attributes:
+        sent: What a rank hands to collectives, by what it is about.
+        travelling: That reach it in rings over all ranks.
+        within_node: In rings over the ranks of its node.
+        over_nodes: In rings over one rank of each node.
+    """
 
     sent: dict[str, int]
     travelling: float
     within_node: float = 0.0
+    over_nodes: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -145,7 +160,8 @@ def network_of(strategy: str, holding: Holding, work: Work, ranks: int, ranks_of
     # A copy of the model on each node: only reduced shards go between nodes.
     copies = ranks // spread_over
     sent["reductions"] += reduced // spread_over
-    return Network(sent, travelling + 2 * reduced / spread_over * (copies - 1) / copies, within_node=among_owners)
+    over_nodes = 2 * reduced / spread_over * (copies - 1) / copies
+    return Network(sent, travelling, within_node=among_owners, over_nodes=over_nodes)
 
 
 def _exchange(work: Work, ranks: int) -> tuple[int, int]:
@@ -174,7 +190,11 @@ def step_time(
     return StepTime(
         compute=work.flops / machine.flops(half_precision=half_precision),
         optimizer=optimizer,
-        network=(network.travelling / machine.link_bandwidth + network.within_node / machine.bandwidth_in_node)
+        network=(
+            network.travelling / machine.ring_bandwidth
+            + network.within_node / machine.bandwidth_in_node
+            + network.over_nodes / machine.bandwidth_over_nodes
+        )
         / LINK_SHARE,
     )
 

@@ -170,8 +170,9 @@ def find_config(config: ModelConfig, run_file: Path) -> Path:
         if (place / "config.json").is_file():
             return place
     raise UserError(
-        f"the config.json of model {name} is neither in the hub's cache here nor beside the run file, and nothing can "
-        f"be planned without it; put it into {run_file.parent / last.lower()}/config.json"
+        f"there is no model folder {name} here, and the config.json of the hub's model of that name, by which memory "
+        "is planned, is neither in the hub's cache nor beside the run file; correct model.name_or_path, or put it into "
+        f"{run_file.parent / last.lower()}/config.json"
     )
 
 
