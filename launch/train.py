@@ -18,8 +18,9 @@ from farnear.cli import train_command
 from farnear.rank_logs import log_to_own_file
 
 if __name__ == "__main__":
-    terminal = log_to_own_file()
+    terminal = None
     try:
+        terminal = log_to_own_file()
         code = train_command(sys.argv[1:])
     except Exception:
         traceback.print_exc()

@@ -19,7 +19,7 @@ from tiny_runs import make_inputs, run_tree
 
 from farnear import outcome, resources
 from farnear.cli import train_command
-from farnear.errors import RunStoppedError, UserError
+from farnear.errors import RunInterruptedError, RunStoppedError, UserError
 from farnear.launching import local, supervision
 from farnear.launching.local import accelerate_command, launch, python_command
 from farnear.launching.supervision import supervise
@@ -114,7 +114,7 @@ def test_launch_runs_the_accelerate_config_of_the_strategy(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     started: list[list[str]] = []
-    monkeypatch.setattr(local, "supervise", lambda command, _: started.append(command) or 0)
+    monkeypatch.setattr(local, "supervise", lambda command, _, **__: started.append(command) or 0)
     run_file = write_run_file(**keys)
     assert launch(run_file, **{"overrides": [], **options}) == 0  # type: ignore[arg-type]
     [command] = started
@@ -129,7 +129,7 @@ def test_launch_runs_strategy_single_without_a_launcher(
     write_run_file: WriteRunFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[list[str]] = []
-    monkeypatch.setattr(local, "supervise", lambda command, _: started.append(command) or 0)
+    monkeypatch.setattr(local, "supervise", lambda command, _, **__: started.append(command) or 0)
     run_file = write_run_file(strategy="single")
     assert launch(run_file, ["seed=3"]) == 0
     assert [Path(word).name for word in started[0][1:]] == ["-u", "train.py", "run.yaml", "seed=3"]
@@ -142,7 +142,7 @@ def test_launch_runs_strategy_single_without_a_launcher(
 def test_launch_says_that_a_model_is_no_folder_here(
     write_run_file: WriteRunFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(local, "supervise", lambda command, _: 0)
+    monkeypatch.setattr(local, "supervise", lambda command, _, **__: 0)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     launch(write_run_file(model={"name_or_path": "runs/tiny"}), [])
@@ -154,7 +154,7 @@ def test_launch_says_that_a_model_is_no_folder_here(
 def test_launch_refuses_what_cannot_start(
     write_run_file: WriteRunFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local, "supervise", lambda command, _: pytest.fail("processes were started"))
+    monkeypatch.setattr(local, "supervise", lambda command, _, **__: pytest.fail("processes were started"))
     with pytest.raises(UserError, match=r"accelerate config .*my.yaml cannot be read \(No such file"):
         launch(write_run_file(), [], config_file=tmp_path / "my.yaml")
     with pytest.raises(UserError, match="did you mean 'seed'"):
@@ -309,6 +309,37 @@ def test_a_signal_ends_launcher_and_ranks(number: signal.Signals, program: RunPr
     assert text == f"farnear: stopped by {number.name}; no process is left\n"
     assert _ends(rank, seconds=0.5)
     assert not list(tmp_path.glob("farnear-*"))
+
+
+def test_a_save_that_is_asked_for_before_there_are_ranks_is_a_stop_in_good_order(
+    program: RunProgram, tmp_path: Path, write_run_file: WriteRunFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = program("os.kill(os.getppid(), signal.SIGUSR1)", "time.sleep(60)")
+    with pytest.raises(RunInterruptedError, match="SIGUSR1 before the training began, with nothing to save"):
+        supervise(command)
+    monkeypatch.setattr(local, "python_command", lambda _: (["shown"], command))
+    with pytest.raises(RunInterruptedError):
+        launch(write_run_file(strategy="single"), [])
+    status = read_status(RunFolder(tmp_path / "run"))
+    assert status is not None
+    assert (status["state"], status["exit_code"], status["checkpoint"]) == ("stopped", 75, None)
+
+
+def test_ranks_that_have_nothing_left_to_save_are_not_waited_for(program: RunProgram) -> None:
+    """A signal is passed on to a rank that hangs, while the run has failed on another machine."""
+    command = program(
+        "from farnear.outcome import announce",
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)",
+        "announce()",
+        "os.kill(os.getppid(), signal.SIGTERM)",
+        "time.sleep(60)",
+    )
+    started = time.monotonic()
+    assert supervise(command, has_failed=lambda: True) == 128 + signal.SIGTERM
+    assert time.monotonic() - started < 5
+    started = time.monotonic()
+    assert supervise(command, seconds=3) == 128 + signal.SIGTERM
+    assert time.monotonic() - started > 3
 
 
 def test_a_killed_launcher_takes_its_child_along(program: RunProgram, tmp_path: Path) -> None:
@@ -483,7 +514,7 @@ def test_a_launch_that_never_had_the_folder_does_not_speak_for_the_run_in_it(
     tmp_path: Path, write_run_file: WriteRunFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = RunFolder(tmp_path / "run")
-    monkeypatch.setattr(local, "supervise", lambda command, _: 130)
+    monkeypatch.setattr(local, "supervise", lambda command, _, **__: 130)
     with claimed(folder):
         write_status(folder, "running", step=3)
         assert launch(write_run_file(), [], resume="auto") == 130

@@ -6,6 +6,7 @@ system, as machines of a cluster do. Making them takes root; where it is not all
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ranks import free_port
 from test_slurm import losses, set_pace
 from tiny_runs import make_inputs, run_tree
 
@@ -90,6 +92,23 @@ def test_gloo_is_given_the_interface_that_leads_to_machine_0(monkeypatch: pytest
         interface_towards("no-such-host.invalid", 29500)
     monkeypatch.setattr(nodes_module.psutil, "net_if_addrs", dict)
     assert interface_towards("127.0.0.1", 29500) is None
+
+
+def test_machines_wait_for_machine_0_and_say_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    port = free_port()
+    monkeypatch.setattr(nodes_module, "SECONDS_OF_SILENCE", 0.0)
+    monkeypatch.setattr(nodes_module, "SECONDS_TO_COME", 0.5)
+    with pytest.raises(UserError, match=f"machine 0 did not come to 127.0.0.1:{port} within"):
+        Nodes(2, 1, "127.0.0.1", port).meet()
+    assert capsys.readouterr().out == f"waiting for machine 0 at 127.0.0.1:{port}\n"
+    Nodes(2, 0, "127.0.0.1", port).meet()
+    with socket.create_server(("127.0.0.1", port)):
+        Nodes(2, 1, "127.0.0.1", port).meet()
+        with pytest.raises(UserError, match=rf"port {port} of this machine cannot be used.*two machines are number 0"):
+            Nodes(2, 0, "127.0.0.1", port).meet()
+    Nodes().meet()
 
 
 @pytest.mark.parametrize(

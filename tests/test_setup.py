@@ -67,7 +67,7 @@ def test_a_wheel_carries_what_launchers_read(tmp_path: Path) -> None:
     program = (
         f"import sys; sys.path.insert(0, {str(site)!r})\n"
         "from farnear.launching import local\n"
-        "local.supervise = lambda command, environment: 0\n"
+        "local.supervise = lambda command, environment, **_: 0\n"
         "from farnear.cli import main\n"
         "sys.exit(main(['launch', 'run.yaml', 'strategy=zero2']))\n"
     )

@@ -10,10 +10,18 @@ from typing import Any
 import pytest
 from conftest import WriteRunFile
 
+import farnear
 from farnear.cli import main
-from farnear.config import parse_config
+from farnear.config import load_config, parse_config
 from farnear.errors import UserError
-from farnear.launching.slurm import LEAST_LEAD_SECONDS, UNKNOWN_LEAD_SECONDS, job_script, lead_seconds, submit
+from farnear.launching.slurm import (
+    LEAST_LEAD_SECONDS,
+    UNKNOWN_LEAD_SECONDS,
+    job_script,
+    lead_seconds,
+    seconds_of,
+    submit,
+)
 from farnear.run_folder import RunFolder
 from farnear.status import write_status
 
@@ -22,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def script(*overrides: str, nodes: int = 2, **keys: Any) -> str:
     tree = {"output_dir": "runs/my run", "model": {"name_or_path": "m"}, "data": {"train": "a.tar"}, **keys}
-    return job_script(parse_config(tree), Path("run file.yaml"), list(overrides), nodes)
+    return job_script(parse_config(tree), ["run file.yaml", *overrides], nodes)
 
 
 def directives(text: str) -> list[str]:
@@ -59,7 +67,7 @@ def test_the_script_asks_for_what_the_run_file_says() -> None:
 
 def test_words_reach_the_nodes_as_they_were_typed(tmp_path: Path) -> None:
     text = script("loss.matryoshka_dims=[64, 16]", "output_dir=it's", slurm={"container": "img", "setup": "module x"})
-    settings = text[text.index("# What this run") : text.index("set -uo pipefail")]
+    settings = text[text.index("# What this run") : text.index("# Whatever the lines above")]
     assert "module x\n" in settings
     assert "activate" not in settings
     (tmp_path / "settings.sh").write_text(settings.replace("module x", "SLURM_JOB_ID=7"))
@@ -86,7 +94,7 @@ def test_options_are_quoted_as_sbatch_reads_them() -> None:
 def test_the_script_is_one_that_bash_and_a_person_can_read() -> None:
     text = script("seed=1", slurm={"setup": "module load cuda\nsource env.sh\n", "offline": True})
     subprocess.run(["bash", "-n"], input=text, text=True, check=True)
-    assert "#   farnear submit 'run file.yaml' seed=1 --nodes 2\n" in text
+    assert f"#   by farnear {farnear.__version__} submit, for 2 nodes\n" in text
     assert "\nmodule load cuda\nsource env.sh\nexport HF_HUB_OFFLINE=1\nset -- 'run file.yaml' seed=1\n" in text
     assert max(map(len, text.splitlines())) <= 160
     assert f"source {sys.prefix}/bin/activate\n" in script()
@@ -111,6 +119,19 @@ def test_the_signal_comes_as_early_as_saves_and_steps_have_taken(tmp_path: Path)
         file.write('{"step": 51, "sec')
     assert lead_seconds(folder) == 2 * 50 + 30
     assert "--signal=USR1@130" in script(output_dir=str(tmp_path))
+    # A short job keeps half of its time, and SLURM takes 65535 seconds at most.
+    assert "--signal=USR1@60\n" in script(output_dir=str(tmp_path), slurm={"time": "00:02:00"})
+    write(folder.saves, {"step": 1, "seconds": 1e9})
+    assert lead_seconds(folder) == 65535
+    for damaged in ("5\n[]\n{}\n", '{"seconds": "a"}\n', '{"seconds": NaN}\nnull\n', '{"seconds": {"data": "x"}}\n'):
+        for path in (folder.saves, folder.metrics):
+            path.write_text(damaged)
+        assert lead_seconds(folder) == UNKNOWN_LEAD_SECONDS
+
+
+def test_times_are_read_as_slurm_reads_them() -> None:
+    times = ("90", "1:30", "24:00:00", "2-1", "2-01:30", "1-00:00:05")
+    assert [seconds_of(time) for time in times] == [5400, 90, 86400, 176400, 178200, 86405]
 
 
 @pytest.mark.parametrize(
@@ -123,6 +144,8 @@ def test_the_signal_comes_as_early_as_saves_and_steps_have_taken(tmp_path: Path)
             "num_processes=8, but 2 nodes with 8 ranks each are 16",
         ),
         ({"slurm": {"gpus_per_node": 8}}, 16, "128 ranks would share 64 pairs"),
+        ({"slurm": {"time": 5, "signal_seconds": 300}}, 1, r"signal_seconds is 300, and the whole job has 300 s"),
+        ({"output_dir": "a\ntouch b"}, 1, "output_dir holds characters that no line of a script can"),
     ],
 )
 def test_a_run_that_cannot_be_spread_so_is_refused(
@@ -137,6 +160,7 @@ def test_a_run_that_cannot_be_spread_so_is_refused(
     [
         ({"time": "a day"}, r"slurm\.time: minutes, HH:MM:SS or D-HH:MM:SS, not 'a day'"),
         ({"options": ["exclusive"]}, "options of sbatch begin with a dash"),
+        ({"account": "a\ntouch b"}, r"slurm\.account: a single line, not 'a\\ntouch b'"),
         ({"container_mounts": "/a:/a"}, "container_mounts is set, but container is not"),
         ({"gpus": 8}, r"slurm\.gpus is not a key of farnear: slurm\.gpus_per_node counts the GPUs of each node"),
         ({"gpu_per_node": 8}, r"unknown key 'slurm\.gpu_per_node'; did you mean 'slurm\.gpus_per_node'"),
@@ -172,7 +196,9 @@ def test_without_slurm_and_when_slurm_refuses_it_is_told(
     (tmp_path / "sbatch").write_text('#!/bin/sh\necho "123;cluster"')
     assert main(["submit", str(write_run_file()), "seed=7"]) == 0
     assert capsys.readouterr().out.startswith("job 123 submitted")
-    assert "seed=7" in (tmp_path / "run" / "submit.sbatch").read_text()
+    # What is trained is what was submitted, whatever becomes of the run file.
+    assert load_config(tmp_path / "run" / "submit.yaml").seed == 7
+    assert f"set -- {tmp_path}/run/submit.yaml\n" in (tmp_path / "run" / "submit.sbatch").read_text()
 
 
 def test_what_the_plan_foresees_is_told_and_not_submitted(capsys: pytest.CaptureFixture[str]) -> None:
@@ -196,8 +222,8 @@ def test_status_tells_how_a_run_stands(
 ) -> None:
     path = write_run_file()
 
-    def told(*options: str) -> str:
-        assert main(["status", str(path), *options]) == 0
+    def told() -> str:
+        assert main(["status", str(path)]) == 0
         return capsys.readouterr().out
 
     folder = RunFolder(tmp_path / "run")
@@ -205,7 +231,9 @@ def test_status_tells_how_a_run_stands(
     (folder.checkpoints / "step-00000012").mkdir(parents=True)
     write_status(folder, "stopped", reason="stopped by SIGUSR1 at rank 0 after step 12", exit_code=75)
     assert told() == "stopped step-00000012 stopped by SIGUSR1 at rank 0 after step 12\n"
-    assert told("--since", "2999-01-01T00:00:00Z") == ""
-    assert told("--since", "2020-01-01T00:00:00Z").startswith("stopped step-00000012")
+    write_status(folder, "failed", reason="two\nlines \x1b[2J")
+    assert told() == "failed step-00000012 two lines \\x1b[2J\n"
+    folder.status.write_text("{}")
+    assert told() == "unknown -\n"
     write_status(folder, "running", step=13)
     assert told() == "running step-00000012\n"

@@ -92,6 +92,13 @@ def positive(word: str) -> int:
     return int(word)
 
 
+def port(word: str) -> int:
+    """A TCP port."""
+    if not word.isdecimal() or not 1 <= int(word) <= 65535:
+        raise argparse.ArgumentTypeError(f"'{word}' is not a port, a number from 1 to 65535")
+    return int(word)
+
+
 def size(word: str) -> tuple[int, int]:
     """Width and height in pixels, written WIDTHxHEIGHT."""
     width, cross, height = word.partition("x")

@@ -23,6 +23,9 @@ def published(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(fresh, path)
+    except OSError as error:
+        # A full disk does not say where.
+        raise error if error.filename else OSError(error.errno, error.strerror, str(path)) from error
     finally:
         fresh.unlink(missing_ok=True)
     sync(path.parent)

@@ -100,6 +100,11 @@ class RunFolder:
         return self.path / "hang"
 
     @property
+    def submitted(self) -> Path:
+        """The resolved run file of the newest job that was submitted."""
+        return self.path / "submit.yaml"
+
+    @property
     def summary(self) -> Path:
         """The run in a few figures; it exists when the run is done."""
         return self.path / "summary.json"

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from farnear.command_line import Parser, add_run_arguments, positive
+from farnear.command_line import Parser, add_run_arguments, port, positive
 
 
 def add_launch(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -28,7 +28,7 @@ def add_launch(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument("--machine_rank", type=int, default=0, help="which of them this is, from 0")
     parser.add_argument("--main_process_ip", metavar="ADDRESS", default="", help="address of machine 0")
     parser.add_argument(
-        "--main_process_port", metavar="PORT", type=positive, help="a port that is free there (default: 29500)"
+        "--main_process_port", metavar="PORT", type=port, help="a port that is free there (default: 29500)"
     )
     parser.add_argument("--log_dir", type=Path, help="a folder in which each rank gets a log, rank-00000.log, ...")
     parser.set_defaults(command=_launch)

@@ -1,4 +1,4 @@
-"""`farnear status`: how a run stands or has ended, for a person and for the script that started it."""
+"""`farnear status`: how a run stands or has ended."""
 
 import argparse
 import sys
@@ -16,7 +16,6 @@ def add_status(commands: "argparse._SubParsersAction[Parser]") -> None:
         epilog="example:\n  farnear status run.yaml output_dir=runs/second",
     )
     add_run_arguments(parser, resumes=False)
-    parser.add_argument("--since", metavar="TIME", help="look at nothing older, such as 2026-11-22T01:00:00Z")
     parser.set_defaults(command=_status)
 
 
@@ -26,12 +25,13 @@ def _status(arguments: argparse.Namespace) -> int:
     from farnear.config import load_config
     from farnear.run_folder import RunFolder
     from farnear.status import read_status
+    from farnear.wording import printable
 
     folder = RunFolder(Path(load_config(arguments.run_file, arguments.overrides).output_dir))
     status = read_status(folder)
-    if status is not None and (arguments.since is None or str(status.get("time")) >= arguments.since):
-        words = (status.get("state"), status.get("checkpoint") or "-", status.get("reason") or "")
-        print(" ".join(map(str, words)).rstrip())
-    else:
-        print(f"nothing has run in {folder.path}{' since then' if arguments.since else ''}", file=sys.stderr)
+    if status is None:
+        print(f"nothing has run in {folder.path}", file=sys.stderr)
+        return 0
+    words = [str(status.get("state", "unknown")), str(status.get("checkpoint") or "-"), str(status.get("reason") or "")]
+    print(printable(" ".join(" ".join(words).split())))
     return 0

@@ -23,7 +23,7 @@ from farnear.launching.supervision import supervise
 from farnear.rank_logs import LOG_DIR
 from farnear.resources import resource_root
 from farnear.run_folder import Resume, RunFolder, check_start, claimed, published_checkpoints
-from farnear.status import write_failure
+from farnear.status import read_status, write_failure, write_status
 from farnear.wording import counted
 
 SECONDS_TO_LET_GO = 2.0
@@ -85,11 +85,20 @@ def launch(
         shown, run = accelerate_command(config.strategy, arguments, config_file, total, nodes)
     environment = {**threads_of_a_rank(ranks_here), **nodes.environment()}
     if log_dir is not None:
+        log_dir.mkdir(parents=True, exist_ok=True)
         environment[LOG_DIR] = os.path.abspath(log_dir)
     print(f"on {hardware}: {counted(ranks_here, 'rank')}{' here' if nodes.num_machines > 1 else ''}", flush=True)
     print(shlex.join(shown), flush=True)
     folder = RunFolder(Path(config.output_dir))
-    code = supervise(run, environment)
+    nodes.meet()
+    try:
+        code = supervise(run, environment, has_failed=lambda: _state(folder) == "failed")
+    except RunInterruptedError as stop:
+        # Ranks have noted it themselves, if there were any.
+        if _state(folder) not in ("stopped", "finished"):
+            with suppress(UserError), claimed(folder):
+                write_status(folder, "stopped", exit_code=stop.exit_code, reason=str(stop))
+        raise
     if code not in (0, RunInterruptedError.exit_code) and folder.lock.exists():
         # Another launch that holds the folder will speak for itself. What was killed may hold it for a moment still.
         with suppress(UserError), claimed(folder, seconds=SECONDS_TO_LET_GO):
@@ -103,6 +112,10 @@ def launch(
         )
         print(f"farnear: the same command {how}", file=sys.stderr)
     return code
+
+
+def _state(folder: RunFolder) -> str | None:
+    return (read_status(folder) or {}).get("state")
 
 
 def ranks_of_machine(config: RunConfig, nodes: Nodes, hardware: Hardware) -> int:

@@ -11,6 +11,7 @@ So it is given the interface from which the packets to machine 0 leave. NCCL loo
 
 import os
 import socket
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -20,6 +21,11 @@ from farnear.errors import UserError
 
 DEFAULT_PORT = 29500
 """torchrun's and accelerate's own."""
+
+SECONDS_TO_COME = 600.0
+"""That machines wait for machine 0, as torchrun does, who does not say so."""
+
+SECONDS_OF_SILENCE = 10.0
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,44 @@ class Nodes:
             *("--main_process_ip", self.main_process_ip, "--main_process_port", str(self.main_process_port)),
         ]
 
+    def meet(self) -> None:
+        """Wait until machine 0 is there, where this is another one; or see to it that the others can come.
+
+        Raises:
+            UserError: Machine 0 did not come, or its port is taken.
+        """
+        if self.num_machines == 1:
+            return
+        where = (self.main_process_ip, self.main_process_port)
+        if self.machine_rank == 0:
+            self._refuse_taken_port()
+            return
+        begun = time.monotonic()
+        told = False
+        while not _answers(where):
+            waited = time.monotonic() - begun
+            if waited > SECONDS_TO_COME:
+                raise UserError(
+                    f"machine 0 did not come to {self.main_process_ip}:{self.main_process_port} within "
+                    f"{SECONDS_TO_COME:.0f} s; start it, and check --main_process_ip and that no firewall is between"
+                )
+            if waited > SECONDS_OF_SILENCE and not told:
+                print(f"waiting for machine 0 at {self.main_process_ip}:{self.main_process_port}", flush=True)
+                told = True
+            time.sleep(1.0)
+
+    def _refuse_taken_port(self) -> None:
+        family = socket.AF_INET6 if ":" in self.main_process_ip else socket.AF_INET
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", self.main_process_port))
+            except OSError as error:
+                raise UserError(
+                    f"port {self.main_process_port} of this machine cannot be used ({error.strerror}): another run is "
+                    "there, or two machines are number 0; give all machines another --main_process_port"
+                ) from None
+
     def environment(self, given: Mapping[str, str] = os.environ) -> dict[str, str]:
         """Variables for the ranks, beside those that the user has set.
 
@@ -75,6 +119,14 @@ class Nodes:
             return {}
         interface = interface_towards(self.main_process_ip, self.main_process_port)
         return {"GLOO_SOCKET_IFNAME": interface} if interface else {}
+
+
+def _answers(where: tuple[str, int]) -> bool:
+    try:
+        socket.create_connection(where, timeout=5.0).close()
+    except OSError:
+        return False
+    return True
 
 
 def interface_towards(host: str, port: int) -> str | None:

@@ -10,6 +10,7 @@ the run's saves have taken so far, in `saves.jsonl` of its folder; before the fi
 """
 
 import json
+import math
 import os
 import re
 import shlex
@@ -21,7 +22,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from farnear.config import RunConfig, load_config
+import farnear
+from farnear.config import RunConfig, dump_config, load_config
 from farnear.errors import UserError
 from farnear.files import replace_text
 from farnear.resources import resource_root
@@ -30,6 +32,9 @@ from farnear.slurm_section import SlurmConfig
 
 LEAST_LEAD_SECONDS = 60
 """Before the end of the job."""
+
+MOST_LEAD_SECONDS = 65535
+"""That SLURM takes."""
 
 UNKNOWN_LEAD_SECONDS = 300
 """Where nothing is known about the model or its saves."""
@@ -56,32 +61,49 @@ def submit(run_file: Path, overrides: Sequence[str], *, nodes: int, dry_run: boo
     config = load_config(run_file, overrides)
     folder = RunFolder(Path(config.output_dir))
     check_start(folder.path, "auto")
-    _refuse_wrong_ranks(config, nodes)
+    _refuse_what_cannot_be(config, nodes)
     for note in _notes(config):
         print(f"note: {note}", file=sys.stderr)
     seconds = plan(config, run_file, nodes) if planned else None
-    script = job_script(config, run_file, overrides, nodes, seconds)
     if dry_run:
-        print(script, end="")
+        print(job_script(config, [str(run_file), *overrides], nodes, seconds), end="")
         return 0
     if shutil.which("sbatch") is None:
         raise UserError("there is no sbatch here, so no job can be submitted; run this on a login node, or --dry-run")
+    if (waiting := _jobs_called(_job_name(folder))) and folder.submitted.exists():
+        print(f"note: job {waiting} of this name is in the queue already", file=sys.stderr)
     logs = _logs(folder)
     logs.mkdir(parents=True, exist_ok=True)
+    # What is submitted is trained, whatever becomes of the run file until the job starts, or starts again.
+    replace_text(folder.submitted, dump_config(config))
     path = folder.path / "submit.sbatch"
-    replace_text(path, script)
-    ended = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True)
+    replace_text(path, job_script(config, [str(folder.submitted)], nodes, seconds))
+    job = _sbatch(path)
+    print(f"job {job} submitted; its script is {path}, what it trains {folder.submitted}")
+    print(f"  tail -F {shlex.quote(str(logs / f'{job}.log'))}")
+    print(f"  scancel --signal=USR1 {job}     saves, goes back into the queue and continues")
+    print(f"  scancel {job}                   saves and ends; the same command continues")
+    return 0
+
+
+def _sbatch(script: Path) -> str:
+    """Hand a script to SLURM; the job's id."""
+    ended = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True)
     if ended.returncode != 0:
         why = " ".join(ended.stderr.split()).replace("sbatch: error: ", "")
         if any(words in why for words in _NO_CLUSTER):
             raise UserError(f"no SLURM cluster answers here ({why}); submit from a login node")
-        raise UserError(f"SLURM refuses the job: {why}; mend section slurm of the run file (the script is {path})")
-    job = ended.stdout.strip().partition(";")[0]
-    print(f"job {job} submitted; its script is {path}")
-    print(f"  tail -F {logs / f'{job}.log'}")
-    print(f"  scancel --signal=USR1 {job}     saves, goes back into the queue and continues")
-    print(f"  scancel {job}                   saves and ends; the same command continues")
-    return 0
+        raise UserError(f"SLURM refuses the job: {why}; mend section slurm of the run file (the script is {script})")
+    return ended.stdout.strip().partition(";")[0]
+
+
+def _jobs_called(name: str) -> str:
+    """Ids of this user's jobs of a name; none where SLURM does not say."""
+    command = ["squeue", "--noheader", "--format=%i", f"--name={name}", f"--user={os.getuid()}"]
+    try:
+        return " ".join(subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.split())
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
 
 
 def plan(config: RunConfig, run_file: Path, nodes: int) -> float | None:
@@ -109,21 +131,21 @@ def plan(config: RunConfig, run_file: Path, nodes: int) -> float | None:
     return planned.save_seconds
 
 
-def job_script(
-    config: RunConfig, run_file: Path, overrides: Sequence[str], nodes: int, save_seconds: float | None = None
-) -> str:
+def job_script(config: RunConfig, words: Sequence[str], nodes: int, save_seconds: float | None = None) -> str:
     """The job's script.
 
     Args:
+        words: The run file and overrides, from the working folder.
         save_seconds: As a plan foresees it.
     """
     text = (resource_root() / "slurm" / "train.sbatch").read_text(encoding="utf-8")
-    directives = "".join(f"#SBATCH {_quoted(option)}\n" for option in _options(config, nodes, save_seconds))
-    text = _replaced(r"(^#SBATCH .*\n)+", directives, text)
-    settings = "\n".join(["# What this run and this cluster need.", *_settings(config, run_file, overrides)])
-    text = _replaced(r"^# What this run and this cluster need\.\n(.+\n)+", f"{settings}\n", text)
-    command = f"farnear submit {shlex.join([str(run_file), *overrides])} --nodes {nodes}"
-    return _replaced(r"^#\n(#   .*\n)+#\n", f"#\n#   {command}\n#\n", text)
+    options = "".join(f"#SBATCH {_quoted(option)}\n" for option in _options(config, nodes, save_seconds))
+    text = _replaced(r"(^#SBATCH .*\n)+", options, text)
+    settings = "\n".join(["# What this run and this cluster need.", *_settings(config, words)])
+    text = _replaced(r"^# What this run and this cluster need\..*\n(.+\n)+", f"{settings}\n", text)
+    return _replaced(
+        r"^#\n(#   .*\n)+#\n", f"#\n#   by farnear {farnear.__version__} submit, for {nodes} nodes\n#\n", text
+    )
 
 
 def lead_seconds(folder: RunFolder, save_seconds: float | None = None) -> int:
@@ -132,12 +154,20 @@ def lead_seconds(folder: RunFolder, save_seconds: float | None = None) -> int:
     Args:
         save_seconds: As a plan foresees it, for a run that has not saved yet; None where it is not known.
     """
-    saves = [record["seconds"] for record in _records(folder.saves)]
-    steps = [sum(record["seconds"].values()) for record in _records(folder.metrics)]
+    saves = [seconds for record in _records(folder.saves) if (seconds := _number(record.get("seconds")))]
+    steps = [_seconds_of_step(record) for record in _records(folder.metrics)]
     save = max(saves, default=save_seconds)
     if save is None:
         return UNKNOWN_LEAD_SECONDS
-    return max(LEAST_LEAD_SECONDS, round(2 * (save + max(steps, default=0.0)) + _SPARE_SECONDS))
+    return min(MOST_LEAD_SECONDS, max(LEAST_LEAD_SECONDS, round(2 * (save + max(steps, default=0.0)) + _SPARE_SECONDS)))
+
+
+def seconds_of(time: str) -> int:
+    """A time limit as SLURM reads it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S."""
+    days, dash, clock = time.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
+    return int(days or 0) * 86400 + sum(part * unit for part, unit in zip(parts, units, strict=False))
 
 
 def _notes(config: RunConfig) -> Iterator[str]:
@@ -150,11 +180,18 @@ def _notes(config: RunConfig) -> Iterator[str]:
         yield "most clusters give all ranks and data workers of a node one core unless slurm.cpus_per_task says more"
 
 
-def _refuse_wrong_ranks(config: RunConfig, nodes: int) -> None:
+def _refuse_what_cannot_be(config: RunConfig, nodes: int) -> None:
     if config.strategy == "single" and nodes > 1:
         raise UserError(f"strategy single is one process and has no use for {nodes} nodes; set strategy=ddp")
-    if "\n" in config.output_dir:
-        raise UserError("output_dir holds a line break, which the job's script cannot; set another output_dir")
+    for what, text in (("output_dir", config.output_dir), ("the working folder", os.getcwd())):
+        if not text.isprintable():
+            raise UserError(f"{what} holds characters that no line of a script can: {text!r}; use another")
+    limit, signal = seconds_of(config.slurm.time), config.slurm.signal_seconds
+    if signal is not None and signal >= limit:
+        raise UserError(
+            f"slurm.signal_seconds is {signal}, and the whole job has {limit} s (slurm.time: {config.slurm.time}), so "
+            "it would be told to save at its start; set it to less, or give the job more time"
+        )
     ranks = _ranks_per_node(config)
     if ranks is not None and config.num_processes not in (None, ranks * nodes):
         raise UserError(
@@ -183,7 +220,9 @@ def _options(config: RunConfig, nodes: int, save_seconds: float | None) -> Itera
     for name in named:
         if (value := getattr(slurm, name)) is not None:
             yield f"--{name.replace('_', '-')}={value}"
-    yield f"--signal=USR1@{slurm.signal_seconds or lead_seconds(folder, save_seconds)}"
+    # Half of a short job's time is left to it.
+    lead = slurm.signal_seconds or min(lead_seconds(folder, save_seconds), seconds_of(slurm.time) // 2)
+    yield f"--signal=USR1@{lead}"
     yield "--requeue"
     yield "--open-mode=append"
     yield f"--chdir={os.getcwd()}"
@@ -201,15 +240,16 @@ def _quoted(option: str) -> str:
     return f'{name}{equals}"{escaped}"'
 
 
-def _settings(config: RunConfig, run_file: Path, overrides: Sequence[str]) -> Iterator[str]:
+def _settings(config: RunConfig, words: Sequence[str]) -> Iterator[str]:
     """Shell lines."""
-    slurm = config.slurm
+    slurm, folder = config.slurm, RunFolder(Path(config.output_dir))
     yield from (slurm.setup.rstrip("\n") or _this_python()).split("\n")
     if slurm.offline:
         yield "export HF_HUB_OFFLINE=1"
-    yield f"set -- {shlex.join([str(run_file), *overrides])}"
+    yield f"set -- {shlex.join(words)}"
+    yield f"run_dir={shlex.quote(str(folder.path))}"
+    yield f"log_dir={shlex.quote(str(_logs(folder)))}/$SLURM_JOB_ID"
     yield f"ranks_per_node={_ranks_per_node(config) or '${SLURM_GPUS_ON_NODE:-1}'}"
-    yield f"log_dir={shlex.quote(str(_logs(RunFolder(Path(config.output_dir)))))}/$SLURM_JOB_ID"
     yield f"container=({' '.join(map(shlex.quote, _container(slurm)))})"
 
 
@@ -225,7 +265,7 @@ def _container(slurm: SlurmConfig) -> list[str]:
 def _this_python() -> str:
     """A line with which a node finds the Python that runs here."""
     activate = Path(sys.prefix, "bin", "activate")
-    if sys.prefix != sys.base_prefix and activate.exists():
+    if sys.prefix != sys.base_prefix and activate.exists():  # which has a `python`
         return f"source {shlex.quote(str(activate))}"
     return f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"
 
@@ -253,4 +293,14 @@ def _records(path: Path) -> list[dict[str, Any]]:
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines()[-_LAST:]:
             with suppress(ValueError):  # a kill came in the middle of it
                 records.append(json.loads(line))
-    return records
+    return [record for record in records if isinstance(record, dict)]
+
+
+def _seconds_of_step(record: dict[str, Any]) -> float:
+    phases = record.get("seconds")
+    return sum(map(_number, phases.values())) if isinstance(phases, dict) else 0.0
+
+
+def _number(value: Any) -> float:
+    """What a record says, if it is a number."""
+    return value if isinstance(value, (int, float)) and math.isfinite(value) else 0.0

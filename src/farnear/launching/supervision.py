@@ -7,6 +7,7 @@ outcome file in its environment, and that is how they are all found at the end, 
 Signals are for the ranks, which save and end with code 75: SIGINT, SIGTERM, SIGHUP and SIGUSR1 are passed on to them,
 and a second SIGINT ends them at once. torchrun would give them 30 seconds and then kill them, so it is told to handle
 none. Where a signal reaches every process, as SLURM's do, torchrun dies of it, and the ranks are waited for without it.
+Before there are ranks there is nothing to save: a SIGUSR1, by which a scheduler asks for a save, has been obeyed then.
 """
 
 import math
@@ -16,14 +17,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 import psutil
 
-from farnear.errors import UserError
+from farnear.errors import RunInterruptedError, UserError
 from farnear.outcome import OUTCOME_FILE, announced, read_outcome
 from farnear.processes import end_with_parent
 
@@ -35,7 +36,11 @@ SIGNALS_TO_END_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR
 
 
 def supervise(
-    command: Sequence[str], environment: Mapping[str, str] | None = None, *, seconds: float = math.inf
+    command: Sequence[str],
+    environment: Mapping[str, str] | None = None,
+    *,
+    seconds: float = math.inf,
+    has_failed: Callable[[], bool] = lambda: False,
 ) -> int:
     """Run a command whose processes report through an outcome file, and leave none of them behind.
 
@@ -43,12 +48,15 @@ def supervise(
         command: The program and its arguments.
         environment: Variables beside this process's own.
         seconds: That it may take.
+        has_failed: Asked once a signal is passed on: whether the run has failed elsewhere, so that there is nothing
+            that ranks here could still save.
 
     Returns:
         Its exit code, or 128 + the number of the signal that ended it or this process's wait for it.
 
     Raises:
         UserError: The first one that a rank met, or that the time is over.
+        RunInterruptedError: Also where a SIGUSR1 came before there were ranks.
     """
     with tempfile.TemporaryDirectory(prefix="farnear-") as folder, _signals_received() as received:
         outcome = Path(folder, "outcome.json")
@@ -68,7 +76,7 @@ def supervise(
         )
         at_once = is_late = False
         try:
-            at_once = _wait(child, outcome, received, time.monotonic() + seconds)
+            at_once = _wait(child, outcome, received, time.monotonic() + seconds, has_failed)
             is_late = child.poll() is None and not outcome.exists() and not received
             if outcome.exists():
                 time.sleep(SECONDS_FOR_OTHER_RANKS)
@@ -79,6 +87,10 @@ def supervise(
             raise error
         if is_late:
             raise UserError(f"the ranks did not end within {seconds:.0f} s and were ended; give them longer")
+        if received and received[0] == signal.SIGUSR1 and not announced(outcome):
+            raise RunInterruptedError(
+                "stopped by SIGUSR1 before the training began, with nothing to save; the same command continues"
+            )
         if received and child.returncode != 0:
             print(f"farnear: stopped by {received[0].name}; no process is left", file=sys.stderr)
             return 128 + received[0]
@@ -87,7 +99,13 @@ def supervise(
         return child.returncode if child.returncode >= 0 else 128 - child.returncode
 
 
-def _wait(child: subprocess.Popen[bytes], outcome: Path, received: Sequence[signal.Signals], deadline: float) -> bool:
+def _wait(
+    child: subprocess.Popen[bytes],
+    outcome: Path,
+    received: Sequence[signal.Signals],
+    deadline: float,
+    has_failed: Callable[[], bool],
+) -> bool:
     """Until the child has ended, a rank has told of an error, or time or a signal is to end them; whether at once."""
     passed_on = 0
     while (
@@ -105,6 +123,8 @@ def _wait(child: subprocess.Popen[bytes], outcome: Path, received: Sequence[sign
             if is_first:
                 words = "all ranks save and stop; another Ctrl-C (SIGINT) ends them at once"
                 print(f"farnear: {number.name}: {words}", file=sys.stderr, flush=True)
+        elif passed_on and has_failed():
+            return True
         time.sleep(SECONDS_BETWEEN_LOOKS)
     return False
 
