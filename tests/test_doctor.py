@@ -189,9 +189,11 @@ def test_an_old_package(tmp_path: Path) -> None:
 
 
 def test_too_few_open_files(folder: Path) -> None:
-    line = the_failure(told_inside("ulimit -n 64", run_file(folder), "--only", "files"), "files")
+    line = the_failure(told_inside("ulimit -Sn 64; ulimit -Hn 4096", run_file(folder), "--only", "files"), "files")
     assert "64 open files" in line
-    assert "ulimit -n 65536" in line
+    assert "; ulimit -n 4096 before the launch" in line
+    line = the_failure(told_inside("ulimit -n 64", run_file(folder), "--only", "files"), "files")
+    assert "; the hard limit is 64: a new shell or the administrator raises it" in line
 
 
 def test_too_little_shared_memory(folder: Path, in_a_mount_namespace: str) -> None:
@@ -259,6 +261,35 @@ def test_a_model_that_is_not_there(folder: Path, capsys: Capture) -> None:
     assert "farnear prefetch RUN.yaml" in line
 
 
+def test_what_needs_a_model_that_is_not_there_is_not_tried(
+    folder: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder that was mistyped is taken for a name on the hub, and there is no network to ask it."""
+    from huggingface_hub import HfApi, constants
+
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(HfApi, "model_info", unreachable)
+    path = run_file(folder, model={"name_or_path": "runs/nothing"})
+    result = told(capsys, path, "--only", "model,gradient,decode")
+    line = the_failure(result, "model")
+    assert "the hub cannot be asked (ConnectionError: Name or service not known)" in line
+    assert "no network here: farnear prefetch RUN.yaml where there is one" in line
+    assert "log in" not in line
+    for check in ("gradient", "decode"):
+        (line,) = result[1][check]
+        assert line.endswith("not measured: the model cannot be loaded here; mend that first")
+
+
+def test_too_many_workers_are_told_how_many_would_do(folder: Path, capsys: Capture) -> None:
+    cores = len(os.sched_getaffinity(0))
+    path = run_file(folder, strategy="ddp", num_processes=cores, data={"dataloader_num_workers": 2})
+    _, lines, _ = told(capsys, path, "--only", "ranks")
+    assert "data.dataloader_num_workers=" in lines["ranks"][0]
+
+
 def test_a_shard_that_is_missing(folder: Path, capsys: Capture) -> None:
     path = run_file(folder, data={"train": str(folder / "data" / "train-{000000..000001}.tar")})
     line = the_failure(told(capsys, path, "--only", "shards"), "shards")
@@ -274,6 +305,9 @@ def test_a_shard_that_was_cut_short(folder: Path, capsys: Capture, tmp_path: Pat
     line = the_failure(told(capsys, path, "--only", "index"), "index")
     assert f"{cut} at byte" in line
     assert "farnear shards verify" in line
+    _, lines, _ = told(capsys, path, "--only", "index,gradient,decode")
+    assert lines["gradient"] == ["note  gradient      not measured: see index"]
+    assert lines["decode"] == ["note  decode        not measured: see index"]
 
 
 # Seeded faults that ranks find

@@ -112,8 +112,10 @@ def error_of(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_after_prefetch_a_run_asks_nobody(
-    elsewhere: Elsewhere, go_offline: Any, capsys: pytest.CaptureFixture[str]
+    elsewhere: Elsewhere, go_offline: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name in ("HF_HOME", "HF_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
     run_file = elsewhere.run_file()
     commit = elsewhere.models.commit
     assert main(["prefetch", str(run_file)]) == 0
@@ -123,13 +125,16 @@ def test_after_prefetch_a_run_asks_nobody(
     assert f"its revision main may change; model.revision={commit} holds on to this one" in told
     assert "2 shards, " in told and "0 shards, 0 bytes, were there already" in told
     assert "training: 22 pairs in 1 shard" in told and "evaluation: 8 pairs" in told
+    assert told.count(" in 1 shard, nothing wrong with them\n") == 2
     assert told.endswith(f"HF_HUB_OFFLINE=1 farnear launch {run_file}\n")
     assert elsewhere.models.downloaded() == set(elsewhere.models.files) - {"pytorch_model.bin", "onnx/model.onnx"}
 
     # Once more, and nothing is downloaded.
     shards, files = elsewhere.objects.gets("eval.tar"), elsewhere.models.downloaded()
+    monkeypatch.setenv("HF_HOME", "/shared/h f")
     assert main(["prefetch", str(run_file), f"model.revision={commit}"]) == 0
     told = capsys.readouterr().out
+    assert "HF_HUB_OFFLINE=1 HF_HOME='/shared/h f' farnear launch" in told
     assert "0 files, 0 bytes, downloaded" in told and "may change" not in told and "0 shards, 0 bytes, downl" in told
     assert (elsewhere.objects.gets("eval.tar"), elsewhere.models.downloaded()) == (shards, files)
 

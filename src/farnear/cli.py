@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import farnear
@@ -45,6 +46,8 @@ def main(words: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGPIPE
     except (UserError, OSError) as error:
         mistake = as_user_error(error)
+    with suppress(OSError):  # where both go into one pipe, the mistake comes last
+        sys.stdout.flush()
     print(error_line(mistake), file=sys.stderr)
     return mistake.exit_code
 

@@ -92,10 +92,16 @@ def tell_index(name: str, index: "Index") -> None:
     from farnear.data.summary import ignored_members
 
     documents = f", {len(index.corpus_C):,} documents in corpus shards" if len(index.corpus_C) else ""
+    wrong = []
+    if index.faults:
+        wrong.append(
+            f"{counted(len(index.faults), 'fault')}, at least {counted(pairs_lost(index.faults), 'pair')} lost"
+        )
+    if index.ignored_members:
+        wrong.append(f"{ignored_members(index)} ignored")
     print(
-        f"{name}: {len(index):,} pairs{documents} in {counted(len(index.shards), 'shard')}, "
-        f"{counted(len(index.faults), 'fault')}, at least {counted(pairs_lost(index.faults), 'pair')} lost, "
-        f"{ignored_members(index)} ignored"
+        f"{name}: {counted(len(index), 'pair')}{documents} in {counted(len(index.shards), 'shard')}, "
+        f"{', '.join(wrong) or 'nothing wrong with them'}"
     )
     if index.faults:
         print(fault_table(index.faults))

@@ -6,6 +6,7 @@ is downloaded. Killed and started again, it goes on where it was.
 """
 
 import argparse
+import os
 import shlex
 import sys
 import time
@@ -17,7 +18,7 @@ from farnear.errors import UserError
 from farnear.wording import amount, counted
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from farnear.data.shard_store import ShardFacts, ShardStore
     from farnear.model.hub import HubFiles
@@ -94,9 +95,17 @@ def _prefetch(arguments: argparse.Namespace) -> int:
             tell_index(name, cached_index(shard_set, cache, store))
     if facts:
         add_known(cache, Known(listings, {url: RemoteFacts(of.size, of.etag) for url, of in facts.items()}))
-    again = shlex.join(["farnear", "launch", str(arguments.run_file), *arguments.overrides])
-    print(f"on nodes without a network: HF_HUB_OFFLINE=1 {again}", flush=True)
+    words = ["farnear", "launch", str(arguments.run_file), *arguments.overrides]
+    print(f"on nodes without a network: {' '.join(_variables(data.cache_dir))} {shlex.join(words)}", flush=True)
     return 0
+
+
+def _variables(cache_dir: str | None) -> "Iterator[str]":
+    """With which a run finds what was brought: nodes need not have those of this machine."""
+    yield "HF_HUB_OFFLINE=1"
+    for name in ("HF_HOME", "HF_HUB_CACHE", *(() if cache_dir else ("FARNEAR_CACHE",))):
+        if folder := os.environ.get(name):
+            yield f"{name}={shlex.quote(os.path.abspath(os.path.expanduser(folder)))}"
 
 
 def _bring_model(model: "ModelConfig", files: "HubFiles") -> None:

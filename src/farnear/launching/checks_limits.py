@@ -42,12 +42,18 @@ def ranks(subject: Subject) -> list[Finding]:
     what = f"{who} on {cores} cores ({cores / wanted:.1f} a rank)"
     quota = _cores_of_cgroup()
     if quota is not None and quota < min(cores, processes):
-        return note(
-            f"{what}, of which the container may use {quota:g}", "give it more, or fewer data.dataloader_num_workers"
-        )
+        fewer = _fewer_workers(int(quota), subject)
+        return note(f"{what}, of which the container may use {quota:g}", f"give it more{fewer and f', or set {fewer}'}")
     if processes > 2 * cores:
-        return note(what, "more than two processes a core: lower data.dataloader_num_workers")
+        fewer = _fewer_workers(2 * cores, subject)
+        return note(what, f"more than two processes a core: {f'set {fewer}' if fewer else 'ask for more cores'}")
     return ok(what + (f" and {counted(subject.gpus, 'GPU')}" if subject.gpus else ""))
+
+
+def _fewer_workers(processes: int, subject: Subject) -> str:
+    """The setting with which ranks and workers are no more processes; empty where there are no workers to leave out."""
+    fewer = max(0, processes // subject.ranks - 1)
+    return f"data.dataloader_num_workers={fewer}" if fewer < subject.workers else ""
 
 
 def files(subject: Subject) -> list[Finding]:
@@ -61,8 +67,11 @@ def files(subject: Subject) -> list[Finding]:
     what = f"{limit:,} open files a process, and a rank or worker may need {needed:,}"
     if limit == resource.RLIM_INFINITY or limit >= needed:
         return ok(what)
-    allowed = "" if most == resource.RLIM_INFINITY or most >= 65_536 else f" (the hard limit is {most:,})"
-    return fail(f"{what}: reading would stop with 'too many open files'", f"ulimit -n 65536{allowed} before the launch")
+    what += ": reading would stop with 'too many open files'"
+    if most != resource.RLIM_INFINITY and most < needed:
+        return fail(what, f"the hard limit is {most:,}: a new shell or the administrator raises it")
+    enough = max(65_536, needed)
+    return fail(what, f"ulimit -n {enough if most == resource.RLIM_INFINITY else min(enough, most)} before the launch")
 
 
 def shm(subject: Subject) -> list[Finding]:

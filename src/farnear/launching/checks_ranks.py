@@ -27,8 +27,11 @@ SLOW_BETWEEN_GPUS = 3e9
 WASTE, MOST_OF_IT = 0.1, 0.5
 
 
-def ask_ranks(subject: Subject, wanted: Sequence[str]) -> dict[str, list[Finding]]:
+def ask_ranks(subject: Subject, wanted: Sequence[str], failed: Sequence[str]) -> dict[str, list[Finding]]:
     """Start the ranks once, for all of `OF_RANKS` that is wanted.
+
+    Args:
+        failed: Checks that have failed before, so that what needs the same is not tried.
 
     Raises:
         SystemExit: A signal has ended them, and should end the doctor.
@@ -37,12 +40,9 @@ def ask_ranks(subject: Subject, wanted: Sequence[str]) -> dict[str, list[Finding
     findings: dict[str, list[Finding]] = {}
     if subject.config is None and subject.ranks == 1:
         return {check: ok("one rank: nothing to measure") for check in wanted}
-    if subject.config is not None and {"gradient", "decode"} & set(wanted) and not _has_pairs(subject):
-        for check in ("gradient", "decode"):
-            if check in wanted:
-                findings[check] = note(
-                    "not measured: the shards cannot be read or are not indexed yet", "see shards, index"
-                )
+    of_data = [check for check in ("gradient", "decode") if check in wanted]
+    if subject.config is not None and of_data and (hindrance := _hindrance(subject, failed)):
+        findings = dict.fromkeys(of_data, hindrance)
         wanted = [check for check in wanted if check not in findings]
     if not wanted:
         return findings
@@ -61,6 +61,18 @@ def ask_ranks(subject: Subject, wanted: Sequence[str]) -> dict[str, list[Finding
         what, _, do = error.partition("; ")
         findings[begun] = fail(what, do)
     return findings
+
+
+def _hindrance(subject: Subject, failed: Sequence[str]) -> list[Finding]:
+    """Why ranks could not open the model and the pairs, told once where it was found; empty where nothing is known."""
+    if "model" in failed:
+        return note("not measured: the model cannot be loaded here", "mend that first")
+    for check in ("shards", "index"):
+        if check in failed:
+            return note(f"not measured: see {check}", "")
+    if not _has_pairs(subject):
+        return note("not measured: the shards cannot be read or are not indexed yet", "see shards, index")
+    return []
 
 
 def _has_pairs(subject: Subject) -> bool:
@@ -175,7 +187,8 @@ def _decode(subject: Subject, figures: dict[str, Any]) -> list[Finding]:
         what += f", {step}, and no worker does it beside the step: {waiting:.0%} of the time goes to decoding"
         return ok(what) if waiting < WASTE else (fail if waiting > MOST_OF_IT else note)(what, how)
     busy = min(workers, max(1.0, len(os.sched_getaffinity(0)) / subject.ranks))
-    what += f", {busy:g} of them a rank {rate * busy:,.1f} pairs/s; {step}"
+    cores = "1 core" if busy == 1 else f"{busy:g} cores"
+    what += f", and with {cores} a rank {rate * busy:,.1f} pairs/s; {step}"
     if rate * busy >= needed:
         return ok(what)
     if workers > busy:

@@ -48,6 +48,7 @@ def model(subject: Subject) -> list[Finding]:
 
 def _on_the_hub(name: str, revision: str | None, seconds: float) -> list[Finding]:
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     found = (try_to_load_from_cache(name, file, revision=revision) for file in ("config.json", "modules.json"))
     is_cached = any(isinstance(path, str) for path in found)
@@ -65,8 +66,14 @@ def _on_the_hub(name: str, revision: str | None, seconds: float) -> list[Finding
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
         if is_cached:
             return note(f"{name} is in {where}, but the hub cannot be asked ({reason})", "set HF_HUB_OFFLINE=1")
+        if isinstance(error, (HfHubHTTPError, HFValidationError)):  # the hub has answered, or knows no such names
+            return fail(
+                f"there is no folder {name} here, and the hub says: {reason}", "correct model.name_or_path, or log in"
+            )
         return fail(
-            f"there is no folder {name} here, and the hub says: {reason}", "correct model.name_or_path, or log in"
+            f"there is no folder {name} here, {name} is not in {where}, and the hub cannot be asked ({reason})",
+            "correct model.name_or_path if a folder is meant; else there is no network here: farnear prefetch RUN.yaml "
+            "where there is one",
         )
     if is_cached:
         return ok(f"{name} is in {where}")

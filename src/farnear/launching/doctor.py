@@ -92,15 +92,19 @@ def examine(
 def _findings(subject: Subject, chosen: Sequence[str]) -> Iterator[tuple[str, list[Finding]]]:
     """(check, what it found), in the order of the checks."""
     alone = {**OF_MACHINE, **(OF_RUN if subject.config is not None else {})}
+    failed: list[str] = []
     for name, check in alone.items():
         if name in chosen:
-            yield name, _guarded(name, check, subject)
+            findings = _guarded(name, check, subject)
+            if any(finding.level == "FAIL" for finding in findings):
+                failed.append(name)
+            yield name, findings
     of_ranks = [name for name in OF_RANKS if name in chosen]
     if subject.config is None:
         of_ranks = [name for name in of_ranks if name in ("launch", "bandwidth")]
     if of_ranks:
         try:
-            yield from ask_ranks(subject, of_ranks).items()
+            yield from ask_ranks(subject, of_ranks, failed).items()
         except Exception as error:
             yield of_ranks[0], _crashed(error)
 

@@ -5,9 +5,7 @@ checkpointed, then made hollow (`farnear.model.hollow`). What goes through it is
 tokens, texts of a number of tokens. Around both stand as many tokens as the index's costs assume for a template.
 """
 
-import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 
 from farnear.config import RunConfig
 from farnear.errors import UserError
+from farnear.model.declared import Declared, PageShape, declared_pages, declared_width, read_declared
 from farnear.model.hollow import Trace, hollow_out, trace
 from farnear.model.patches import multiply_patches
 from farnear.sections import ModelConfig
@@ -25,39 +24,6 @@ TOKENS_OF_TEMPLATE = 16
 
 LARGEST_SMALL_BLOCK = 32 * 2**20
 """Larger ones glibc's malloc gives back to the system at once, smaller ones stay in its heap."""
-
-
-@dataclass(frozen=True)
-class PageShape:
-    """How pages become tokens.
-
-    Attributes:
-        patch_pixels: Side of a patch.
-        merge: Patches along a side that make a token.
-        channels, frames: Of a patch.
-        min_pixels, max_pixels: Of a page, after resizing.
-        is_known: Whether the model's config and processor say so, or it is a guess.
-    """
-
-    patch_pixels: int
-    merge: int
-    channels: int
-    frames: int
-    min_pixels: int
-    max_pixels: int
-    is_known: bool
-
-    @property
-    def most_tokens(self) -> int:
-        return max(1, self.max_pixels // (self.patch_pixels * self.merge) ** 2)
-
-    def uint8_bytes(self, tokens: int) -> int:
-        """Of a page on its way to the device."""
-        return tokens * self.merge**2 * self.channels * self.patch_pixels**2
-
-    def float_bytes(self, tokens: int) -> int:
-        """Of a page on the device."""
-        return 4 * self.frames * self.uint8_bytes(tokens)
 
 
 class Blueprint(nn.Module):
@@ -76,12 +42,12 @@ class Blueprint(nn.Module):
     def __init__(self, config: RunConfig, folder: Path) -> None:
         super().__init__()
         self._config = config
-        self._settings = _settings(folder)
-        self.width = _width(self._settings, folder)
-        self.pages = _page_shape(config.model, self._settings, folder)
+        self._settings = read_declared(folder / "config.json")
+        self.width = declared_width(self._settings, folder)
+        self.pages = declared_pages(config.model, self._settings, folder)
         training = config.training
         holder = nn.Module()
-        holder.model = _on_meta(self._settings, _traced_attention(config.model), config.model)
+        holder.model = _on_meta(self._settings.values, _traced_attention(config.model), config.model)
         # The names are those of a SentenceTransformer, which patterns of model.freeze are compared with.
         self.add_module("0", holder)
         multiply_patches(self)
@@ -176,14 +142,6 @@ def find_config(config: ModelConfig, run_file: Path) -> Path:
     )
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    try:
-        settings: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return settings
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / 'config.json'} cannot be read ({error}); copy the model's own there") from None
-
-
 def _on_meta(settings: dict[str, Any], attention: str, config: ModelConfig) -> nn.Module:
     from transformers import AutoConfig, AutoModel
     from transformers.initialization import no_init_weights
@@ -206,40 +164,6 @@ def _traced_attention(config: ModelConfig) -> str:
     return "eager" if config.attn_implementation == "eager" else "sdpa"
 
 
-def _width(settings: dict[str, Any], folder: Path) -> int:
-    """Of the embeddings: the last dense layer's, where a SentenceTransformer has one, else the model's."""
-    for dense in sorted(folder.glob("*_Dense/config.json"), reverse=True):
-        return int(json.loads(dense.read_text(encoding="utf-8"))["out_features"])
-    text = settings.get("text_config", settings)
-    width = text.get("hidden_size")
-    if not isinstance(width, int):
-        raise UserError(f"{folder / 'config.json'} tells no hidden_size, so the embeddings' width is not known")
-    return width
-
-
-def _page_shape(config: ModelConfig, settings: dict[str, Any], folder: Path) -> PageShape:
-    vision = settings.get("vision_config") or {}
-    processor: dict[str, Any] = {}
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        if not processor and (folder / name).is_file():
-            stored = json.loads((folder / name).read_text(encoding="utf-8"))
-            processor = stored.get("image_processor", stored)
-    size = {key: value for key, value in (processor.get("size") or {}).items() if isinstance(value, int)}
-    patch = int(processor.get("patch_size") or vision.get("patch_size") or 16)
-    merge = int(processor.get("merge_size") or vision.get("spatial_merge_size") or 1)
-    low = config.min_pixels or processor.get("min_pixels") or size.get("shortest_edge") or (patch * merge) ** 2
-    high = config.max_pixels or processor.get("max_pixels") or size.get("longest_edge")
-    return PageShape(
-        patch_pixels=patch,
-        merge=merge,
-        channels=int(vision.get("in_channels") or 3),
-        frames=int(processor.get("temporal_patch_size") or vision.get("temporal_patch_size") or 1),
-        min_pixels=int(low),
-        max_pixels=int(high or 1_000_000),
-        is_known=high is not None and "spatial_merge_size" in vision,
-    )
-
-
 def _units(model: nn.Module) -> tuple[int, ...]:
     names = {name for part in model.modules() for name in getattr(part, "_no_split_modules", None) or ()}
     blocks = [sum(p.numel() for p in part.parameters()) for part in model.modules() if type(part).__name__ in names]
@@ -247,11 +171,11 @@ def _units(model: nn.Module) -> tuple[int, ...]:
 
 
 def _maker(
-    settings: dict[str, Any], pages: PageShape, text_tokens: int, visual_tokens: int
+    settings: Declared, pages: PageShape, text_tokens: int, visual_tokens: int
 ) -> Callable[[int], dict[str, Any]]:
     """Makes the features of some equal inputs. A page's visual tokens stand in one row: their number is what counts."""
-    image_token = int(settings.get("image_token_id", settings.get("image_token_index", 0)))
-    start_token = settings.get("vision_start_token_id")
+    image_token = settings.number("image_token_id", least=0) or settings.number("image_token_index", least=0) or 0
+    start_token = settings.number("vision_start_token_id", least=0)
 
     def make(inputs: int) -> dict[str, Any]:
         before = torch.full((inputs, text_tokens // 2), 1)
