@@ -283,6 +283,15 @@ def test_defaults_agree() -> None:
     assert pair_members("k", "q", 1)[0][0] == "k.json"
 
 
+def test_an_index_whose_names_cannot_be_read_is_built_again(tmp_path: Path, cache: Path) -> None:
+    shards = write_pairs(tmp_path, 3, 1)
+    index = cached_index(set_of(shards), cache, STORE)
+    expected = columns_of(index)
+    assert index.path is not None
+    index.path.write_bytes(index.path.read_bytes().replace(b"part_size_M", b"part_\xe1ize_M"))
+    assert columns_of(cached_index(set_of(shards), cache, STORE)) == expected
+
+
 def test_an_index_whose_bytes_changed_is_built_again(tmp_path: Path, cache: Path) -> None:
     shards = write_pairs(tmp_path, 9, 3)
     index = cached_index(set_of(shards), cache, STORE)

@@ -103,12 +103,13 @@ def open_columns(path: Path, format_name: str, *, check: bool) -> tuple[dict[str
         header = json.loads(metadata[_HEADER_KEY])
         row = reader.get_batch(0)
         row.validate()
+        names = row.schema.names  # which are not decoded before
     except FileNotFoundError:
         raise
     except (pa.ArrowException, OSError, ValueError, LookupError) as error:
         raise DamagedFileError(" ".join(str(error).split())) from None
     columns: dict[str, Column] = {}
-    for name in row.schema.names:
+    for name in names:
         values = row.column(name).values
         is_text = pa.types.is_large_string(values.type)
         columns[name] = ArrowStrings(values) if is_text else values.to_numpy(zero_copy_only=True)
