@@ -74,6 +74,7 @@ def build_large(rank: int, world_size: int, name: str, folder: Path) -> None:
     """Rank 0's peak of resident memory shows the model; rank 1's must not."""
     world = start_world(exactness.run_config("zero2", "unused", 0.0))
     config = ModelConfig(name_or_path=str(folder))
+    load_model(config, with_weights=False)  # what libraries load with their first model is as large as this one
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here on
     model = load_model(config, with_weights=world.is_main)
