@@ -50,3 +50,8 @@ def network(monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The jobs on SLURM first: they wait for minutes, in which whoever runs several tests at a time does the others."""
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/test_slurm.py"))

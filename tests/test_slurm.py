@@ -130,20 +130,14 @@ def end_its_time(job: Job) -> None:
     slurm(job.environment, "scontrol", "update", f"JobId={job.id}", f"TimeLimit={minutes}")
 
 
+STOPS = (tell, preempt, end_its_time)
+
+
 @pytest.mark.timeout(900)  # most of it waits for SLURM
-@pytest.mark.parametrize(
-    "stops",
-    [
-        pytest.param([tell], id="told"),
-        pytest.param([tell, preempt, end_its_time], id="told, preempted, out of time", marks=pytest.mark.soak),
-    ],
-)
-def test_a_run_survives_what_a_cluster_does_to_it(
-    tmp_path: Path, environment: dict[str, str], stops: list[Callable[[Job], None]]
-) -> None:
+def test_a_run_survives_what_a_cluster_does_to_it(tmp_path: Path, environment: dict[str, str]) -> None:
     """Each stop has the job save and put itself back; then a rank is killed; another job ends as if nothing was."""
     make_inputs(tmp_path)
-    steps = 60 * len(stops) - 20  # more than there is time for until the last stop
+    steps = 160  # more than there is time for until the last stop
     tree = run_tree(
         tmp_path,
         RUN,
@@ -163,12 +157,12 @@ def test_a_run_survives_what_a_cluster_does_to_it(
     set_pace(tmp_path, 1.0)
     job = Job(tmp_path, environment)
     assert f"Comment={COMMENT}" in job.facts
-    for number, stop in enumerate(stops, 1):
+    for number, stop in enumerate(STOPS, 1):
         job.take_steps()
         stop(job)
         job.come_back(number)
-    assert job.log.count("back into the queue, to continue from step-") == len(stops)
-    assert job.log.count("saving step") == len(stops)
+    assert job.log.count("back into the queue, to continue from step-") == len(STOPS)
+    assert job.log.count("saving step") == len(STOPS)
     assert "SIGTERM" not in job.log  # the signal came before the end did
 
     job.take_steps()

@@ -22,7 +22,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import farnear
 from farnear.config import RunConfig, dump_config, load_config
 from farnear.errors import UserError
 from farnear.files import replace_text
