@@ -28,6 +28,7 @@ from farnear.files import replace_text
 from farnear.resources import resource_root
 from farnear.run_folder import RunFolder, check_start
 from farnear.slurm_section import SlurmConfig
+from farnear.wording import counted
 
 LEAST_LEAD_SECONDS = 60
 """Before the end of the job."""
@@ -142,9 +143,8 @@ def job_script(config: RunConfig, words: Sequence[str], nodes: int, save_seconds
     text = _replaced(r"(^#SBATCH .*\n)+", options, text)
     settings = "\n".join(["# What this run and this cluster need.", *_settings(config, words)])
     text = _replaced(r"^# What this run and this cluster need\..*\n(.+\n)+", f"{settings}\n", text)
-    return _replaced(
-        r"^#\n(#   .*\n)+#\n", f"#\n#   by farnear {farnear.__version__} submit, for {nodes} nodes\n#\n", text
-    )
+    made_by = f"#\n#   made by farnear submit, for {counted(nodes, 'node')}\n#\n"
+    return _replaced(r"^#\n(#   .*\n)+#\n", made_by, text)
 
 
 def lead_seconds(folder: RunFolder, save_seconds: float | None = None) -> int:
