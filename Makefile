@@ -19,7 +19,7 @@ demo: $(INSTALLED) ## train a tiny model on drawn pages with two processes; unde
 
 # Two at a time, as many tests wait for processes; a file's tests together, as they share what is slow to make.
 test: $(INSTALLED) ## the default test suite; under 15 minutes on two cores
-	$(RUN)/pytest -n 2 --dist loadfile
+	$(RUN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED) ## ruff, mypy and the layering
 	$(RUN)/ruff format --check .

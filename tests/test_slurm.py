@@ -163,6 +163,7 @@ def test_a_run_survives_what_a_cluster_does_to_it(tmp_path: Path, environment: d
         job.come_back(number)
     assert job.log.count("back into the queue, to continue from step-") == len(STOPS)
     assert job.log.count("saving step") == len(STOPS)
+    assert "could not be requeued" not in job.log
     assert "SIGTERM" not in job.log  # the signal came before the end did
 
     job.take_steps()

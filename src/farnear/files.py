@@ -24,8 +24,9 @@ def published(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(fresh, path)
     except OSError as error:
-        # A full disk does not say where.
-        raise error if error.filename else OSError(error.errno, error.strerror, str(path)) from error
+        if error.filename or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk does not say where
     finally:
         fresh.unlink(missing_ok=True)
     sync(path.parent)
