@@ -318,6 +318,11 @@ def test_a_save_that_is_asked_for_before_there_are_ranks_is_a_stop_in_good_order
     with pytest.raises(RunInterruptedError, match="SIGUSR1 before the training began, with nothing to save"):
         supervise(command)
     monkeypatch.setattr(local, "python_command", lambda _: (["shown"], command))
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    folder.lock.touch()
+    # What a start before has left says nothing of this one.
+    folder.status.write_text(json.dumps({"state": "stopped", "time": "2020-01-01T00:00:00Z"}))
     with pytest.raises(RunInterruptedError):
         launch(write_run_file(strategy="single"), [])
     status = read_status(RunFolder(tmp_path / "run"))

@@ -24,7 +24,7 @@ from farnear.rank_logs import LOG_DIR
 from farnear.resources import resource_root
 from farnear.run_folder import Resume, RunFolder, check_start, claimed, published_checkpoints
 from farnear.status import read_status, write_failure, write_status
-from farnear.wording import counted
+from farnear.wording import counted, utc_now
 
 SECONDS_TO_LET_GO = 2.0
 RESUME_WORDS: dict[Resume | None, tuple[str, ...]] = {None: (), "newest": ("--resume",), "auto": ("--resume", "auto")}
@@ -90,12 +90,13 @@ def launch(
     print(f"on {hardware}: {counted(ranks_here, 'rank')}{' here' if nodes.num_machines > 1 else ''}", flush=True)
     print(shlex.join(shown), flush=True)
     folder = RunFolder(Path(config.output_dir))
+    started = utc_now()
     nodes.meet()
     try:
-        code = supervise(run, environment, has_failed=lambda: _state(folder) == "failed")
+        code = supervise(run, environment, has_failed=lambda: _state_since(started, folder) == "failed")
     except RunInterruptedError as stop:
         # Ranks have noted it themselves, if there were any.
-        if _state(folder) not in ("stopped", "finished"):
+        if _state_since(started, folder) is None:
             with suppress(UserError), claimed(folder):
                 write_status(folder, "stopped", exit_code=stop.exit_code, reason=str(stop))
         raise
@@ -114,8 +115,10 @@ def launch(
     return code
 
 
-def _state(folder: RunFolder) -> str | None:
-    return (read_status(folder) or {}).get("state")
+def _state_since(time: str, folder: RunFolder) -> str | None:
+    """The run's state, if it was written then or later."""
+    status = read_status(folder) or {}
+    return status.get("state") if str(status.get("time", "")) >= time else None
 
 
 def ranks_of_machine(config: RunConfig, nodes: Nodes, hardware: Hardware) -> int:

@@ -71,7 +71,7 @@ def supervise(
             },
             # The terminal's Ctrl-C reaches this process alone, which then ends the others in order.
             start_new_session=True,
-            # torchrun, for its part, ends its ranks when it takes a SIGTERM.
+            # torchrun dies of it, and its ranks hear of that: what a killed launch leaves saves and ends.
             preexec_fn=partial(end_with_parent, os.getpid()),
         )
         at_once = is_late = False
