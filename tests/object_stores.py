@@ -52,12 +52,8 @@ class ObjectServer:
         return [wanted for method, asked, wanted in self.requests if method == "GET" and asked == path]
 
 
-class _ObjectHandler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def __init__(self, server: ObjectServer, *args: Any) -> None:
-        self.store = server
-        super().__init__(*args)
+class _Answering(BaseHTTPRequestHandler):
+    """Answers HEAD and GET alike, and keeps silent about it."""
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -67,6 +63,17 @@ class _ObjectHandler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self._answer()
+
+    def _answer(self) -> None:
+        raise NotImplementedError
+
+
+class _ObjectHandler(_Answering):
+    protocol_version = "HTTP/1.1"
+
+    def __init__(self, server: ObjectServer, *args: Any) -> None:
+        self.store = server
+        super().__init__(*args)
 
     def _answer(self) -> None:
         store, path, wanted = self.store, self.path.lstrip("/").partition("?")[0], self.headers.get("Range", "")
@@ -288,21 +295,12 @@ def hub_server() -> Iterator[Hub]:
         yield hub
 
 
-class _ModelHubHandler(BaseHTTPRequestHandler):
+class _ModelHubHandler(_Answering):
     protocol_version = "HTTP/1.1"
 
     def __init__(self, hub: "ModelHub", *args: Any) -> None:
         self.hub = hub
         super().__init__(*args)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-    def do_HEAD(self) -> None:
-        self._answer()
-
-    def do_GET(self) -> None:
-        self._answer()
 
     def _answer(self) -> None:
         hub, path = self.hub, self.path.partition("?")[0]

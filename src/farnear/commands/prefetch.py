@@ -10,10 +10,9 @@ import os
 import shlex
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from farnear.command_line import Parser
+from farnear.command_line import Parser, add_run_arguments
 from farnear.errors import UserError
 from farnear.wording import amount, counted
 
@@ -34,10 +33,7 @@ def add_prefetch(commands: "argparse._SubParsersAction[Parser]") -> None:
         "With HF_HUB_OFFLINE=1 in its environment the run then asks no network for anything.",
         epilog="example:\n  farnear prefetch run.yaml && HF_HUB_OFFLINE=1 farnear launch run.yaml",
     )
-    parser.add_argument("run_file", metavar="RUN.yaml", type=Path, help="the run file")
-    parser.add_argument(
-        "overrides", metavar="key=value", nargs="*", default=[], help="a value in place of the run file's"
-    )
+    add_run_arguments(parser, resumes=False)
     parser.set_defaults(command=_prefetch)
 
 

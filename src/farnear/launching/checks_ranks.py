@@ -12,7 +12,7 @@ from typing import Any
 
 from farnear.errors import UserError
 from farnear.launching.checks_run import is_indexed
-from farnear.launching.findings import Finding, Subject, fail, note, ok
+from farnear.launching.findings import Finding, Subject, fail, failed_by, note, ok
 from farnear.launching.local import accelerate_command, python_command, threads_of_a_rank
 from farnear.launching.supervision import supervise
 from farnear.wording import counted
@@ -58,8 +58,7 @@ def ask_ranks(subject: Subject, wanted: Sequence[str], failed: Sequence[str]) ->
         else:
             findings[check] = note("not measured", f"the ranks ended in {begun}: mend that first")
     if error is not None and begun not in wanted:  # in what was not asked for, but is on the way
-        what, _, do = error.partition("; ")
-        findings[begun] = fail(what, do)
+        findings[begun] = failed_by(error)
     return findings
 
 
@@ -186,7 +185,7 @@ def _decode(subject: Subject, figures: dict[str, Any]) -> list[Finding]:
         waiting = needed / (needed + rate)
         what += f", {step}, and no worker does it beside the step: {waiting:.0%} of the time goes to decoding"
         return ok(what) if waiting < WASTE else (fail if waiting > MOST_OF_IT else note)(what, how)
-    busy = min(workers, max(1.0, len(os.sched_getaffinity(0)) / subject.ranks))
+    busy = min(workers, max(1.0, subject.cores / subject.ranks))
     cores = "1 core" if busy == 1 else f"{busy:g} cores"
     what += f", and with {cores} a rank {rate * busy:,.1f} pairs/s; {step}"
     if rate * busy >= needed:

@@ -15,7 +15,7 @@ from farnear.data.remote import RemoteFacts, is_remote, read_range, shown
 from farnear.data.run_shards import shard_sets, shard_store
 from farnear.data.shard_store import ShardFacts, ShardStore
 from farnear.errors import UserError
-from farnear.launching.findings import Finding, Subject, existing, fail, gigabytes, note, ok
+from farnear.launching.findings import Finding, Subject, existing, fail, failed_by, gigabytes, note, ok
 from farnear.run_folder import RunFolder, check_start, published_checkpoints
 from farnear.wording import counted
 
@@ -96,7 +96,7 @@ def attention(subject: Subject) -> list[Finding]:
         refuse_kernels(config.model, {})
         check_attention(config.model, device, half_precision=training.bf16 or training.pure_bf16 or training.fp16)
     except UserError as error:
-        return [_of_error(error)]
+        return failed_by(error)
     return ok(f"{name or 'left to transformers'}, on {device.type}")
 
 
@@ -129,7 +129,7 @@ def output_dir(subject: Subject) -> list[Finding]:
     try:
         check_start(folder.path, None)
     except UserError as error:
-        return [_of_error(error)]
+        return failed_by(error)
     return ok(f"{folder.path} can be written and claimed")
 
 
@@ -235,9 +235,3 @@ def _sets(config: RunConfig) -> tuple[ShardStore, dict[str, ShardSet]]:
 def _run(subject: Subject) -> RunConfig:
     assert subject.config is not None, "this check is of a run"
     return subject.config
-
-
-def _of_error(error: UserError) -> Finding:
-    """A user's mistake says itself what to do, behind its first semicolon."""
-    what, _, do = str(error).partition("; ")
-    return Finding("FAIL", what, do)

@@ -14,7 +14,7 @@ from farnear.config import load_config
 from farnear.errors import UserError
 from farnear.launching import checks_limits, checks_machine, checks_run
 from farnear.launching.checks_ranks import OF_RANKS, ask_ranks
-from farnear.launching.findings import Finding, Subject, fail
+from farnear.launching.findings import Finding, Subject, fail, failed_by
 from farnear.wording import counted, printable
 
 Check = Callable[[Subject], list[Finding]]
@@ -117,8 +117,7 @@ def _guarded(name: str, check: Check, subject: Subject) -> list[Finding]:
         try:
             found.extend(check(subject))
         except UserError as error:
-            what, _, do = str(error).partition("; ")
-            found.append(Finding("FAIL", what, do))
+            found.extend(failed_by(error))
         except Exception as error:
             found.extend(_crashed(error))
 

@@ -48,6 +48,12 @@ def fail(what: str, do: str) -> list[Finding]:
     return [Finding("FAIL", what, do)]
 
 
+def failed_by(error: str | Exception) -> list[Finding]:
+    """A user's mistake says itself what to do, behind its first semicolon."""
+    what, _, do = str(error).partition("; ")
+    return fail(what, do)
+
+
 @dataclass(frozen=True)
 class Subject:
     """What is looked at: this machine, and a run on it where there is a run file.

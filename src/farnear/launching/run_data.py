@@ -14,9 +14,8 @@ from farnear.data.index_cache import cache_folder, cached_index
 from farnear.data.order import Order
 from farnear.data.plan import PairFacts, schedule_of
 from farnear.data.quotas import Schedule
-from farnear.data.remote import is_remote
 from farnear.data.run_order import plan_settings, steps_in_all
-from farnear.data.run_shards import shard_sets, shard_store
+from farnear.data.run_shards import names_remote_shards, shard_sets, shard_store
 from farnear.errors import UserError
 
 QUERY_TOKENS_ASSUMED = 64
@@ -67,8 +66,7 @@ def run_data(config: RunConfig, page_tokens: PageTokens, most_page_tokens: int, 
         most_page_tokens: What a page may cost, where no page is known.
         pairs: What a person says.
     """
-    named = [pattern for source in config.data.sources.values() for pattern in source.train] or config.data.train
-    if any(is_remote(pattern) for pattern in named):
+    if names_remote_shards(config.data):
         why = "the shards are behind URLs, and a plan uses no network"
     else:
         try:
