@@ -1,13 +1,15 @@
 """The run file: one YAML that decides everything about a training.
 
-A run file has five sections (`model`, `data`, `loss`, `training`, `evaluation`), a sixth for those who train on a
-cluster (`slurm`), and a few keys of its own. Three ways lead to a ``RunConfig``, all with the same validation:
+A run file has five sections (`model`, `data`, `loss`, `training`, `evaluation`), a few keys of its own, and sections
+for those who need them: `reranker`, with which a cross-encoder is trained, `mining` for hard negatives, and `slurm` for
+a cluster. Three ways lead to a ``RunConfig``, all with the same validation:
 
     load_config("run.yaml", ["training.learning_rate=1e-5"])     what the commands do
     RunConfig.model_validate({...})                              from Python
     load_config("runs/x/run.yaml")                               the resolved copy that a run leaves: the same config
 
-The keys of the sections are in `farnear.sections` and `farnear.slurm_section`. An unknown key is an error that proposes
+The keys of the sections are in `farnear.sections`, `farnear.reranker_section`, `farnear.mining_section` and
+`farnear.slurm_section`. An unknown key is an error that proposes
 the nearest known one, wherever it lives; names that mean something else here (`per_device_train_batch_size`) are
 answered with the conversion.
 """
@@ -15,13 +17,16 @@ answered with the conversion.
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from types import NoneType
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from farnear.errors import UserError
+from farnear.mining_section import MiningConfig
+from farnear.reranker_section import RerankerConfig
 from farnear.sections import (
     DataConfig,
     EvaluationConfig,
@@ -84,9 +89,12 @@ class RunConfig(Section):
     loss: LossConfig = LossConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    reranker: RerankerConfig | None = None
+    """Trains a cross-encoder by this section; unset: an embedder by `loss`."""
+    mining: MiningConfig = MiningConfig()
     slurm: SlurmConfig = SlurmConfig()
 
-    @field_validator("model", "data", "loss", "training", "evaluation", "slurm", mode="before")
+    @field_validator("model", "data", "loss", "training", "evaluation", "mining", "slurm", mode="before")
     @classmethod
     def _all_lines_commented_out(cls, value: Any) -> Any:
         return {} if value is None else value
@@ -217,8 +225,8 @@ def _unknown_keys(tree: dict[str, Any], section: type[BaseModel], prefix: str = 
 
 
 def _section_of(field: FieldInfo) -> type[Section] | None:
-    kind = field.annotation
-    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+    kinds = get_args(field.annotation) if NoneType in get_args(field.annotation) else (field.annotation,)
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
 
 
 def _advice(key: str) -> str:

@@ -54,7 +54,8 @@ _OF_INFONCE = (
 )
 
 
-def _interval(steps: float | None) -> Any:
+def interval(steps: float | None) -> Any:
+    """Steps as they are, if they can be an interval: a whole number, or below 1 a share of all."""
     if steps is not None and steps > 1 and steps != int(steps):
         raise ValueError(f"a whole number of steps, or below 1 a share of all, not {steps:g}")
     return steps
@@ -153,8 +154,10 @@ class DataConfig(Section):
     """Evaluation shards: their queries are searched in their pages."""
     eval_corpus: tuple[str, ...] = ()
     """Shards of further pages that join the evaluation corpus; evaluation pairs may name them by pos_id and neg_ids."""
+    negatives: tuple[str, ...] = ()
+    """Files of `farnear mine` with hard negatives of training pairs, in place of those that the shards hold."""
     num_negatives: int | None = Field(default=None, ge=0)
-    """Hard negatives used of each pair in training; unset uses all that the shards hold."""
+    """Hard negatives used of each pair in training; unset uses all that there are."""
     exclude: tuple[str, ...] = ()
     """Files of JSON lines with "shard" and "key", such as a former run's quarantine.jsonl: pairs to leave out."""
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
@@ -174,7 +177,7 @@ class DataConfig(Section):
     dataloader_prefetch_factor: int = Field(default=4, ge=1)
     """Mini-batches each worker prepares ahead."""
 
-    @field_validator("train", "train_corpus", "eval", "eval_corpus", "exclude", mode="before")
+    @field_validator("train", "train_corpus", "eval", "eval_corpus", "negatives", "exclude", mode="before")
     @classmethod
     def _one_or_several(cls, value: Any) -> Any:
         return _patterns(value)
@@ -405,7 +408,7 @@ class TrainingConfig(Section):
     @field_validator("save_steps")
     @classmethod
     def _whole_or_a_share(cls, value: float) -> float:
-        return _interval(value)
+        return interval(value)
 
     @property
     def mini_batch_size_of(self) -> dict[str, int | None]:
@@ -456,5 +459,5 @@ class EvaluationConfig(Section):
     @field_validator("eval_steps")
     @classmethod
     def _whole_or_a_share(cls, value: float | None) -> float | None:
-        steps: float | None = _interval(value)
+        steps: float | None = interval(value)
         return steps
