@@ -50,11 +50,11 @@ def top_k(
     """The ``k`` pages nearest to each query by cosine similarity: ``scores_Qk`` (fp32) and ``pages_Qk`` (int64).
 
     Best page first, equal scores by the lower page. ``k`` is clipped to P. Inputs may have any floating dtype and need
-    not be normalised; a zero vector scores 0 everywhere. They may be numpy arrays mapped from a disk: of pages more than
-    memory holds, for they are read once and block by block; the queries are held. ``dim`` keeps that many leading components. ``tile`` is how many
-    queries and pages are scored at once (both rounded up, see `_even_tile`): it bounds the
-    memory for scores, and never changes the order of equal scores. ``moved`` is called for every block of pages, by which a watchdog knows
-    that a long search goes on.
+    not be normalised; a zero vector scores 0 everywhere. They may be numpy arrays mapped from a disk: pages are read
+    once, block by block, so there may be more of them than memory holds; the queries are held. ``dim`` keeps that many
+    leading components. ``tile`` is how many queries and pages are scored at once (about, see `_even_tile`): it bounds
+    the memory for scores, and never changes the order of equal ones. ``moved`` is called for every block of pages, by
+    which a watchdog knows that a long search goes on.
 
     Raises ValueError for shapes that do not fit, ``k`` or ``dim`` out of range, and embeddings that are not finite
     (a ranking of NaN would look like any other).

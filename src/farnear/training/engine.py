@@ -11,7 +11,6 @@ from sentence_transformers import SentenceTransformer
 from torch import nn
 
 from farnear.config import RunConfig
-from farnear.data.index import Index
 from farnear.loss.own import OwnLoss
 from farnear.model.attention_choice import check_attention
 from farnear.model.embedder import Embedder, Preprocessing
@@ -27,6 +26,7 @@ from farnear.training.cache import CachedStep
 from farnear.training.checkpoint import Progress
 from farnear.training.choices import Choices, choose
 from farnear.training.optim import build_optimizer
+from farnear.training.shards import RunData
 from farnear.training.watch import Watch
 
 
@@ -85,7 +85,7 @@ def build_model(config: RunConfig, world: World, make_optimizer: MakeOptimizer =
 
 def build_step(
     config: RunConfig,
-    index: Index,
+    data: RunData,
     built: BuiltModel,
     own_loss: OwnLoss | None,
     progress: Progress,
@@ -93,8 +93,8 @@ def build_step(
     watch: Watch,
 ) -> tuple[CachedStep, Choices]:
     """The step and the choices in it, those of the checkpoint where ``progress`` has some. A collective."""
-    pairs = -(-min(config.training.global_batch_size, len(index)) // world.world_size)
-    negatives = len(index.negatives) / len(index) if config.data.num_negatives != 0 else 0.0
+    pairs = -(-min(config.training.global_batch_size, len(data.train)) // world.world_size)
+    negatives = float(data.negatives.counts(config.data.num_negatives).mean())
     merger = FeatureMerger(built.model)
     built.strategy.train(True)
     choices = choose(
@@ -103,7 +103,7 @@ def build_step(
         built.strategy,
         built.preprocess,
         merger,
-        index,
+        data,
         page_tokens(built.model),
         world,
         inputs_per_rank={"query": pairs, "document": round(pairs * (1 + negatives))},

@@ -146,7 +146,7 @@ def open_run(
     on_main_rank(world, lambda: prepare_folder(config, folder, progress, data.train.faults, damaged))
     trackers = Trackers(config.training.report_to if world.is_main else (), folder.path, config.model_dump(mode="json"))
     begin("choices")
-    step, choices = build_step(config, data.train, built, own_loss, progress, world, watch)
+    step, choices = build_step(config, data, built, own_loss, progress, world, watch)
     progress = replace(progress, choices=asdict(choices))
     training = config.training
     saver = Saver(

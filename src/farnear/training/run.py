@@ -177,6 +177,7 @@ def loop_parts(run: Run) -> Parts:
             mini_batch_num_tokens=run.choices.mini_batch_num_tokens,
             num_negatives=config.data.num_negatives,
             same_modalities=run.strategy.forward_is_collective,
+            negatives=run.data.negatives,
         ),
         run.data.store,
         run.preprocess,
