@@ -19,12 +19,14 @@ runs of its columns, h runs that are looked into, n scores that pass, c candidat
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from farnear.errors import UserError
 
 LOW_BITS = 0xFFFF_FFFF
 NO_KEY = -(2**63)
@@ -35,12 +37,25 @@ RUN = 32
 SHARE_LOOKED_INTO = 0.5
 """Most of a tile's runs that are looked into: where more pass, all of it takes no more time and memory."""
 
-Embeddings = Tensor | npt.NDArray[Any]
+
+class Rows(Protocol):
+    """What is searched: a tensor, a numpy array, or arrays on disk that look like one."""
+
+    @property
+    def ndim(self) -> int: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, rows: slice, /) -> Any: ...
+
+
+Search = Callable[[npt.NDArray[np.float32], int], tuple[Tensor, Tensor]]
+"""(queries [Q, D], k) -> scores and pages, as `top_k` gives them."""
 
 
 def top_k(
-    query_QD: Embeddings,
-    page_PD: Embeddings,
+    query_QD: Tensor | npt.NDArray[Any],
+    page_PD: Tensor | Rows,
     k: int,
     *,
     dim: int | None = None,
@@ -54,7 +69,7 @@ def top_k(
     once, block by block, so there may be more of them than memory holds; the queries are held. ``dim`` keeps that many
     leading components. ``tile`` is how many queries and pages are scored at once (about, see `_even_tile`): it bounds
     the memory for scores, and never changes the order of equal ones. ``moved`` is called for every block of pages, by
-    which a watchdog knows that a long search goes on.
+    which a watchdog knows that a long search goes on. The search runs where the queries are.
 
     Raises ValueError for shapes that do not fit, ``k`` or ``dim`` out of range, and embeddings that are not finite
     (a ranking of NaN would look like any other).
@@ -74,7 +89,7 @@ def top_k(
         score_qp = torch.empty((queries_per_tile, pages_per_tile), device=device)
         for first_page in range(0, pages, pages_per_tile):
             moved()
-            unit_page_pd = _unit_prefix(page_PD[first_page : first_page + pages_per_tile], dim, "pages")
+            unit_page_pd = _unit_prefix(page_PD[first_page : first_page + pages_per_tile], dim, "pages").to(device)
             pages_here = len(unit_page_pd)
             unit_page_pd = _padded(unit_page_pd, pages_per_tile)
             for first_query in range(0, queries, queries_per_tile):
@@ -83,6 +98,33 @@ def top_k(
                 score_qp[:, pages_here:] = -torch.inf
                 _improve(best_Qk[block], score_qp[: len(best_Qk[block])], first_page)
     return _scores_of(best_Qk), LOW_BITS - (best_Qk & LOW_BITS)
+
+
+def faiss_search(page_PD: Rows, block: int = 16384) -> Search:
+    """The same search by FAISS's IndexFlatIP, which is exact too, and holds all pages in memory.
+
+    Raises:
+        UserError: FAISS is not installed.
+    """
+    try:
+        import faiss
+    except ImportError:
+        raise UserError(
+            "mining.use_faiss is set, but FAISS cannot be imported, so nothing would be found; install faiss-cpu, or "
+            "take it out: the search without it is exact and fast"
+        ) from None
+    index = faiss.IndexFlatIP(page_PD.shape[1])
+    for first_page in range(0, len(page_PD), block):
+        index.add(_unit_prefix(page_PD[first_page : first_page + block], None, "pages").numpy())
+
+    def search(query_QD: npt.NDArray[np.float32], k: int) -> tuple[Tensor, Tensor]:
+        found = index.search(_unit_prefix(query_QD, None, "queries").numpy(), min(k, len(page_PD)))
+        score_Qk, page_Qk = map(torch.from_numpy, found)
+        # FAISS leaves the order of equal scores open.
+        key_Qk = _key(score_Qk, page_Qk).sort(dim=1, descending=True).values
+        return _scores_of(key_Qk), LOW_BITS - (key_Qk & LOW_BITS)
+
+    return search
 
 
 def _improve(best_qk: Tensor, score_qp: Tensor, first_page: int) -> None:
@@ -129,7 +171,7 @@ def _even_tile(rows: int, largest: int) -> int:
     return -(-rows // (blocks * ROWS_OF_A_KERNEL)) * ROWS_OF_A_KERNEL or ROWS_OF_A_KERNEL
 
 
-def _unit_prefix(embedding_nD: Embeddings, dim: int | None, what: str) -> Tensor:
+def _unit_prefix(embedding_nD: Tensor | npt.NDArray[Any], dim: int | None, what: str) -> Tensor:
     """The first ``dim`` components in fp32, scaled to length 1."""
     # Copied, for torch takes no array that cannot be written to.
     prefix = embedding_nD[:, :dim] if isinstance(embedding_nD, Tensor) else np.array(embedding_nD[:, :dim])
