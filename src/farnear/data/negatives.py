@@ -72,6 +72,12 @@ class AnswersOfQueries:
         query_n = np.repeat(self.query_of_pair_N, np.diff(index.positive_start_N1))
         self._known = np.unique(query_n * len(self._hashes) + np.searchsorted(self._hashes, hash_n))
 
+    def count_of_query(self, query_n: Int64) -> Int64:
+        """How many contents answer each query."""
+        start_n, stop_n = (np.searchsorted(self._known, (query_n + more) * len(self._hashes)) for more in (0, 1))
+        counts: Int64 = stop_n - start_n
+        return counts
+
     def answers(self, pair_n: Int64, row_n: Int64) -> Bool:
         """Whether document ``row_n``, or another with its content, answers the query of pair ``pair_n``."""
         return self.of_query(self.query_of_pair_N[pair_n], self._hash_I[row_n])
