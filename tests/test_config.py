@@ -13,7 +13,7 @@ from farnear.config import FOREIGN_KEYS, RunConfig, dump_config, known_keys, loa
 from farnear.errors import UserError
 from farnear.sections import TrainingConfig
 
-SECTIONS = {"model", "data", "loss", "training", "evaluation", "slurm"}
+SECTIONS = {"model", "data", "loss", "training", "evaluation", "reranker", "mining", "slurm"}
 
 
 def _refusal(path: Path, *overrides: str) -> str:
@@ -209,7 +209,7 @@ def test_report_to_takes_one_tracker_several_or_none(
 
 def test_the_resolved_file_loads_to_the_same_config(write_run_file: WriteRunFile, tmp_path: Path) -> None:
     config = load_config(
-        write_run_file(model={"name_or_path": "m", "prompts": {"query": "é: \n"}}),
+        write_run_file(model={"name_or_path": "m", "prompts": {"query": "é: \n"}}, reranker={}),
         ["loss.matryoshka_dims=[64,32]", "loss.matryoshka_weights=[1,0.3]", "training.warmup_steps=0.1"],
     )
     resolved = tmp_path / "resolved.yaml"
