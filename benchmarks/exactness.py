@@ -40,9 +40,9 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from farnear.config import RunConfig, parse_config
+from farnear.data.batch import MiniBatch, RankBatch
 from farnear.data.budget import cut
 from farnear.data.dealing import SIDES
-from farnear.data.loader import MiniBatch, RankBatch
 from farnear.loss.false_negatives import BatchFacts
 from farnear.model.embedder import Embedder, Preprocessing, to_device
 from farnear.model.features import FeatureMerger

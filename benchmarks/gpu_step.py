@@ -70,8 +70,8 @@ from transformers import AutoModel, Qwen3VLConfig
 from transformers.utils import logging as transformers_logging
 
 from farnear.config import parse_config
+from farnear.data.batch import MiniBatch, RankBatch
 from farnear.data.dealing import SIDES
-from farnear.data.loader import MiniBatch, RankBatch
 from farnear.errors import UserError
 from farnear.model.attention import VARLEN, tell_towers
 from farnear.model.attention_choice import check_attention

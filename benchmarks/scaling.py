@@ -45,7 +45,7 @@ from scaling_table import computed_tables, markdown
 from sentence_transformers import SentenceTransformer
 from transformers.utils import logging as transformers_logging
 
-from farnear.data.loader import RankBatch
+from farnear.data.batch import RankBatch
 from farnear.model.embedder import Embedder
 from farnear.model.features import FeatureMerger
 from farnear.model.tiny import save_tiny_model

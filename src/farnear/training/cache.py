@@ -39,8 +39,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from farnear.data.batch import MiniBatch, RankBatch
 from farnear.data.dealing import SIDES
-from farnear.data.loader import MiniBatch, RankBatch
 from farnear.loss.own import OwnLoss
 from farnear.model.embedder import to_device
 from farnear.model.frozen import FrozenOutputs

@@ -28,8 +28,9 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
 from farnear.config import RunConfig
+from farnear.data.batch import RankBatch
 from farnear.data.dealing import SIDES, Dealing
-from farnear.data.loader import RankBatch, TrainLoader
+from farnear.data.loader import TrainLoader
 from farnear.data.order import Order
 from farnear.data.run_order import plan_settings
 from farnear.errors import UserError

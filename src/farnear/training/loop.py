@@ -12,7 +12,8 @@ from time import perf_counter
 from typing import Any
 
 from farnear.config import RunConfig
-from farnear.data.loader import RankBatch, TrainLoader
+from farnear.data.batch import RankBatch
+from farnear.data.loader import TrainLoader
 from farnear.errors import RunInterruptedError
 from farnear.parallel.strategy import NonFiniteGradientError, Strategy
 from farnear.parallel.world import World
@@ -50,7 +51,7 @@ class Parts:
     config: RunConfig
     world: World
     strategy: Strategy
-    loader: TrainLoader
+    loader: TrainLoader[Any, Any]
     step: CachedStep
     choices: Choices
     scale: LearnedScale | None
