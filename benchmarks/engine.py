@@ -71,7 +71,8 @@ from farnear.model.tiny import save_tiny_model
 from farnear.parallel.strategy import Strategy, build_strategy
 from farnear.parallel.world import World
 from farnear.sections import LossConfig, ModelConfig
-from farnear.training.cache import CachedStep, StepFigures
+from farnear.training.cache import CachedStep
+from farnear.training.step import StepFigures
 
 DIMS = (128, 96, 64, 32)
 WORDS = ("revenue", "costs", "chart", "page", "table", "report", "2019", "2021", "quarter", "annual", "of", "the", "in")

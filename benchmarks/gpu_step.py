@@ -82,10 +82,11 @@ from farnear.model.patches import PatchConv3d, multiply_patches
 from farnear.model.tiny import save_tiny_model
 from farnear.parallel.strategy import build_strategy
 from farnear.parallel.world import World
-from farnear.training.cache import CachedStep, StepFigures
+from farnear.training.cache import CachedStep
 from farnear.training.engine import casts_kept
 from farnear.training.metrics import model_flops_utilisation, peak_memory_bytes
 from farnear.training.optim import build_optimizer
+from farnear.training.step import StepFigures
 
 # As the config.json of Qwen/Qwen3-VL-Embedding-2B says.
 TEXT_2B = {
@@ -311,9 +312,9 @@ class Bench:
         text = next(one for one in mini_batches if one.side == "query")
         largest = next(one for one in mini_batches if one.side == side)
         with casts_kept(self.config, self.world)():
-            self.strategy.embed(to_device(text.features, self.device))  # which leaves the casts of the weights
+            self.strategy.forward(to_device(text.features, self.device))  # which leaves the casts of the weights
             before = torch.cuda.memory_allocated(self.device)
-            graph = self.strategy.embed(to_device(largest.features, self.device))
+            graph = self.strategy.forward(to_device(largest.features, self.device))
             taken = torch.cuda.memory_allocated(self.device) - before
             del graph
         return max(1, taken)

@@ -54,7 +54,8 @@ from farnear.parallel.strategy import build_strategy
 from farnear.parallel.traffic import count_in
 from farnear.parallel.world import World
 from farnear.sections import LossConfig
-from farnear.training.cache import CachedStep, StepFigures
+from farnear.training.cache import CachedStep
+from farnear.training.step import StepFigures
 
 WORLD_SIZES = (1, 2, 4, 8)
 STRATEGIES = (

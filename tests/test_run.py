@@ -203,7 +203,7 @@ def encode_on_ranks(rank: int, world_size: int, folder: Path) -> None:
         how = {"batch_size": 1, "page_tokens": tokens, "num_workers": 0}
         with torch.no_grad():
             for places, features in load_features(index, STORE, preprocess, "query", rows, **how):
-                parts[int(places[0])] = run.strategy.embed(to_device(features, world.device))
+                parts[int(places[0])] = run.strategy.forward(to_device(features, world.device))
         assert torch.allclose(e_ND, torch.cat([parts[place] for place in range(len(rows))]), atol=1e-5)
     stop_world()
 

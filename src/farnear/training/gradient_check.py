@@ -43,12 +43,13 @@ from farnear.model.trainable import checkpoint_activations, choose_trainable
 from farnear.parallel.strategy import NonFiniteGradientError, Strategy
 from farnear.parallel.world import World, on_main_rank
 from farnear.sections import TrainingConfig
-from farnear.training.cache import CachedStep, NonFiniteLossError, StepFigures
+from farnear.training.cache import CachedStep
 from farnear.training.engine import build_model, build_step
 from farnear.training.opening import measured_dims, refuse_unsupported
 from farnear.training.plain_gradient import Probe, plain_gradient
 from farnear.training.resume import first_progress
 from farnear.training.shards import RunData
+from farnear.training.step import NonFiniteLossError, StepFigures
 from farnear.training.watch import Watch
 
 # Rounding alone gives 1e-6 with fp32 on tiny models; a deep model adds some of its own. What is wrong gives 1e-2 on.
