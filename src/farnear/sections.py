@@ -304,7 +304,7 @@ class TrainingConfig(Section):
     global_batch_size: int = Field(default=64, ge=2, le=2**20)
     """Pairs in one optimizer step, over all ranks. Every pair is a negative for every other."""
     mini_batch_size: PositiveInt | dict[Side, PositiveInt] | None = None
-    """Most inputs in a mini-batch, or by side: {query, document}, a reranker's {document, pair}; unset: 8, or num_tokens."""
+    """Most inputs in a mini-batch, or by side: {query: N, document: N}, a reranker's pair; unset: 8, or num_tokens."""
     mini_batch_num_tokens: NumTokens | dict[Side, NumTokens] | None = None
     """Most tokens in one, visual ones and padding too, or by side as above; auto: what memory and speed say."""
     no_grad_mini_batch_factor: int = Field(default=4, ge=1)
@@ -451,6 +451,10 @@ class EvaluationConfig(Section):
     """Pages in that sample; the pages relevant to the sampled queries are always among them."""
     per_device_eval_batch_size: int = Field(default=16, ge=1)
     """Queries or pages that are embedded at once on one rank."""
+    embedder: str | None = None
+    """For a reranker: the embedder whose nearest pages it ranks; unset: a query's pages, hard negatives, any others."""
+    rerank_k: int = Field(default=30, ge=2)
+    """For a reranker: pages of each query that it reranks."""
     metric_for_best_model: Literal["ndcg@1", "ndcg@5", "ndcg@10", "recall@1", "recall@5", "recall@10", "mrr@10"] = (
         "ndcg@10"
     )

@@ -39,13 +39,13 @@ class PairPreprocessing(WorkerPreprocessing):
         shares_images: Whether an image that stands in several pairs of a call, as the same object, is processed once.
             ``pixel_values`` then holds the distinct images in the order in which they first appear, and two features
             are added where there are images: ``distinct_grid_thw`` int64 [distinct, 3] and ``image_of_occurrence``
-            int64 [occurrences], in the order of the pairs and the query's before the document's.
+            int64 [occurrences], in the order of the pairs and the query's before the document's. May be set later.
     """
 
     def __init__(self, model: CrossEncoder, *, shares_images: bool) -> None:
         super().__init__(model)
         self._prompt = model.prompts.get(model.default_prompt_name) if model.default_prompt_name else None
-        self._shares_images = shares_images
+        self.shares_images = shares_images
         first: Any = model[0]
         # A bare string that looks like a path or a URL would be opened as an image. Where there are no structured
         # messages a pair of strings is text.
@@ -55,7 +55,7 @@ class PairPreprocessing(WorkerPreprocessing):
         """Features of pairs; ``side`` is "pair", for the sake of those who also call `Preprocessing`."""
         inputs = [tuple(self._input(one) for one in pair) for pair in pairs]
         call = partial(self._model.preprocess, inputs, prompt=self._prompt)
-        if not self._shares_images:
+        if not self.shares_images:
             return self._features(call)
         images = [image for pair in pairs for one in pair for image in _images_of(one)]
         place_of = {identity: place for place, identity in enumerate(dict.fromkeys(map(id, images)))}

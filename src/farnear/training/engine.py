@@ -11,7 +11,6 @@ from torch import nn
 
 from farnear.config import RunConfig
 from farnear.data.index import Index
-from farnear.data.workers import Preprocess
 from farnear.loss.own import OwnLoss
 from farnear.model.attention_choice import check_attention
 from farnear.model.features import FeatureMerger
@@ -43,7 +42,7 @@ class BuiltModel:
     """
 
     model: Any
-    preprocess: Preprocess
+    preprocess: Any
     strategy: Strategy
     frozen: FrozenOutputs
     shapes: dict[str, torch.Size]

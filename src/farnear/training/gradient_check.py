@@ -44,8 +44,8 @@ from farnear.parallel.strategy import NonFiniteGradientError, Strategy
 from farnear.parallel.world import World, on_main_rank
 from farnear.sections import TrainingConfig
 from farnear.training.cache import CachedStep
+from farnear.training.embedders import measured_dims, refuse_unsupported
 from farnear.training.engine import build_model, build_step
-from farnear.training.opening import measured_dims, refuse_unsupported
 from farnear.training.plain_gradient import Probe, plain_gradient
 from farnear.training.resume import first_progress
 from farnear.training.shards import RunData

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from farnear.config import RunConfig
 from farnear.data.loader import Deals
-from farnear.data.workers import Preprocess
+from farnear.model.embedder import WorkerPreprocessing
 from farnear.parallel.world import World
 from farnear.retrieve.evaluate import RetrievalTask
 from farnear.sections import TrainingConfig
@@ -84,7 +84,7 @@ class Kind(Protocol):
     def wrap(self, model: Any, training: TrainingConfig) -> nn.Module:
         """What strategies train: features in, a tensor or a tuple of them out. The model is its attribute ``model``."""
 
-    def preprocessing(self, model: Any) -> Preprocess:
+    def preprocessing(self, model: Any) -> WorkerPreprocessing:
         """From inputs, or pairs of them, to features; ``model`` is as loaded."""
 
     def scale(self) -> LearnedScale | None:

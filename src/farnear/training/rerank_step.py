@@ -158,8 +158,8 @@ class RerankStep:
         return ListGradient(figures.loss)
 
     def _lists_that_count(self, batch: ListBatch) -> Tensor:
-        entries = (torch.from_numpy(x) for x in (batch.list_e, batch.valid_e, batch.teacher_e))
-        return lists_that_count(*entries, self.reranker, num_lists=len(batch.pairs_b))
+        list_e, valid_e, teacher_e = map(torch.from_numpy, (batch.list_e, batch.valid_e, batch.teacher_e))
+        return lists_that_count(list_e, valid_e, teacher_e, self.reranker, num_lists=len(batch.pairs_b))
 
     def _agree(self, batch: ListBatch, counts_b: Tensor, figures: StepFigures) -> list[Turn]:
         """What this rank does, and what all ranks have. One exchange."""
@@ -296,12 +296,12 @@ class RerankStep:
 
     def _weighted_loss(self, score_n: Tensor, entries: Int64, batch: ListBatch, weight_b: Tensor) -> Tensor:
         """The sum of the losses of the lists that some entries make up, each by its weight."""
-        lists, list_n = np.unique(batch.list_e[entries], return_inverse=True)
+        own, place_n = np.unique(batch.list_e[entries], return_inverse=True)
         list_n, valid_n, teacher_n, lists = (
             torch.from_numpy(x).to(self.world.device)
-            for x in (list_n, batch.valid_e[entries], batch.teacher_e[entries], lists)
+            for x in (place_n, batch.valid_e[entries], batch.teacher_e[entries], own)
         )
-        loss_l = list_losses(score_n, list_n, valid_n, teacher_n, self.reranker, num_lists=len(lists))
+        loss_l = list_losses(score_n, list_n, valid_n, teacher_n, self.reranker, num_lists=len(own))
         return loss_l @ weight_b[lists]
 
     def _tell(self, loss: Tensor, figures: StepFigures) -> None:
