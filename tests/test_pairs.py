@@ -9,6 +9,7 @@ import pytest
 import torch
 from pair_makers import make_bases, mixed_pairs, one_thread, page, raw_scores  # noqa: F401
 from sentence_transformers import CrossEncoder
+from test_pixels import folders  # noqa: F401
 from torch import Tensor
 
 from farnear.model.embedder import to_device
@@ -133,6 +134,21 @@ def test_mini_batches_of_any_jobs_have_the_scores_of_predict(bases: Path, paddin
         wrong = tuple(images[0, 0] if one == (0, 1) else images[one] for one in occurrences)
         assert {len(one) for one in wrong} == {6, 10}
         assert not torch.allclose(module({**features, "image_features": wrong}), wanted, atol=1e-3)
+
+
+@pytest.mark.parametrize("generation", ["qwen2-vl", "qwen2.5-vl"])
+def test_older_generations_share_their_images_too(
+    folders: dict[str, Path],  # noqa: F811
+    bases: Path,
+    generation: str,
+) -> None:
+    """Without deepstack; their windows and patches are others."""
+    section = RerankerConfig(head="linear", chat_template=str(bases / "template.jinja"))
+    model = load_reranker(ModelConfig(name_or_path=str(folders[generation])), section)
+    assert shares_images(model)
+    preprocess, module = PairPreprocessing(model, shares_images=True), Reranker(model, bf16=False)
+    assert same_scores_shared(module, preprocess, PairPicker(model), CPU, tolerance=1e-5)
+    assert forward(model, image_features_of_job(preprocess(PAIRS)))[0].shape[1] == 64
 
 
 def test_what_cannot_be_regrouped_is_refused(model: CrossEncoder) -> None:
