@@ -355,9 +355,7 @@ def rank_main(rank: int, world_size: int, port: int, folder: str, small: bool, o
         for name in names:
             halves = ("bf16", "fp16") if case.name in ("whole_lists", "yes_no") and not small else ()
             for precision in ("fp32", *halves):
-                update, reduced = step_update(
-                    name, case, model_path, order, store, world, counts, lr, precision
-                )
+                update, reduced = step_update(name, case, model_path, order, store, world, counts, lr, precision)
                 row = {"strategy": name, "world_size": world_size, "case": case.name, "precision": precision}
                 error = relative_error(update, wanted) if update else 0.0
                 results.append({**row, "error": error, "reductions": reduced})
@@ -371,7 +369,11 @@ def run(world_sizes: tuple[int, ...], small: bool) -> list[dict[str, Any]]:
     """All cases at each W, in fresh processes a W."""
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        texts = ["Judge whether the document meets the query, yes or no, where is the red chart number of text alone", "yes", "no"]
+        texts = [
+            "Judge whether the document meets the query, yes or no, where is the red chart number of text alone",
+            "yes",
+            "no",
+        ]
         for name, tied in MODELS.items():
             save_tiny_model(
                 Path(folder) / name, texts=texts * 2, hidden_size=64, num_layers=2, tie_word_embeddings=tied

@@ -17,7 +17,13 @@ class Negatives:
 
     @classmethod
     def of_index(cls, index: Any) -> "Negatives":
-        return cls(index.negative_start_N1, index.negatives, np.full(len(index.negatives), np.nan, np.float32), index, np.full(len(index.positives), np.nan, np.float32))
+        return cls(
+            index.negative_start_N1,
+            index.negatives,
+            np.full(len(index.negatives), np.nan, np.float32),
+            index,
+            np.full(len(index.positives), np.nan, np.float32),
+        )
 
     def with_teacher(self, teacher, positive_teacher):
         return Negatives(self.start_N1, self.rows, teacher, self.index, positive_teacher)

@@ -34,15 +34,23 @@ _HEAD_OF_LANGUAGE_MODEL = "lm_head.weight"
 
 
 class RowsLinear(nn.Linear):
-    """A language-model head that computes some of its rows at the last position, in fp32."""
+    """A language-model head that computes some of its rows at the last position, in fp32.
+
+    Attributes:
+        rows: Which ones.
+        is_tied: Whether its weight is the embedding layer's, as `find_tied_rows` has found.
+    """
 
     rows: tuple[int, ...]
+    is_tied: bool = False
 
     def forward(self, input: Tensor) -> Tensor:
         """[n, L, D] of any float type to float32 [n, 1, rows]."""
         with torch.autocast(input.device.type, enabled=False):
             row_r = torch.tensor(self.rows, device=input.device)
-            weight_rD = embedding(row_r, self.weight).float()
+            # A sparse gradient spares the backward pass zeros for the whole vocabulary. The embedding layer's, in the
+            # same pass, makes the sum a dense one; without it the parameter would be left with a sparse gradient.
+            weight_rD = embedding(row_r, self.weight, sparse=self.is_tied).float()
             bias_r = None if self.bias is None else self.bias[row_r].float()
             return linear(input[..., -1:, :].float(), weight_rD, bias_r)
 
@@ -90,6 +98,14 @@ def score_cheaply(model: CrossEncoder) -> None:
     rows = tuple(row for row in (last.true_token_id, last.false_token_id) if row is not None)
     vocabulary.__class__, vocabulary.rows = RowsLinear, rows
     last.__class__ = RowsScore
+
+
+def find_tied_rows(model: CrossEncoder) -> None:
+    """See `RowsLinear`. Asked of a model whose adapters are in place: they may have copied its head."""
+    inner: Any = model.transformers_model
+    for module in model.modules():
+        if isinstance(module, RowsLinear):
+            module.is_tied = module.weight is getattr(inner.get_input_embeddings(), "weight", None)
 
 
 def refuse_adapted_rows(model: CrossEncoder) -> None:

@@ -101,9 +101,6 @@ def load_plain_reranker(
         model.prompts[INSTRUCTION] = reranker.instruction
         model.default_prompt_name = INSTRUCTION
     bring_to(dtype, model)
-    if not with_weights:
-        # Heads are made, or read, apart from the model.
-        model.to("meta")
     return model
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from sentence_transformers import CrossEncoder
+from sentence_transformers.base.modality import infer_modality
 from torch import Tensor
 
 from farnear.model.embedder import WorkerPreprocessing
@@ -37,8 +38,9 @@ class PairPreprocessing(WorkerPreprocessing):
     Args:
         model: As loaded, before a strategy has it.
         shares_images: Whether an image that stands in several pairs of a call, as the same object, is processed once.
-            ``pixel_values`` then holds the distinct images in the order in which they first appear, and two features
-            are added where there are images: ``distinct_grid_thw`` int64 [distinct, 3] and ``image_of_occurrence``
+            ``pixel_values`` then holds the distinct images in the order in which they first appear, and
+            ``num_images_per_sample`` int64 [pairs] is always there. Two features are added where there are images and
+            the processor tells their grids: ``distinct_grid_thw`` int64 [distinct, 3] and ``image_of_occurrence``
             int64 [occurrences], in the order of the pairs and the query's before the document's. May be set later.
     """
 
@@ -57,11 +59,14 @@ class PairPreprocessing(WorkerPreprocessing):
         call = partial(self._model.preprocess, inputs, prompt=self._prompt)
         if not self.shares_images:
             return self._features(call)
-        images = [image for pair in pairs for one in pair for image in _images_of(one)]
+        images_n = [[image for one in pair for image in _images_of(one)] for pair in pairs]
+        images = [image for of_pair in images_n for image in of_pair]
         place_of = {identity: place for place, identity in enumerate(dict.fromkeys(map(id, images)))}
         image_of_occurrence = torch.tensor([place_of[id(image)] for image in images], dtype=torch.int64)
         with _each_image_once(self._model[0].processor, image_of_occurrence) as processor:
             features = self._features(call)
+        # sentence-transformers may count them itself, but not always.
+        features["num_images_per_sample"] = torch.tensor([len(of_pair) for of_pair in images_n])
         if processor.distinct_grid_thw is not None:
             features.update(distinct_grid_thw=processor.distinct_grid_thw, image_of_occurrence=image_of_occurrence)
         return features
@@ -75,7 +80,7 @@ def _images_of(one: Any) -> list[Any]:
     if isinstance(one, dict):
         images = one.get("image")
         return [] if images is None else list(images) if isinstance(images, (list, tuple)) else [images]
-    return [] if isinstance(one, str) else [one]
+    return [one] if not isinstance(one, str) and infer_modality(one) == "image" else []
 
 
 class _OncePerImage:
@@ -132,7 +137,7 @@ class PairPicker:
         """One mini-batch's features, and (job, distinct image) of each of its image occurrences in order.
 
         Args:
-            features_j: Of each job, with shared images if with any.
+            features_j: Of each job, made with ``shares_images``.
             picks: (job, pair in it) of each pair of the mini-batch.
 
         Raises:
@@ -146,9 +151,6 @@ class PairPicker:
             if name in _OF_OCCURRENCE:
                 if occurrences:
                     picked[name] = torch.stack([features_j[job][name][place] for job, place in occurrences])
-            elif name == "num_images_per_sample":
-                # Missing where a job is all text.
-                picked[name] = torch.tensor([len(_occurrences(features_j[job], pair)) for job, pair in picks])
             else:
                 picked[name] = self._picked(name, features_j, picks)
         images = [(job, int(features_j[job]["image_of_occurrence"][place])) for job, place in occurrences]
@@ -183,9 +185,7 @@ class PairPicker:
 
 def _occurrences(features: dict[str, Any], pair: int) -> range:
     """Places of a pair's images among all occurrences of its job."""
-    counts = features.get("num_images_per_sample")
-    if counts is None:
-        return range(0)
+    counts = features["num_images_per_sample"]
     start = int(counts[:pair].sum())
     return range(start, start + int(counts[pair]))
 

@@ -28,7 +28,7 @@ from sentence_transformers.base.modules import Transformer
 from torch import Tensor, nn
 
 from farnear.model.embedder import to_device
-from farnear.model.heads import refuse_adapted_rows
+from farnear.model.heads import find_tied_rows, refuse_adapted_rows
 from farnear.model.pairs import PairPicker, PairPreprocessing, pick_images
 
 ImageFeatures = tuple[Tensor, ...]
@@ -41,7 +41,7 @@ class Reranker(nn.Module):
     """Scores pairs; fp32 weights, computed in bf16 or fp16 on request.
 
     Args:
-        model: Its forward must give ``scores`` [n, 1].
+        model: Its forward must give ``scores`` [n, 1]. Whatever is done to its weights (adapters) is done.
         bf16, fp16: Whether the forward runs under autocast of that type; one of them at most.
 
     Raises:
@@ -51,6 +51,7 @@ class Reranker(nn.Module):
     def __init__(self, model: CrossEncoder, *, bf16: bool, fp16: bool = False) -> None:
         super().__init__()
         refuse_adapted_rows(model)
+        find_tied_rows(model)
         self.model = model
         self._autocast = torch.bfloat16 if bf16 else torch.float16 if fp16 else None
         self._layout: _Layout | None = None

@@ -172,7 +172,7 @@ def add_adapters(model: "BaseModel", config: ModelConfig, *, seed: int) -> Any:
                 f"{' '.join(str(error).split())[:300]}); check its keys, and target_modules ({wanted})"
             ) from error
     if model.model_type == "CrossEncoder":
-        for module in model[1:]:
+        for module in list(model)[1:]:
             module.requires_grad_(True)
     return adapted
 

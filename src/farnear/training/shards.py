@@ -11,8 +11,8 @@ import numpy as np
 from farnear.data.faults import fault_table, pairs_lost
 from farnear.data.index import Index
 from farnear.data.index_cache import ShardSet, cache_folder, cached_index
-from farnear.data.negatives import Negatives
 from farnear.data.losses import Losses, losses_of
+from farnear.data.negatives import Negatives
 from farnear.data.remote import is_remote, shown
 from farnear.data.run_shards import shard_sets, shard_store
 from farnear.data.shard_store import ShardStore
