@@ -20,7 +20,7 @@ import multiprocessing
 import sys
 import tarfile
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -170,9 +170,10 @@ def negatives_of(index: Index, case: Case) -> Negatives:
     """The shard's hard negatives, with a made-up teacher."""
     negatives = Negatives.of_index(index)
     random = np.random.default_rng(SEED)
-    return negatives.with_teacher(
-        random.normal(size=len(negatives.rows)).astype(np.float32),
-        random.normal(size=len(index.positives)).astype(np.float32) + 1,
+    return replace(
+        negatives,
+        teacher=random.normal(size=len(negatives.rows)).astype(np.float32),
+        positive_teacher=random.normal(size=len(index.positives)).astype(np.float32) + 1,
     )
 
 

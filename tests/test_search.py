@@ -1,10 +1,17 @@
 """Exact search: against a full sort, with ties, truncation, odd block sizes and every input that must be refused."""
 
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from sentence_transformers.util import cos_sim, truncate_embeddings
 
-from farnear.retrieve.search import _keys, _scores_of, top_k
+from farnear.errors import UserError
+from farnear.retrieve.search import _keys, _scores_of, faiss_search, top_k
 
 
 def _embeddings(queries: int, pages: int, dim: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,3 +130,76 @@ def test_refuses_what_it_cannot_rank() -> None:
     query_QD[1] = float("nan")
     with pytest.raises(ValueError, match="1 embeddings of queries"):
         top_k(query_QD, page_PD, 3)
+
+
+@pytest.mark.parametrize("k", [1, 31, 100, 700])
+@pytest.mark.parametrize("tile", [(64, 64), (64, 1024), (256, 16384)])
+def test_the_same_bits_as_all_scores_at_once(k: int, tile: tuple[int, int]) -> None:
+    """Pages in falling, rising and random order of likeness, and many that score alike: every way through a tile."""
+    generator = torch.Generator().manual_seed(2)
+    page_PD = torch.randn(1500, 24, generator=generator).mul(4).round() / 4
+    page_PD[200:230] = page_PD[900:930]
+    page_PD[1000:1100] = page_PD[1000]
+    query_QD = torch.randn(70, 24, generator=generator)
+    by_first = page_PD[:, 0].argsort(stable=True)
+    for order in (torch.arange(1500), by_first, by_first.flip(0)):
+        pages = page_PD[order]
+        score_Qk, page_Qk = top_k(query_QD, pages, k, tile=tile)
+        every_QP, page_QP = top_k(query_QD, pages, 1500, tile=tile)
+        assert torch.equal(score_Qk, every_QP[:, :k])
+        assert torch.equal(page_Qk, page_QP[:, :k])
+        score_QP = torch.empty_like(every_QP).scatter_(1, page_QP, every_QP)
+        assert torch.equal(page_QP, _by_full_sort(score_QP, 1500)[1])
+        torch.testing.assert_close(score_QP, cos_sim(query_QD, pages), rtol=0, atol=1e-6)
+
+
+def test_reads_pages_from_a_disk_block_by_block(tmp_path: Path) -> None:
+    query_QD, page_PD = _embeddings(20, 500)
+    np.save(tmp_path / "pages.npy", page_PD.numpy())
+
+    class Watched:
+        """Tells which rows are read."""
+
+        def __init__(self) -> None:
+            self.rows: list[slice] = []
+            self.pages = np.load(tmp_path / "pages.npy", mmap_mode="r")
+            self.shape, self.ndim = self.pages.shape, 2
+
+        def __len__(self) -> int:
+            return len(self.pages)
+
+        def __getitem__(self, rows: slice) -> Any:
+            self.rows.append(rows)
+            return self.pages[rows]
+
+    watched = Watched()
+    found = top_k(query_QD.numpy(), watched, 7, tile=(64, 128))
+    assert [(rows.start, rows.stop) for rows in watched.rows] == [(0, 128), (128, 256), (256, 384), (384, 512)]
+    for one, other in zip(found, top_k(query_QD, page_PD, 7, tile=(64, 128)), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_faiss_is_asked_for_the_same_and_missed_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    class IndexFlatIP:
+        def __init__(self, dim: int) -> None:
+            self.page_PD = np.zeros((0, dim), np.float32)
+
+        def add(self, page_PD: Any) -> None:
+            self.page_PD = np.concatenate([self.page_PD, page_PD])
+
+        def search(self, query_QD: Any, k: int) -> Any:
+            score_QP = query_QD @ self.page_PD.T
+            # Equal scores in the order that is not wanted.
+            page_Qk = score_QP.shape[1] - 1 - np.argsort(-score_QP[:, ::-1], axis=1, kind="stable")[:, :k]
+            return np.take_along_axis(score_QP, page_Qk, axis=1), page_Qk
+
+    query_QD, page_PD = _embeddings(9, 100)
+    page_PD[50:] = page_PD[:50]
+    monkeypatch.setitem(sys.modules, "faiss", SimpleNamespace(IndexFlatIP=IndexFlatIP))
+    score_Qk, page_Qk = faiss_search(page_PD.numpy(), block=33)(query_QD.numpy(), 10)
+    expected = top_k(query_QD, page_PD, 10)
+    torch.testing.assert_close(score_Qk, expected[0], rtol=0, atol=1e-6)
+    assert torch.equal(page_Qk, expected[1])
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(UserError, match=r"mining.use_faiss is set, but FAISS cannot be imported.*install faiss-cpu"):
+        faiss_search(page_PD.numpy())

@@ -16,6 +16,7 @@ import farnear
 from farnear.command_line import Parser, add_run_arguments, parse, positive
 from farnear.commands.doctor import add_doctor
 from farnear.commands.launch import add_launch
+from farnear.commands.mine import add_mine
 from farnear.commands.plan import add_plan
 from farnear.commands.prefetch import add_prefetch
 from farnear.commands.shards import add_shards
@@ -88,6 +89,7 @@ def _farnear_parser() -> Parser:
     add_plan(commands)
     add_doctor(commands)
     add_launch(commands)
+    add_mine(commands)
     add_submit(commands)
     add_status(commands)
     _add_report(commands)

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from farnear.data.batch import MiniBatch, Quarantined, RankBatch
 from farnear.data.budget import PageTokens, cut, deal, input_cost
 from farnear.data.index import Index, modality_name
+from farnear.data.negatives import Negatives
 from farnear.data.order import Order
 from farnear.data.remote import shown
 from farnear.data.workers import Job, Result
@@ -56,6 +57,7 @@ class Dealing:
         num_negatives: Most hard negatives of a pair; None for all.
         same_modalities: Whether a rank borrows a mini-batch of every kind that another rank has, where a forward needs
             all ranks.
+        negatives: The hard ones of the order's pairs; None for those that the shards hold, as they are.
     """
 
     rank: int
@@ -65,12 +67,14 @@ class Dealing:
     mini_batch_num_tokens: Mapping[str, int | None] = field(default_factory=lambda: dict.fromkeys(SIDES))
     num_negatives: int | None = None
     same_modalities: bool = False
+    negatives: Negatives | None = None
 
     def slice_of(self, order: Order, step: int) -> RankSlice:
         """The rank's part of a step, counted over all epochs."""
         index, pairs_G = order.index, order.global_batch(step)
         positives_G = order.positives(pairs_G, order.schedule.epoch_of(step))
-        negatives_G = [index.negatives_of(pair)[: self.num_negatives] for pair in pairs_G]
+        negatives_of = index.negatives_of if self.negatives is None else self.negatives.of
+        negatives_G = [negatives_of(pair)[: self.num_negatives] for pair in pairs_G]
         all_negatives = np.concatenate(negatives_G)
         owner = np.repeat(np.arange(len(pairs_G)), [len(rows) for rows in negatives_G])
         cost_G = input_cost(index, index.query_N[pairs_G], self.page_tokens)

@@ -85,7 +85,8 @@ def lists_of_step(
     for place, pair in enumerate(pair_G.tolist()):
         taken = set(index.positive_hashes_of_query(pair).tolist())
         documents.append(int(positive_G[place]))
-        teachers.append(negatives.teacher_of_positive(pair, documents[-1]))
+        place_of_positive = int(np.flatnonzero(index.positives_of(pair) == documents[-1])[0])
+        teachers.append(float(negatives.positive_teacher[index.positive_start_N1[pair] + place_of_positive]))
         hard = slice(*negatives.start_N1[pair : pair + 2].tolist())
         hard_rows, hard_teacher = negatives.rows[hard][:num_hard], negatives.teacher[hard][:num_hard]
         for row, teacher in zip(hard_rows.tolist(), hard_teacher.tolist(), strict=True):

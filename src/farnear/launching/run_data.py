@@ -11,6 +11,8 @@ from farnear.config import RunConfig
 from farnear.data.budget import PageTokens, input_cost
 from farnear.data.index import Index
 from farnear.data.index_cache import cache_folder, cached_index
+from farnear.data.negatives import Negatives
+from farnear.data.negatives_file import read_negatives
 from farnear.data.order import Order
 from farnear.data.plan import PairFacts, schedule_of
 from farnear.data.quotas import Schedule
@@ -100,10 +102,14 @@ def _of_index(config: RunConfig, index: Index, page_tokens: PageTokens) -> RunDa
         faults.append(str(error))
     pairs_of_source = dict(zip(index.sources, np.diff(index.source_start_K1).tolist(), strict=True))
     faults += [] if steps is None else _too_small(config, len(index), pairs_of_source)
-    hard = len(index.negatives) / len(index)
-    limit = config.data.num_negatives
-    negatives = hard if limit is None else float(np.mean(np.minimum(np.diff(index.negative_start_N1), limit)))
-    documents = np.unique(np.concatenate([index.positives, index.negatives] if negatives else [index.positives]))
+    hard = Negatives.of_index(index)
+    if config.data.negatives:
+        try:
+            hard = read_negatives(config.data.negatives, index, config.data.max_bad_fraction)
+        except UserError as error:
+            faults.append(str(error))
+    negatives = float(hard.counts(config.data.num_negatives).mean())
+    documents = np.unique(np.concatenate([index.positives, hard.rows] if negatives else [index.positives]))
     return RunData(
         pairs=len(index),
         steps=steps,

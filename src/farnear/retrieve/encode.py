@@ -1,10 +1,13 @@
 """Embed many queries or documents with all ranks, through the strategy that trains the model.
 
 Each rank embeds a share of every modality. Ranks agree on the number of batches of each modality; where a forward is a
-collective (ZeRO-3), a rank that is done early repeats its last one. The embeddings meet on every rank's CPU.
+collective (ZeRO-3), a rank that is done early repeats its last one. `encode` brings the embeddings to every rank's CPU;
+`encode_parts` leaves each part, embedded in the same batches whoever does it, with the rank that has it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,11 +15,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from farnear.data.budget import PageTokens
-from farnear.data.index import Index
+from farnear.data.budget import PageTokens, input_cost
+from farnear.data.index import Index, modality_name
 from farnear.data.loader import load_features
+from farnear.data.read import InputReader
 from farnear.data.shard_store import ShardStore
-from farnear.data.workers import Preprocess
+from farnear.data.workers import Job, Preprocess, Workers
 from farnear.errors import RunStoppedError
 from farnear.model.embedder import to_device
 from farnear.parallel.collectives import agree_on_max, exchange_ints, gather_together
@@ -86,9 +90,95 @@ def encode(
     e_nD, place_n = torch.cat(parts), torch.cat(places)
     rows_W = [(n, n) for (n,) in exchange_ints([len(e_nD)], world.device)]
     e_ND, place_N = gather_together([e_nD, place_n], rows_W)
-    if bad := int((~e_ND.isfinite().all(dim=1)).sum()):
+    _refuse_not_finite(int((~e_ND.isfinite().all(dim=1)).sum()), len(e_ND), side)
+    return e_ND[place_N.argsort()].cpu()
+
+
+@torch.no_grad()
+def encode_parts(
+    strategy: Strategy,
+    world: World,
+    index: Index,
+    store: ShardStore,
+    preprocess: Preprocess,
+    page_tokens: PageTokens,
+    side: str,
+    parts: Sequence[npt.NDArray[np.int64]],
+    *,
+    batch_size: int,
+    num_workers: int,
+    between: Callable[[], None] = lambda: None,
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield (number, embeddings) of this rank's parts: every ``world_size``-th, in rounds. A collective to its end.
+
+    A part's batches are its own, so its embeddings do not depend on the number of ranks. Arguments as in `encode`.
+
+    Args:
+        parts: Input rows of each part, the same on every rank.
+
+    Yields:
+        float32 [n, D] on the CPU, in the order of the part's rows.
+
+    Raises:
+        RunStoppedError: On every rank, when an embedding is not finite.
+    """
+    rounds = [parts[first : first + world.world_size] for first in range(0, len(parts), world.world_size)]
+    turns = [list(_turns(index, page_tokens, of_round, world.rank, batch_size)) for of_round in rounds]
+    jobs = [turn.job(side) for of_round in turns for turn in of_round if turn.is_own or strategy.forward_is_collective]
+    workers = Workers(InputReader(index, store), preprocess, min(num_workers, len(jobs)), 2, False)
+    with closing(workers.run(iter(jobs))) as results:
+        for number, of_round in enumerate(turns):
+            embedded, places = [], []
+            for turn in of_round:
+                between()
+                if not turn.is_own and not strategy.forward_is_collective:
+                    continue
+                features, _ = next(results)
+                e_nD = strategy.forward(to_device(features, world.device)).float()
+                if turn.is_own:
+                    embedded.append(e_nD.cpu())
+                    places.append(torch.from_numpy(turn.places))
+            e_nD = torch.cat(embedded)[torch.cat(places).argsort()] if embedded else torch.zeros(0, 0)
+            bad = agree_on_max([int((~e_nD.isfinite().all(dim=1)).sum())], world.device)[0]
+            _refuse_not_finite(bad, sum(map(len, rounds[number])), side)
+            if embedded:
+                yield number * world.world_size + world.rank, e_nD
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """A batch of this rank's part, or one of another rank's inputs where this rank has none left of the modality."""
+
+    modality: str
+    places: npt.NDArray[np.int64]  # in the part
+    rows: npt.NDArray[np.int64]
+    is_own: bool
+
+    def job(self, side: str) -> Job:
+        return Job(side, self.modality, self.rows, needed=True)
+
+
+def _turns(
+    index: Index, page_tokens: PageTokens, parts_W: Sequence[npt.NDArray[np.int64]], rank: int, batch_size: int
+) -> Generator[_Turn, None, None]:
+    """A rank's turns of a round, in which every rank has equally many of each modality, and in the same order."""
+    all_rows = np.concatenate(parts_W)
+    own = parts_W[rank] if rank < len(parts_W) else all_rows[:0]
+    for modality in np.unique(index.input_modality_I[all_rows]):
+        counts = [int((index.input_modality_I[rows] == modality).sum()) for rows in parts_W]
+        places = np.flatnonzero(index.input_modality_I[own] == modality)
+        # Inputs of like cost share a batch, so that little of it is padding.
+        places = places[np.argsort(-input_cost(index, own[places], page_tokens), kind="stable")]
+        other = all_rows[index.input_modality_I[all_rows] == modality][:1]
+        for start in range(0, -(-max(counts) // batch_size) * batch_size, batch_size):
+            batch = places[start : start + batch_size]
+            is_own = len(batch) > 0
+            yield _Turn(modality_name(int(modality)), batch, own[batch] if is_own else other, is_own)
+
+
+def _refuse_not_finite(bad: int, count: int, side: str) -> None:
+    if bad:
         raise RunStoppedError(
-            f"{bad} of {len(e_ND)} embeddings ({side}) are not finite, so nothing can be ranked: the weights have gone "
+            f"{bad} of {count} embeddings ({side}) are not finite, so nothing can be ranked: the weights have gone "
             "wrong; lower training.learning_rate and continue from the checkpoint before"
         )
-    return e_ND[place_N.argsort()].cpu()

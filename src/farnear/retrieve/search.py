@@ -7,41 +7,69 @@ against every page in fp32, block by block, and the ranking is a total order: hi
 ``torch.topk`` leaves the order of equal scores open. Each score is therefore packed with its page into one int64 key
 whose order is exactly that total order: the bits of the score, mapped so that they grow with it, above the page counted
 downwards. Keys are all different, so the k largest are unique; they also merge from one block of pages to the next, and
-both the score and the page can be read back from them without loss.
+both the score and the page can be read back from them without loss. Only scores that can still be among a query's best
+get a key, which are few, so a search costs little more than the bare matrix product (`benchmarks/mining.py`).
 
 Matryoshka truncation means what it means in sentence-transformers: keep the first ``dim`` components, then normalise
 what is left.
 
-Shapes: Q queries, P pages, D components of an embedding, d kept ones, k results; q queries and p pages of a block, c
-candidates for a query's k.
+Shapes: Q queries, P pages, D components of an embedding, d kept ones, k results; q queries and p pages of a tile, r
+runs of its columns, h runs that are looked into, n scores that pass, c candidates for a query's k.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from farnear.errors import UserError
+
 LOW_BITS = 0xFFFF_FFFF
-COLUMNS_OF_A_KERNEL = 64
+NO_KEY = -(2**63)
+"""Below the key of any score."""
+ROWS_OF_A_KERNEL = 64
+RUN = 32
+"""Columns of a tile that are looked at by their largest; tiles are whole runs."""
+SHARE_LOOKED_INTO = 0.5
+"""Most of a tile's runs that are looked into: where more pass, all of it takes no more time and memory."""
+
+
+class Rows(Protocol):
+    """What is searched: a tensor, a numpy array, or arrays on disk that look like one."""
+
+    @property
+    def ndim(self) -> int: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, rows: slice, /) -> Any: ...
+
+
+Search = Callable[[npt.NDArray[np.float32], int], tuple[Tensor, Tensor]]
+"""(queries [Q, D], k) -> scores and pages, as `top_k` gives them."""
 
 
 def top_k(
-    query_QD: Tensor,
-    page_PD: Tensor,
+    query_QD: Tensor | npt.NDArray[Any],
+    page_PD: Tensor | Rows,
     k: int,
     *,
     dim: int | None = None,
-    tile: tuple[int, int] = (256, 8192),
+    tile: tuple[int, int] = (256, 16384),
     moved: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, Tensor]:
     """The ``k`` pages nearest to each query by cosine similarity: ``scores_Qk`` (fp32) and ``pages_Qk`` (int64).
 
     Best page first, equal scores by the lower page. ``k`` is clipped to P. Inputs may have any floating dtype and need
-    not be normalised; a zero vector scores 0 everywhere. ``dim`` keeps that many leading components. ``tile`` is how
-    many queries and pages are scored at once (pages rounded up to a multiple of 64): it bounds memory, about 30 bytes a
-    score, and never changes the order of equal scores. Queries times pages are never held at once. ``moved`` is called
-    for every block of pages, by which a watchdog knows that a long search goes on.
+    not be normalised; a zero vector scores 0 everywhere. They may be numpy arrays mapped from a disk: pages are read
+    once, block by block, so there may be more of them than memory holds; the queries are held. ``dim`` keeps that many
+    leading components. ``tile`` is how many queries and pages are scored at once (about, see `_even_tile`): it bounds
+    the memory for scores, and never changes the order of equal ones. ``moved`` is called for every block of pages, by
+    which a watchdog knows that a long search goes on. The search runs where the queries are.
 
     Raises ValueError for shapes that do not fit, ``k`` or ``dim`` out of range, and embeddings that are not finite
     (a ranking of NaN would look like any other).
@@ -53,52 +81,122 @@ def top_k(
     if dim is not None and not 1 <= dim <= query_QD.shape[1]:
         raise ValueError(f"dim is {dim}, but the embeddings have {query_QD.shape[1]} components")
     queries, pages = len(query_QD), len(page_PD)
-    queries_per_tile = tile[0]
-    pages_per_tile = _even_tile(pages, tile[1])
-    with torch.no_grad(), _full_fp32(query_QD.device.type):
+    queries_per_tile, pages_per_tile = _even_tile(queries, tile[0]), _even_tile(pages, tile[1])
+    device = query_QD.device if isinstance(query_QD, Tensor) else torch.device("cpu")
+    with torch.no_grad(), _full_fp32(device.type):
         unit_query_Qd = _unit_prefix(query_QD, dim, "queries")
-        best_Qk = query_QD.new_empty((queries, 0), dtype=torch.int64)
+        best_Qk = torch.full((queries, min(k, pages)), NO_KEY, device=device)
+        score_qp = torch.empty((queries_per_tile, pages_per_tile), device=device)
         for first_page in range(0, pages, pages_per_tile):
             moved()
-            unit_page_pd = _unit_prefix(page_PD[first_page : first_page + pages_per_tile], dim, "pages")
+            unit_page_pd = _unit_prefix(page_PD[first_page : first_page + pages_per_tile], dim, "pages").to(device)
             pages_here = len(unit_page_pd)
-            unit_page_pd = torch.nn.functional.pad(unit_page_pd, (0, 0, 0, pages_per_tile - pages_here))
-            blocks = [best_Qk.new_empty((0, min(k, first_page + pages_here)))]
+            unit_page_pd = _padded(unit_page_pd, pages_per_tile)
             for first_query in range(0, queries, queries_per_tile):
                 block = slice(first_query, first_query + queries_per_tile)
-                key_qp = _keys((unit_query_Qd[block] @ unit_page_pd.T)[:, :pages_here], first_page)
-                candidate_qc = torch.cat([best_Qk[block], key_qp], dim=1)
-                blocks.append(candidate_qc.topk(min(k, candidate_qc.shape[1]), dim=1, sorted=True).values)
-            best_Qk = torch.cat(blocks)
+                torch.mm(_padded(unit_query_Qd[block], queries_per_tile), unit_page_pd.T, out=score_qp)
+                score_qp[:, pages_here:] = -torch.inf
+                _improve(best_Qk[block], score_qp[: len(best_Qk[block])], first_page)
     return _scores_of(best_Qk), LOW_BITS - (best_Qk & LOW_BITS)
 
 
-def _even_tile(pages: int, largest: int) -> int:
-    """Pages in every block: at most about ``largest``, alike for all blocks, a multiple of ``COLUMNS_OF_A_KERNEL``.
+def faiss_search(page_PD: Rows, block: int = 16384) -> Search:
+    """The same search by FAISS's IndexFlatIP, which is exact too, and holds all pages in memory.
 
-    A matrix product takes other instructions, which round otherwise, for the columns left over at its edge. One page
+    Raises:
+        UserError: FAISS is not installed.
+    """
+    try:
+        import faiss
+    except ImportError:
+        raise UserError(
+            "mining.use_faiss is set, but FAISS cannot be imported, so nothing would be found; install faiss-cpu, or "
+            "take it out: the search without it is exact and fast"
+        ) from None
+    index = faiss.IndexFlatIP(page_PD.shape[1])
+    for first_page in range(0, len(page_PD), block):
+        index.add(_unit_prefix(page_PD[first_page : first_page + block], None, "pages").numpy())
+
+    def search(query_QD: npt.NDArray[np.float32], k: int) -> tuple[Tensor, Tensor]:
+        found = index.search(_unit_prefix(query_QD, None, "queries").numpy(), min(k, len(page_PD)))
+        score_Qk, page_Qk = map(torch.from_numpy, found)
+        # FAISS leaves the order of equal scores open.
+        key_Qk = _key(score_Qk, page_Qk).sort(dim=1, descending=True).values
+        return _scores_of(key_Qk), LOW_BITS - (key_Qk & LOW_BITS)
+
+    return search
+
+
+def _improve(best_qk: Tensor, score_qp: Tensor, first_page: int) -> None:
+    """Bring the keys of the best pages so far, in falling order, up to date with a tile of scores.
+
+    Nearly all of a tile lies below what a query has already. So it is read once, for the largest score of every run of
+    ``RUN`` columns; only the runs whose largest passes the query's k-th best are looked into.
+    """
+    k = best_qk.shape[1]
+    score_qrc = score_qp.view(len(score_qp), -1, RUN)
+    largest_qr = score_qrc.amax(dim=2)
+    is_short_q = best_qk[:, -1] == NO_KEY
+    # A later page with just the k-th score comes too late, for the lower page comes first.
+    threshold_q = torch.where(is_short_q, -torch.inf, _scores_of(best_qk[:, -1]))
+    runs = largest_qr.shape[1]
+    if runs >= k and bool(is_short_q.any()):
+        # k runs reach this, and so do k scores; what equals it must pass, so the bound is the number below it.
+        kth_q = largest_qr.kthvalue(runs - k + 1, dim=1).values
+        threshold_q = threshold_q.maximum(kth_q.nextafter(torch.full_like(kth_q, -torch.inf)))
+    row_h, run_h = (largest_qr > threshold_q[:, None]).nonzero(as_tuple=True)
+    if len(row_h) == 0:
+        return
+    if len(row_h) > SHARE_LOOKED_INTO * largest_qr.numel():
+        candidate_qc = _keys(score_qp, first_page)
+    else:
+        score_hc = score_qrc[row_h, run_h]
+        hit_n, column_n = (score_hc > threshold_q[row_h, None]).nonzero(as_tuple=True)
+        row_n, page_n = row_h[hit_n], first_page + run_h[hit_n] * RUN + column_n
+        # As many columns as the query with most candidates needs; they come query by query, so each knows its place.
+        count_q = torch.bincount(row_n, minlength=len(best_qk))
+        place_n = torch.arange(len(row_n), device=row_n.device) - (count_q.cumsum(0) - count_q)[row_n]
+        candidate_qc = best_qk.new_full((len(best_qk), int(count_q.max())), NO_KEY)
+        candidate_qc[row_n, place_n] = _key(score_hc[hit_n, column_n], page_n)
+    best_qk.copy_(torch.cat([best_qk, candidate_qc], dim=1).topk(k, dim=1, sorted=True).values)
+
+
+def _even_tile(rows: int, largest: int) -> int:
+    """Rows in every block: at most about ``largest``, alike for all blocks, a multiple of ``ROWS_OF_A_KERNEL``.
+
+    A matrix product takes other instructions, which round otherwise, for what is left over at its edges. One page
     stored twice would then score differently by 1e-7 depending on where it lies, and its tie would be decided by that.
     """
-    blocks = max(1, -(-pages // largest))
-    return -(-pages // (blocks * COLUMNS_OF_A_KERNEL)) * COLUMNS_OF_A_KERNEL or COLUMNS_OF_A_KERNEL
+    blocks = max(1, -(-rows // largest))
+    return -(-rows // (blocks * ROWS_OF_A_KERNEL)) * ROWS_OF_A_KERNEL or ROWS_OF_A_KERNEL
 
 
-def _unit_prefix(embedding_nD: Tensor, dim: int | None, what: str) -> Tensor:
+def _unit_prefix(embedding_nD: Tensor | npt.NDArray[Any], dim: int | None, what: str) -> Tensor:
     """The first ``dim`` components in fp32, scaled to length 1."""
-    unit_nd = torch.nn.functional.normalize(embedding_nD[:, :dim].float(), dim=1)
-    if not bool(unit_nd.isfinite().all()):
-        bad = int((~unit_nd.isfinite().all(dim=1)).sum())
+    # Copied, for torch takes no array that cannot be written to.
+    prefix = embedding_nD[:, :dim] if isinstance(embedding_nD, Tensor) else np.array(embedding_nD[:, :dim])
+    prefix_nd = torch.as_tensor(prefix).float()
+    length_n1 = torch.linalg.vector_norm(prefix_nd, dim=1, keepdim=True)
+    if bad := int((~length_n1.isfinite()).sum()):
         raise ValueError(f"{bad} embeddings of {what} hold NaN or infinity, so they cannot be ranked")
-    return unit_nd
+    return prefix_nd / length_n1.clamp_min(1e-12)
+
+
+def _padded(rows_nd: Tensor, n: int) -> Tensor:
+    """Zeros below, to ``n`` rows."""
+    return rows_nd if len(rows_nd) == n else torch.nn.functional.pad(rows_nd, (0, 0, 0, n - len(rows_nd)))
 
 
 def _keys(score_qp: Tensor, first_page: int) -> Tensor:
+    return _key(score_qp, torch.arange(first_page, first_page + score_qp.shape[1], device=score_qp.device))
+
+
+def _key(score: Tensor, page: Tensor) -> Tensor:
     """int64 keys that order by score, then by the lower page. Adding 0.0 turns -0.0 into 0.0: they are equal scores."""
-    bits_qp = (score_qp + 0.0).view(torch.int32)
+    bits = (score + 0.0).view(torch.int32)
     # The bits of a non-negative fp32 grow with it; those of a negative one shrink, so all but its sign are flipped.
-    ordered_qp = torch.where(bits_qp < 0, bits_qp ^ 0x7FFF_FFFF, bits_qp).long()
-    page_p = torch.arange(first_page, first_page + score_qp.shape[1], device=score_qp.device)
-    return (ordered_qp << 32) | (LOW_BITS - page_p)
+    ordered = torch.where(bits < 0, bits ^ 0x7FFF_FFFF, bits).long()
+    return (ordered << 32) | (LOW_BITS - page)
 
 
 def _scores_of(key_Qk: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ from farnear.parallel.collectives import exchange_ints
 from farnear.parallel.strategy import Strategy
 from farnear.parallel.world import World
 from farnear.sections import TrainingConfig
+from farnear.training.shards import RunData
 
 # Of the free device memory: what graphs may take in all, and what one mini-batch may.
 _SHARE_OF_GRAPHS = 0.6
@@ -72,7 +73,7 @@ def choose(
     strategy: Strategy,
     preprocess: Preprocess,
     merger: FeatureMerger,
-    index: Index,
+    data: RunData,
     page_tokens: PageTokens,
     world: World,
     *,
@@ -102,7 +103,7 @@ def choose(
         saved_asked = saved.get("asked", {})
         return saved[name] if all(key in saved_asked and saved_asked[key] == asked[key] for key in keys) else None
 
-    trial = _Trial(strategy, preprocess, index, page_tokens, world)
+    trial = _Trial(strategy, preprocess, data, page_tokens, world)
     num_tokens: dict[str, int | None] = {}
     for side in SIDES:
         wanted = training.mini_batch_num_tokens_of[side]
@@ -140,10 +141,10 @@ class _Trial:
     """Forwards with graph of made-up inputs, as large as the largest of the index. Every method is a collective."""
 
     def __init__(
-        self, strategy: Strategy, preprocess: Preprocess, index: Index, page_tokens: PageTokens, world: World
+        self, strategy: Strategy, preprocess: Preprocess, data: RunData, page_tokens: PageTokens, world: World
     ) -> None:
         self._strategy, self._preprocess, self._world = strategy, preprocess, world
-        self._index, self._page_tokens = index, page_tokens
+        self._index, self._negatives, self._page_tokens = data.train, data.negatives, page_tokens
         self._largest_of: dict[str, tuple[Any, int]] = {}
 
     def _largest(self, side: str) -> tuple[Any, int]:
@@ -158,7 +159,7 @@ class _Trial:
 
     def _look_for_largest(self, side: str) -> tuple[Any, int]:
         index = self._index
-        rows = np.unique(index.query_N if side == "query" else np.concatenate([index.positives, index.negatives]))
+        rows = np.unique(index.query_N if side == "query" else np.concatenate([index.positives, self._negatives.rows]))
         cost_n = input_cost(index, rows, self._page_tokens)
         for place in np.argsort(-cost_n, kind="stable"):
             row = int(rows[place])

@@ -31,7 +31,8 @@ def derived_numbers(parts: Parts, data: RunData, built: BuiltModel) -> str:
     compute = "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32"
     precision = "bf16 weights" if training.pure_bf16 else f"fp32 weights, {compute} compute"
     prompts = ", ".join(f"{name}: {text!r}" for name, text in model.prompts.items() if text) or "none"
-    hard = len(index.negatives) if config.data.num_negatives != 0 else 0
+    hard = int(data.negatives.counts(config.data.num_negatives).sum())
+    of_files = f" of {data.negatives.origin}" if config.data.negatives else ""
     all_there_are = f" (all there are, training.global_batch_size is {training.global_batch_size})"
     lines = [
         ("model", f"{config.model.name_or_path}: {_parameters(model)}, {precision}"),
@@ -45,7 +46,7 @@ def derived_numbers(parts: Parts, data: RunData, built: BuiltModel) -> str:
         (
             "pairs",
             f"{len(index):,} in {counted(len(set(index.pair_shard_N.tolist())), 'shard')}, "
-            f"{counted(hard, 'hard negative')}, {ignored_members(index)} ignored, "
+            f"{counted(hard, 'hard negative')}{of_files}, {ignored_members(index)} ignored, "
             f"{pairs_lost(index.faults)} lost to faults, {index.excluded} excluded",
         ),
         ("inputs", _inputs(data)),
@@ -144,7 +145,7 @@ def _parameters(model: Any) -> str:
 def _inputs(data: RunData) -> str:
     """How many documents of which kind, and how large their pages are."""
     index = data.train
-    documents = np.unique(np.concatenate([index.positives, index.negatives]))
+    documents = np.unique(np.concatenate([index.positives, data.negatives.rows]))
     kinds, counts = np.unique(index.input_modality_I[documents], return_counts=True)
     by_kind = ", ".join(f"{count:,} {modality_name(int(kind))}" for kind, count in zip(kinds, counts, strict=True))
     pages = documents[index.input_modality_I[documents] == MODALITY_BITS["image"]]

@@ -71,7 +71,7 @@ class EmbedderKind:
         """See `Kind`."""
         loss = self._config.loss
         own_loss = load_own_loss(loss.function) if loss.function else None
-        step, choices = build_step(self._config, data.train, built, own_loss, progress, world, watch)
+        step, choices = build_step(self._config, data, built, own_loss, progress, world, watch)
 
         def gradient(batch: RankBatch, figures: StepFigures) -> Outcome:
             now = loss.scale if scale is None else scale.value
@@ -91,6 +91,7 @@ class EmbedderKind:
             mini_batch_num_tokens=choices.mini_batch_num_tokens,
             num_negatives=self._config.data.num_negatives,
             same_modalities=built.strategy.forward_is_collective,
+            negatives=data.negatives,
         )
 
     def evaluate(self, task: RetrievalTask, built: BuiltModel, setting: Setting) -> Evaluated:

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from farnear.config import RunConfig
-from farnear.data.index import Index
 from farnear.loss.own import OwnLoss
 from farnear.model.attention_choice import check_attention
 from farnear.model.features import FeatureMerger
@@ -25,6 +24,7 @@ from farnear.training.checkpoint import Progress
 from farnear.training.choices import Choices, choose
 from farnear.training.kind import Kind, kind_of
 from farnear.training.optim import build_optimizer
+from farnear.training.shards import RunData
 from farnear.training.watch import Watch
 
 
@@ -86,7 +86,7 @@ def build_model(
 
 def build_step(
     config: RunConfig,
-    index: Index,
+    data: RunData,
     built: BuiltModel,
     own_loss: OwnLoss | None,
     progress: Progress,
@@ -94,8 +94,8 @@ def build_step(
     watch: Watch,
 ) -> tuple[CachedStep, Choices]:
     """The step and the choices in it, those of the checkpoint where ``progress`` has some. A collective."""
-    pairs = -(-min(config.training.global_batch_size, len(index)) // world.world_size)
-    negatives = len(index.negatives) / len(index) if config.data.num_negatives != 0 else 0.0
+    pairs = -(-min(config.training.global_batch_size, len(data.train)) // world.world_size)
+    negatives = float(data.negatives.counts(config.data.num_negatives).mean())
     merger = FeatureMerger(built.model)
     built.strategy.train(True)
     choices = choose(
@@ -104,7 +104,7 @@ def build_step(
         built.strategy,
         built.preprocess,
         merger,
-        index,
+        data,
         page_tokens(built.model),
         world,
         inputs_per_rank={"query": pairs, "document": round(pairs * (1 + negatives))},

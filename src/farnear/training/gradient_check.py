@@ -130,7 +130,7 @@ def check_gradient(config: RunConfig, data: RunData, world: World, plans: Path) 
     built = build_model(config, world, lambda module, _: _sgd(module, training))
     refuse_unsupported(built.model, config, data)
     measured_dims(config, embedding_dimension(built.model))
-    step, _ = build_step(config, data.train, built, own_loss, first_progress(config, data, None), world, Watch())
+    step, _ = build_step(config, data, built, own_loss, first_progress(config, data, None), world, Watch())
     about = (config, data, world, plans, built.model, built.preprocess)
     inputs = _inputs_at_once(training)
     scale = config.loss.scale
@@ -170,7 +170,7 @@ def measure_decoding(config: RunConfig, data: RunData, plans: Path) -> dict[str,
     dealing = Dealing(
         rank=0, world_size=1, page_tokens=page_tokens(model), mini_batch_size=dict.fromkeys(SIDES, inputs)
     )
-    dealing = replace(dealing, num_negatives=config.data.num_negatives)
+    dealing = replace(dealing, num_negatives=config.data.num_negatives, negatives=data.negatives)
     order = Order(data.train, replace(plan_settings(config), global_batch_size=inputs, tail="pad"), plans)
     loader = TrainLoader(order, dealing, data.store, Preprocessing(model), num_workers=0)
     threads = torch.get_num_threads()
@@ -268,6 +268,7 @@ def _probe(
         page_tokens=page_tokens(model),
         mini_batch_size=dict.fromkeys(SIDES, mini_batch),
         num_negatives=config.data.num_negatives,
+        negatives=data.negatives,
         # As every strategy has it in `forward_is_collective`.
         same_modalities=config.strategy in ("zero3", "fsdp2") or config.training.reduce == "mini_batch",
     )

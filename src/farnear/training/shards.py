@@ -13,6 +13,7 @@ from farnear.data.index import Index
 from farnear.data.index_cache import ShardSet, cache_folder, cached_index
 from farnear.data.losses import Losses, losses_of
 from farnear.data.negatives import Negatives
+from farnear.data.negatives_file import read_negatives
 from farnear.data.remote import is_remote, shown
 from farnear.data.run_shards import shard_sets, shard_store
 from farnear.data.shard_store import ShardStore
@@ -27,16 +28,17 @@ FAULTS_SHOWN = 20
 
 @dataclass(frozen=True)
 class RunData:
-    """The pairs that are trained on, and the evaluation, whole and sampled, where the run file names shards for it."""
+    """The pairs that are trained on, and the evaluation, whole and sampled, where the run file names shards for it.
+
+    Attributes:
+        negatives: The hard ones of the pairs: what `data.negatives` names, else what the shards hold.
+    """
 
     store: ShardStore
     train: Index
+    negatives: Negatives
     whole: RetrievalTask | None
     sample: RetrievalTask | None
-
-    @property
-    def negatives(self) -> "Negatives":
-        return Negatives.of_index(self.train)
 
 
 def open_data(data: DataConfig, evaluation: EvaluationConfig, world: World) -> RunData:
@@ -59,10 +61,24 @@ def open_data(data: DataConfig, evaluation: EvaluationConfig, world: World) -> R
         return cached_index(shard_set, cache, store)
 
     train_index = index(train, "training")
+    negatives = _negatives(data, train_index, world)
     if evaluated is None:
-        return RunData(store, train_index, None, None)
+        return RunData(store, train_index, negatives, None, None)
     whole = build_task(index(evaluated, "evaluation"), store)
-    return RunData(store, train_index, whole, sample_task(whole, evaluation.sample_queries, evaluation.sample_pages))
+    sample = sample_task(whole, evaluation.sample_queries, evaluation.sample_pages)
+    return RunData(store, train_index, negatives, whole, sample)
+
+
+def _negatives(data: DataConfig, index: Index, world: World) -> Negatives:
+    """As `index` in `open_data`: rank 0 first, and then each from what it has kept."""
+    if not data.negatives:
+        return Negatives.of_index(index)
+
+    def read(tell: bool) -> Negatives:
+        return read_negatives(data.negatives, index, data.max_bad_fraction, tell=tell)
+
+    on_main_rank(world, lambda: read(True) and None)
+    return read(False)
 
 
 def check_index(index: Index, what: str, max_bad_fraction: float) -> None:

@@ -1,0 +1,88 @@
+"""Starts `farnear mine` on its ranks, as a training is started, or says that it is done already.
+
+The same command goes on where a killed one stopped, and does nothing where one has ended with the same inputs: the run
+file's sections that decide what is found, the shards by their content, and the model by the files of its folder.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from farnear.config import RunConfig, load_config
+from farnear.data.index_cache import cache_folder, cached_index
+from farnear.data.run_shards import shard_sets, shard_store
+from farnear.errors import UserError
+from farnear.launching.hardware import read_hardware
+from farnear.launching.local import accelerate_command, python_command, ranks_of_machine, threads_of_a_rank
+from farnear.launching.nodes import Nodes
+from farnear.launching.supervision import supervise
+from farnear.wording import counted
+
+PROGRAM = "mine.py"
+
+
+def mine(
+    run_file: Path, overrides: Sequence[str], *, model: str | None, out: Path | None, num_processes: int | None
+) -> int:
+    """Mine hard negatives for the training pairs of a run file. Returns the exit code.
+
+    Args:
+        model: In place of the run file's.
+        out: The folder, in place of `mined` in the run folder.
+
+    Raises:
+        UserError: Before the start, or the one that a rank met.
+    """
+    words = [*overrides]
+    if model is not None:
+        words += [f"model.name_or_path={json.dumps(model)}", "model.revision=null"]
+    if num_processes is not None:
+        words.append(f"num_processes={num_processes}")
+    config = load_config(run_file, words)
+    folder = out or Path(config.output_dir) / "mined"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file, and the negatives need a folder; name another one with --out")
+    inputs = inputs_of(config)
+    if is_done(folder, inputs):
+        print(f"{folder / 'negatives.jsonl'} was mined of the same model, shards and settings; nothing is left to do")
+        return 0
+    hardware = read_hardware()
+    ranks = ranks_of_machine(config, Nodes(), hardware)
+    strategy = "ddp" if config.strategy in ("zero1", "zero2") else config.strategy
+    arguments = [str(folder), inputs, str(run_file), *words]
+    if strategy == "single":
+        _, command = python_command(arguments, PROGRAM)
+    else:
+        _, command = accelerate_command(strategy, arguments, None, config.num_processes, program=PROGRAM)
+    print(f"on {hardware}: {counted(ranks, 'rank')}, {config.model.name_or_path}, into {folder}", flush=True)
+    return supervise(command, threads_of_a_rank(ranks))
+
+
+def inputs_of(config: RunConfig) -> str:
+    """A digest of what decides which negatives are found."""
+    cache = cache_folder(config.data.cache_dir)
+    store = shard_store(config.data, cache)
+    train, _ = shard_sets(config.data, store.expand)
+    index = cached_index(train, cache, store)
+    base = Path(config.model.name_or_path)
+    files = sorted(path for path in base.rglob("*") if path.is_file()) if base.is_dir() else []
+    facts = [(str(path.relative_to(base)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    decides = {
+        "model": config.model.model_dump(mode="json"),
+        "files": facts,
+        "index": index.fingerprint,
+        "mining": config.mining.model_dump(mode="json", exclude={"refresh_every"}),
+        "seed": config.seed,
+        "precision": [config.training.bf16, config.training.fp16, config.training.pure_bf16],
+    }
+    return hashlib.blake2b(json.dumps(decides, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def is_done(folder: Path, inputs: str) -> bool:
+    """Whether a mining of the same inputs has ended there."""
+    try:
+        done = json.loads((folder / "done.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(done, dict) and done.get("inputs") == inputs and (folder / "negatives.jsonl").exists()

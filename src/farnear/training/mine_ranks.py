@@ -1,0 +1,114 @@
+"""What `farnear mine` has its ranks do: open the shards and the model as a training would, and mine.
+
+The model runs under the run's strategy where that spreads its weights, for it may not fit one GPU; else each rank has a
+copy. With ZeRO-1 and 2 the weights are whole on every rank anyway, so they are mined with as under ddp.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from farnear.config import RunConfig
+from farnear.errors import RunInterruptedError, UserError
+from farnear.files import replace_text
+from farnear.model.load import embedding_dimension
+from farnear.model.pixels import page_tokens
+from farnear.parallel.world import World, on_main_rank, start_world, stop_world
+from farnear.retrieve.mine import Mined, mine, weights_fingerprint
+from farnear.retrieve.mining_block import ScorePairs
+from farnear.signals import Signals
+from farnear.training.embedders import refuse_unsupported
+from farnear.training.engine import build_model
+from farnear.training.guard import Guard, StopAskedError
+from farnear.training.opening import prepare_workers
+from farnear.training.shards import open_data
+from farnear.wording import counted
+
+
+def mining_config(config: RunConfig) -> RunConfig:
+    """The run file as its model is mined with: under a strategy that holds no more than it must."""
+    strategy = "ddp" if config.strategy in ("zero1", "zero2") else config.strategy
+    training = config.training.model_copy(update={"reduce": "step", "gradient_checkpointing": False})
+    data = config.data.model_copy(update={"negatives": (), "eval": (), "eval_corpus": ()})
+    return config.model_copy(update={"strategy": strategy, "training": training, "data": data})
+
+
+def mine_on_ranks(config: RunConfig, folder: Path, inputs: str, signals: Signals | None = None) -> None:
+    """Mine into a folder on the ranks that the launcher started.
+
+    Args:
+        config: As `mining_config` gives it.
+        inputs: What a launch knows the same mining by; noted in the folder when it is done.
+
+    Raises:
+        UserError: Naming what is wrong with shards or model.
+        RunInterruptedError: On every rank, after a signal.
+    """
+    world = start_world(config)
+    try:
+        guard = Guard(world, signals)
+        mined = _mine(config, world, folder, guard.stop_if_asked)
+        if world.is_main:
+            replace_text(folder / "done.json", json.dumps({"inputs": inputs}) + "\n")
+            print(summary(mined), flush=True)
+    except StopAskedError as asked:
+        raise RunInterruptedError(
+            f"stopped by {asked}; what is embedded is kept, and the same command goes on"
+        ) from None
+    finally:
+        stop_world()
+
+
+def summary(mined: Mined) -> str:
+    """What came of it, in two lines."""
+    report = mined.report
+    fewer = f"{counted(report['pairs_with_fewer'], 'pair')} with fewer than {report['num_negatives']}"
+    return (
+        f"mined {counted(report['negatives'], 'negative')} of {counted(report['pairs'], 'pair')}, {fewer}\n"
+        f"set data.negatives: {mined.path}; look at {mined.path.parent / 'examples.html'}"
+    )
+
+
+def _mine(config: RunConfig, world: World, folder: Path, between: Callable[[], None]) -> Mined:
+    if config.mining.reranker is not None:
+        raise UserError(
+            f"mining.reranker names {config.mining.reranker}, which farnear mine cannot score with yet; take it out"
+        )
+    if config.data.dataloader_num_workers:
+        prepare_workers()
+    data = open_data(config.data, config.evaluation, world)
+    between()
+    built = build_model(config, world)
+    refuse_unsupported(built.model, config, data)
+    facts: dict[str, Any] = {
+        "model": config.model.name_or_path,
+        "weights": weights_fingerprint(built.strategy, world, built.frozen_hash),
+        "dim": embedding_dimension(built.model),
+        "prompts": dict(built.model.prompts),
+        "precision": "bf16"
+        if config.training.bf16 or config.training.pure_bf16
+        else "fp16"
+        if config.training.fp16
+        else "fp32",
+        "max_pixels": config.model.max_pixels,
+        "min_pixels": config.model.min_pixels,
+    }
+    score_pairs: ScorePairs | None = None
+    on_main_rank(world, lambda: folder.mkdir(parents=True, exist_ok=True))
+    return mine(
+        built.strategy,
+        world,
+        data.train,
+        data.store,
+        built.preprocess,
+        page_tokens(built.model),
+        config.mining,
+        folder,
+        facts,
+        seed=config.seed,
+        batch_size=config.evaluation.per_device_eval_batch_size,
+        num_workers=config.data.dataloader_num_workers,
+        score_pairs=score_pairs,
+        between=between,
+    )
