@@ -209,13 +209,16 @@ def test_report_to_takes_one_tracker_several_or_none(
 
 def test_the_resolved_file_loads_to_the_same_config(write_run_file: WriteRunFile, tmp_path: Path) -> None:
     config = load_config(
-        write_run_file(model={"name_or_path": "m", "prompts": {"query": "é: \n"}}, reranker={}),
+        write_run_file(model={"name_or_path": "m", "prompts": {"query": "é: \n"}}),
         ["loss.matryoshka_dims=[64,32]", "loss.matryoshka_weights=[1,0.3]", "training.warmup_steps=0.1"],
     )
     resolved = tmp_path / "resolved.yaml"
     resolved.write_text(dump_config(config), encoding="utf-8")
     assert load_config(resolved) == config
-    assert set(known_keys()) == set(_dotted(config.model_dump())) | SECTIONS
+    reranker = load_config(write_run_file(reranker={"head": "linear"}))
+    resolved.write_text(dump_config(reranker), encoding="utf-8")
+    assert load_config(resolved) == reranker
+    assert set(known_keys()) == set(_dotted(reranker.model_dump())) | SECTIONS
 
 
 def test_a_config_cannot_be_changed_by_accident() -> None:

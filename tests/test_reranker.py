@@ -178,16 +178,16 @@ def backward_shared(
     job = preprocess(pairs)
     tower = to_device(image_features_of_job(job), CPU)
     with torch.set_grad_enabled(keeps_tower):
-        outputs = strategy.embed(tower)
+        outputs = strategy.forward(tower)
     leaves = [one.detach().requires_grad_() for one in outputs]
     half = len(pairs) // 2
     with strategy.accumulate():
         for batch in (range(half), range(half, len(pairs))):
             features, images = pick([job], [(0, i) for i in batch])
-            scores = strategy.embed({**to_device(features, CPU), "image_features": tuple(leaves[i] for _, i in images)})
+            scores = strategy.forward({**to_device(features, CPU), "image_features": tuple(leaves[i] for _, i in images)})
             strategy.backward((scores * weight_n[list(batch)]).sum())
         if not keeps_tower:
-            outputs = strategy.embed(tower)
+            outputs = strategy.forward(tower)
         strategy.backward(sum((one * leaf.grad).sum() for one, leaf in zip(outputs, leaves, strict=True)))
 
 
@@ -204,7 +204,7 @@ def shared_error(
     optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
     with exactness.parameters_split(strategy_name):
         strategy = build_strategy(exactness.run_config(strategy_name, "unused", 0.0), module, optimizer, world)
-    assert same_scores_shared(strategy.embed, preprocess, pick, CPU)
+    assert same_scores_shared(strategy.forward, preprocess, pick, CPU)
     backward_shared(strategy, preprocess, pick, world.rank, keeps_tower=keeps_tower)
     strategy.step(lr)
     after = strategy.full_weights()
