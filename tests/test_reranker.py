@@ -184,7 +184,9 @@ def backward_shared(
     with strategy.accumulate():
         for batch in (range(half), range(half, len(pairs))):
             features, images = pick([job], [(0, i) for i in batch])
-            scores = strategy.forward({**to_device(features, CPU), "image_features": tuple(leaves[i] for _, i in images)})
+            scores = strategy.forward(
+                {**to_device(features, CPU), "image_features": tuple(leaves[i] for _, i in images)}
+            )
             strategy.backward((scores * weight_n[list(batch)]).sum())
         if not keeps_tower:
             outputs = strategy.forward(tower)

@@ -108,6 +108,11 @@ def check_gradient(config: RunConfig, data: RunData, world: World, plans: Path) 
     Raises:
         UserError: The model cannot be loaded or trained as the run file says, or a gradient is not finite.
     """
+    if config.reranker is not None:
+        raise UserError(
+            "the gradient of a reranker is not compared on a run's own model yet; say --skip gradient "
+            "(benchmarks/exactness_reranker.py compares it on a small one)"
+        )
     config = _without_trials(config)
     training = config.training
     own_loss = load_own_loss(config.loss.function) if config.loss.function else None
