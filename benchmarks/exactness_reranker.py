@@ -328,9 +328,7 @@ def check_that_it_was_used(case: Case, batch: ListBatch, figures: StepFigures) -
 def names_for(case: Case, world_size: int, small: bool) -> list[str]:
     """The strategies and variants that meet a case."""
     if small:
-        # zero3 and fsdp2 on several ranks are in the whole campaign only, and do not end there yet.
-        names = STRATEGIES if world_size == 1 else STRATEGIES[:3]
-        return list(names) if case.name in SLICE[world_size] else []
+        return list(STRATEGIES) if case.name in SLICE[world_size] else []
     if case in LOSS_CASES:
         return ["ddp", "zero3"] if world_size == 2 else ["ddp"]
     return [*STRATEGIES, *(VARIANTS if case.name in CASES_OF_VARIANTS else ())]

@@ -17,7 +17,7 @@ from farnear.model.features import CannotMergeError
 from farnear.model.load_reranker import load_reranker
 from farnear.model.pairs import PairPicker, PairPreprocessing, image_features_of_job, pick_images
 from farnear.model.pixels import PixelBytes
-from farnear.model.reranker import Reranker, same_scores_shared, shares_images
+from farnear.model.reranker import Reranker, images_apart, same_scores_shared, shares_images
 from farnear.reranker_section import RerankerConfig
 from farnear.sections import ModelConfig
 
@@ -110,9 +110,10 @@ def test_mini_batches_of_any_jobs_have_the_scores_of_predict(bases: Path, paddin
     assert "pixel_values" not in jobs[2]
     module = Reranker(model, bf16=False)
     with torch.no_grad():
-        images = {
-            (j, i): one for j in (0, 1) for i, one in enumerate(module(to_device(image_features_of_job(jobs[j]), CPU)))
-        }
+        images = {}
+        for j in (0, 1):
+            seen = module(to_device(image_features_of_job(jobs[j]), CPU))
+            images.update({(j, i): one for i, one in enumerate(images_apart(seen, jobs[j]["distinct_grid_thw"]))})
         assert {one.dtype for one in images.values()} == {torch.float32}
         assert images[0, 0].shape == (6, 2 * 64)  # embeddings, and those of the one deepstack layer
         wanted = plain_scores(model)
@@ -148,7 +149,7 @@ def test_older_generations_share_their_images_too(
     assert shares_images(model)
     preprocess, module = PairPreprocessing(model, shares_images=True), Reranker(model, bf16=False)
     assert same_scores_shared(module, preprocess, PairPicker(model), CPU, tolerance=1e-5)
-    assert forward(model, image_features_of_job(preprocess(PAIRS)))[0].shape[1] == 64
+    assert forward(model, image_features_of_job(preprocess(PAIRS))).shape[1] == 64
 
 
 def test_what_cannot_be_regrouped_is_refused(model: CrossEncoder) -> None:

@@ -22,7 +22,7 @@ from farnear.model.heads import RowsLinear
 from farnear.model.load import load_model
 from farnear.model.load_reranker import load_plain_reranker, load_reranker
 from farnear.model.pairs import PairPicker, PairPreprocessing, image_features_of_job, pick_images
-from farnear.model.reranker import Reranker, same_scores_shared
+from farnear.model.reranker import Reranker, images_apart, same_scores_shared
 from farnear.model.tiny import save_tiny_model
 from farnear.model.trainable import choose_trainable
 from farnear.parallel.strategy import Strategy, build_strategy
@@ -115,7 +115,8 @@ def test_under_autocast_a_score_is_not_rounded_to_bf16(bases: Path, head: str) -
         assert not torch.equal(rounded, rounded.bfloat16().float())
         # As exact when shared.
         module = Reranker(model, bf16=True)
-        shared = module(to_device(image_features_of_job(job), CPU))
+        tower = image_features_of_job(job)
+        shared = images_apart(module(to_device(tower, CPU)), tower["image_grid_thw"])
         assert {one.dtype for one in shared} == {torch.float32}
         again = module({**to_device(picked, CPU), "image_features": tuple(shared[i] for _, i in images)})
         assert torch.allclose(again, rounded, atol=1e-5)
@@ -178,7 +179,7 @@ def backward_shared(
     job = preprocess(pairs)
     tower = to_device(image_features_of_job(job), CPU)
     with torch.set_grad_enabled(keeps_tower):
-        outputs = strategy.forward(tower)
+        outputs = images_apart(strategy.forward(tower), tower["image_grid_thw"])
     leaves = [one.detach().requires_grad_() for one in outputs]
     half = len(pairs) // 2
     with strategy.accumulate():
@@ -189,7 +190,7 @@ def backward_shared(
             )
             strategy.backward((scores * weight_n[list(batch)]).sum())
         if not keeps_tower:
-            outputs = strategy.forward(tower)
+            outputs = images_apart(strategy.forward(tower), tower["image_grid_thw"])
         strategy.backward(sum((one * leaf.grad).sum() for one, leaf in zip(outputs, leaves, strict=True)))
 
 

@@ -5,7 +5,7 @@ tower can be run by itself, once a page, and pairs be scored from what it gave: 
 place of pixels (``mm_encoder_outputs``). What a step does with that is its own; here are the three forwards:
 
     features of pairs, with pixels      scores, as sentence-transformers computes them
-    pixels and grids alone              image features: the tower's outputs of each image
+    pixels and grids alone              image features: the tower's outputs of all images, end to end
     features of pairs, image features   scores, without the tower
 
 Image features of an image are one float32 tensor [tokens, C]: everything that the language model takes from the tower
@@ -56,7 +56,7 @@ class Reranker(nn.Module):
         self._autocast = torch.bfloat16 if bf16 else torch.float16 if fp16 else None
         self._layout: _Layout | None = None
 
-    def forward(self, features: Mapping[str, Any]) -> Tensor | ImageFeatures:
+    def forward(self, features: Mapping[str, Any]) -> Tensor:
         """What a mini-batch gives.
 
         Args:
@@ -65,8 +65,9 @@ class Reranker(nn.Module):
                 of the pairs; or without ``input_ids`` those of distinct images (`pick_images`).
 
         Returns:
-            Scores, raw, float32 [n]; or for images one float32 tensor [tokens, C] each, and an empty tuple if the
-            tower's outputs are not understood.
+            Scores, raw, float32 [n]; or for images their features end to end, float32 [tokens of all, C], which
+            `images_apart` parts; empty if the tower's outputs are not understood. One tensor however many images there
+            are, for ZeRO-3 counts a module's outputs in the backward pass, and ranks must count alike.
         """
         with torch.autocast(self.model.device.type, self._autocast, enabled=self._autocast is not None):
             if "input_ids" not in features:
@@ -78,11 +79,13 @@ class Reranker(nn.Module):
                 inputs["mm_encoder_outputs"] = {"image": self._layout.apart(shared)}
             return self.model(inputs)["scores"].squeeze(-1).float()
 
-    def _images(self, features: Mapping[str, Any]) -> ImageFeatures:
+    def _images(self, features: Mapping[str, Any]) -> Tensor:
         inner: Any = self.model.transformers_model
         outputs = inner.get_image_features(**features, return_dict=True)
-        self._layout = _layout(outputs, len(features["image_grid_thw"]))
-        return () if self._layout is None else self._layout.together(outputs)
+        self._layout = _layout(outputs, features["image_grid_thw"])
+        if self._layout is None:
+            return features["pixel_values"].new_zeros(0, 0)
+        return torch.cat(self._layout.together(outputs))
 
 
 @dataclass(frozen=True)
@@ -114,8 +117,26 @@ class _Layout:
         return outputs[name] if name in self.nested else [outputs[name]]
 
 
-def _layout(outputs: Any, images: int) -> _Layout | None:
-    """None where the outputs do not hold the embeddings of each image apart."""
+def images_apart(feature_TC: Tensor, grid_thw: Tensor) -> ImageFeatures:
+    """The features of each image, of those of all end to end; an image has tokens as its grid has patches.
+
+    Args:
+        grid_thw: int64 [images, 3].
+    """
+    if not len(feature_TC):
+        return ()
+    return feature_TC.split(_tokens_of(grid_thw, len(feature_TC)))
+
+
+def _tokens_of(grid_thw: Tensor, tokens: int) -> list[int]:
+    patches = grid_thw.prod(-1)
+    lengths: list[int] = (patches * tokens // patches.sum()).tolist()
+    return lengths
+
+
+def _layout(outputs: Any, grid_thw: Tensor) -> _Layout | None:
+    """None where the outputs do not hold the embeddings of each image apart, in number as its patches."""
+    images = len(grid_thw)
 
     def is_of_images(value: Any) -> bool:
         return (
@@ -138,6 +159,8 @@ def _layout(outputs: Any, images: int) -> _Layout | None:
     pieces = [piece for name in widths for piece in (outputs[name] if name in nested else [outputs[name]])]
     if any([len(one) for one in piece] != lengths for piece in pieces):
         return None
+    if lengths != _tokens_of(grid_thw, sum(lengths)):
+        return None
     return _Layout(type(outputs), widths, frozenset(nested))
 
 
@@ -156,7 +179,7 @@ def shares_images(model: CrossEncoder) -> bool:
 
 @torch.no_grad()
 def same_scores_shared(
-    forward: Callable[[dict[str, Any]], Tensor | ImageFeatures],
+    forward: Callable[[dict[str, Any]], Tensor],
     preprocess: PairPreprocessing,
     pick: PairPicker,
     device: torch.device,
@@ -183,11 +206,10 @@ def same_scores_shared(
     features, occurrences = pick([job], [(0, i) for i in range(len(pairs))])
     whole = {**features, **pick_images([job], occurrences)}
     plain = forward(to_device(whole, device))
-    images = forward(to_device(pick_images([job], [(0, 0), (0, 1)]), device))
-    if not images or not isinstance(plain, Tensor):
+    tower = pick_images([job], [(0, 0), (0, 1)])
+    images = images_apart(forward(to_device(tower, device)), tower["image_grid_thw"])
+    if not images:
         return False
     shared = forward({**to_device(features, device), "image_features": tuple(images[i] for _, i in occurrences)})
-    if not isinstance(shared, Tensor):
-        return False
     difference = float((shared - plain).abs().max())
     return difference <= tolerance * max(1.0, float(plain.abs().max()))

@@ -10,7 +10,7 @@ sentence-transformers' InformationRetrievalEvaluator does.
 Shapes: Q queries, k candidates of each, n pairs.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from contextlib import closing
 from typing import Any
 
@@ -27,6 +27,7 @@ from farnear.data.workers import Preprocess, Workers
 from farnear.errors import RunStoppedError
 from farnear.model.embedder import to_device
 from farnear.model.pairs import PairPicker, image_features_of_job
+from farnear.model.reranker import images_apart
 from farnear.parallel.collectives import agree_on_max, exchange_ints, gather_together
 from farnear.parallel.strategy import Strategy
 from farnear.parallel.world import World
@@ -147,7 +148,7 @@ def _score(strategy: Strategy, world: World, features: dict[str, Any], pick: Pai
     """Scores of one batch's pairs; each of its pages is seen once where the model can be run in two halves."""
     on_device = to_device(features, world.device)
     if pick is not None and "image_of_occurrence" in features:
-        images: Sequence[Tensor] = strategy.forward(image_features_of_job(on_device))
+        images = images_apart(strategy.forward(image_features_of_job(on_device)), features["distinct_grid_thw"])
         picked, occurrences = pick([features], [(0, pair) for pair in range(len(features["input_ids"]))])
         on_device = to_device(picked, world.device)
         on_device["image_features"] = tuple(images[image] for _, image in occurrences)

@@ -37,6 +37,7 @@ from farnear.data.list_dealing import ListBatch, PairFeatures
 from farnear.loss.listwise import list_losses, lists_that_count
 from farnear.model.embedder import to_device
 from farnear.model.pairs import PairPicker, image_features_of_job
+from farnear.model.reranker import images_apart
 from farnear.parallel.collectives import all_reduce_sum, exchange_ints, row_weight
 from farnear.parallel.strategy import Strategy
 from farnear.parallel.world import World
@@ -341,7 +342,8 @@ class RerankStep:
         torch.manual_seed(turn.seed)
         if turn.part == "see":
             features = image_features_of_job(batch.jobs[turn.job].features)
-            return self.strategy.forward(to_device(features, self.world.device))
+            seen = self.strategy.forward(to_device(features, self.world.device))
+            return images_apart(seen, features["image_grid_thw"])
         if turn.job >= 0:
             return self.strategy.forward(to_device(batch.jobs[turn.job].features, self.world.device))
         picks = [(int(batch.job_e[entry]), int(batch.place_e[entry])) for entry in turn.entries]

@@ -99,11 +99,6 @@ class RerankerKind:
         scale: LearnedScale | None,
     ) -> tuple[Gradient, Choices]:
         """See `Kind`."""
-        if built.strategy.forward_is_collective and world.world_size > 1:
-            raise UserError(
-                f"a reranker on {world.world_size} ranks under {self._config.strategy}, with reduce: "
-                f"{self._config.training.reduce}, is not tested to the end yet and may hang; set strategy=zero2, or ddp"
-            )
         training = self._config.training
         if self._pick is not None and not self._seen_apart(built, data, world):
             self._pick = None
