@@ -146,6 +146,13 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _one_kind(self) -> "RunConfig":
+        for name, is_set in (
+            ("mining.refresh_every", self.mining.refresh_every is not None),
+            ("evaluation.embedder", self.evaluation.embedder is not None),
+            ("reranker.sampling_strategy: top", self.reranker is not None and self.reranker.embeddings is not None),
+        ):
+            if is_set:
+                raise ValueError(f"{name} is not there yet, so it would change nothing; take it out")
         training = self.training
         asked = {side for value in (training.mini_batch_size, training.mini_batch_num_tokens) for side in _keys(value)}
         if self.reranker is None:
@@ -159,8 +166,6 @@ class RunConfig(Section):
             raise ValueError(
                 "section loss is an embedder's; a reranker's loss stands in section reranker: take one out"
             )
-        if self.mining.refresh_every is not None:
-            raise ValueError("mining.refresh_every mines with the embedder that is trained; a reranker cannot")
         if "query" in asked:
             raise ValueError("a reranker's mini-batches are of pairs and of pages (document), not of queries")
         if "auto" in (training.keep_graphs, *training.mini_batch_num_tokens_of.values()):
