@@ -66,7 +66,7 @@ class Run:
         """Seconds of one."""
         started = perf_counter()
         with self.strategy.accumulate():
-            self.strategy.backward(self.strategy.embed(torch.randn(64, WIDTH)).square().mean())  # type: ignore[arg-type]
+            self.strategy.backward(self.strategy.forward(torch.randn(64, WIDTH)).square().mean())  # type: ignore[arg-type]
         self.strategy.step(1e-4)
         return perf_counter() - started
 

@@ -51,10 +51,11 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import logging as transformers_logging
 
 from farnear.config import RunConfig, parse_config
+from farnear.data.batch import RankBatch
 from farnear.data.dealing import SIDES, Dealing
 from farnear.data.index import Index
 from farnear.data.index_cache import ShardSet, SourceShards, cached_index
-from farnear.data.loader import RankBatch, TrainLoader
+from farnear.data.loader import TrainLoader
 from farnear.data.order import Order
 from farnear.data.plan import PlanSettings
 from farnear.data.read import InputReader
@@ -70,7 +71,8 @@ from farnear.model.tiny import save_tiny_model
 from farnear.parallel.strategy import Strategy, build_strategy
 from farnear.parallel.world import World
 from farnear.sections import LossConfig, ModelConfig
-from farnear.training.cache import CachedStep, StepFigures
+from farnear.training.cache import CachedStep
+from farnear.training.step import StepFigures
 
 DIMS = (128, 96, 64, 32)
 WORDS = ("revenue", "costs", "chart", "page", "table", "report", "2019", "2021", "quarter", "annual", "of", "the", "in")

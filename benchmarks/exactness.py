@@ -40,9 +40,9 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from farnear.config import RunConfig, parse_config
+from farnear.data.batch import MiniBatch, RankBatch
 from farnear.data.budget import cut
 from farnear.data.dealing import SIDES
-from farnear.data.loader import MiniBatch, RankBatch
 from farnear.loss.false_negatives import BatchFacts
 from farnear.model.embedder import Embedder, Preprocessing, to_device
 from farnear.model.features import FeatureMerger
@@ -53,7 +53,8 @@ from farnear.model.trainable import choose_trainable
 from farnear.parallel.strategy import Strategy, build_strategy
 from farnear.parallel.world import World
 from farnear.sections import LossConfig, ModelConfig
-from farnear.training.cache import CachedStep, StepFigures, turn_seed
+from farnear.training.cache import CachedStep
+from farnear.training.step import StepFigures, turn_seed
 
 BOUND_FP32 = 1e-5
 # bf16 has 8 bits of mantissa; this is the rounding of the forward and backward, measured and then committed.
@@ -507,7 +508,7 @@ def adamw_error(strategy_name: str, world: World) -> float:
         lr = 1e-2 / (step + 1)
         gradients = [torch.randn(p.shape, generator=generator) for p in reference.parameters()]
         with strategy.accumulate():
-            strategy.backward(strategy.embed({"gradients": gradients}))
+            strategy.backward(strategy.forward({"gradients": gradients}))
         strategy.step(lr)
         for parameter, gradient in zip(reference.parameters(), gradients, strict=True):
             parameter.grad = gradient

@@ -10,9 +10,9 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
+from farnear.data.batch import MiniBatch, RankBatch
 from farnear.data.budget import cut
 from farnear.data.dealing import SIDES
-from farnear.data.loader import MiniBatch, RankBatch
 from farnear.model.embedder import Preprocessing
 from farnear.model.features import FeatureMerger
 from farnear.model.pixels import PixelBytes

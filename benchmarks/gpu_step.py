@@ -70,8 +70,8 @@ from transformers import AutoModel, Qwen3VLConfig
 from transformers.utils import logging as transformers_logging
 
 from farnear.config import parse_config
+from farnear.data.batch import MiniBatch, RankBatch
 from farnear.data.dealing import SIDES
-from farnear.data.loader import MiniBatch, RankBatch
 from farnear.errors import UserError
 from farnear.model.attention import VARLEN, tell_towers
 from farnear.model.attention_choice import check_attention
@@ -82,10 +82,11 @@ from farnear.model.patches import PatchConv3d, multiply_patches
 from farnear.model.tiny import save_tiny_model
 from farnear.parallel.strategy import build_strategy
 from farnear.parallel.world import World
-from farnear.training.cache import CachedStep, StepFigures
+from farnear.training.cache import CachedStep
 from farnear.training.engine import casts_kept
 from farnear.training.metrics import model_flops_utilisation, peak_memory_bytes
 from farnear.training.optim import build_optimizer
+from farnear.training.step import StepFigures
 
 # As the config.json of Qwen/Qwen3-VL-Embedding-2B says.
 TEXT_2B = {
@@ -311,9 +312,9 @@ class Bench:
         text = next(one for one in mini_batches if one.side == "query")
         largest = next(one for one in mini_batches if one.side == side)
         with casts_kept(self.config, self.world)():
-            self.strategy.embed(to_device(text.features, self.device))  # which leaves the casts of the weights
+            self.strategy.forward(to_device(text.features, self.device))  # which leaves the casts of the weights
             before = torch.cuda.memory_allocated(self.device)
-            graph = self.strategy.embed(to_device(largest.features, self.device))
+            graph = self.strategy.forward(to_device(largest.features, self.device))
             taken = torch.cuda.memory_allocated(self.device) - before
             del graph
         return max(1, taken)

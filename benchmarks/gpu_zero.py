@@ -24,7 +24,8 @@ from farnear.parallel.strategy import build_strategy
 from farnear.parallel.world import World
 from farnear.resources import resource
 from farnear.sections import LossConfig, ModelConfig
-from farnear.training.cache import CachedStep, StepFigures
+from farnear.training.cache import CachedStep
+from farnear.training.step import StepFigures
 
 OF_ZERO = Setting({}, {}, 12, 12, (64, 128), 12, (2,), (128, 64), bf16=False)
 

@@ -36,7 +36,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss, MatryoshkaLoss
 from torch import Tensor, nn
 
-from farnear.data.loader import RankBatch
+from farnear.data.batch import RankBatch
 from farnear.loss.contrastive import TILE_BYTES, contrastive_gradient, tile_rows
 from farnear.loss.false_negatives import BatchFacts
 from farnear.parallel.traffic import count_in

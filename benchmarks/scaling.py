@@ -45,7 +45,7 @@ from scaling_table import computed_tables, markdown
 from sentence_transformers import SentenceTransformer
 from transformers.utils import logging as transformers_logging
 
-from farnear.data.loader import RankBatch
+from farnear.data.batch import RankBatch
 from farnear.model.embedder import Embedder
 from farnear.model.features import FeatureMerger
 from farnear.model.tiny import save_tiny_model
@@ -54,7 +54,8 @@ from farnear.parallel.strategy import build_strategy
 from farnear.parallel.traffic import count_in
 from farnear.parallel.world import World
 from farnear.sections import LossConfig
-from farnear.training.cache import CachedStep, StepFigures
+from farnear.training.cache import CachedStep
+from farnear.training.step import StepFigures
 
 WORLD_SIZES = (1, 2, 4, 8)
 STRATEGIES = (

@@ -66,7 +66,7 @@ class Colours:
         self.embedding = _COLOURS.clone()
         self.batches = 0
 
-    def embed(self, features: Mapping[str, Any]) -> torch.Tensor:
+    def forward(self, features: Mapping[str, Any]) -> torch.Tensor:
         self.batches += 1
         return self.embedding[features["number"] % len(self.embedding)]
 

@@ -29,8 +29,9 @@ from farnear.parallel.zero import Zero
 from farnear.sections import TrainingConfig
 from farnear.training import bad_steps
 from farnear.training.bad_steps import MOST_ROLLBACKS, MOST_SKIPPED_IN_A_ROW, BadSteps, Numbers, is_spike
-from farnear.training.cache import CachedStep, NonFiniteLossError
+from farnear.training.cache import CachedStep
 from farnear.training.run import train_in
+from farnear.training.step import NonFiniteLossError
 
 ALONE = World(0, 1, torch.device("cpu"))
 STRATEGIES = ("ddp", "zero2", "zero3", "fsdp2")

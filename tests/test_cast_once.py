@@ -14,8 +14,9 @@ from farnear.model.embedder import Embedder
 from farnear.model.tiny import save_tiny_model
 from farnear.model.trainable import store_frozen_in
 from farnear.parallel.world import World
-from farnear.training.cache import CachedStep, StepFigures
+from farnear.training.cache import CachedStep
 from farnear.training.engine import casts_kept
+from farnear.training.step import StepFigures
 
 ALONE = World(0, 1, CPU)
 

@@ -44,7 +44,7 @@ def trained_module(seed: int) -> tuple[nn.Module, Replicated]:
     strategy = Replicated(module, torch.optim.AdamW(module.parameters(), lr=0.1), 1.0, ALONE)
     for _ in range(2):
         with strategy.accumulate():
-            strategy.backward(strategy.embed(torch.randn(5, 3)).square().sum())
+            strategy.backward(strategy.forward(torch.randn(5, 3)).square().sum())
         strategy.step(0.1)
     return module, strategy
 

@@ -145,9 +145,9 @@ def test_outputs_of_frozen_parts_have_a_budget(folder: Path) -> None:
     model = {"freeze": ["visual"]}
     kept = open_run(run_config(folder, "unused", model=model, training={"frozen_cache_gb": 0.5}), None, ALONE)[0]
     assert kept.choices.frozen_bytes == 500_000_000
-    assert kept.step.frozen is not None and kept.step.frozen.budget_bytes == 500_000_000
+    assert kept.built.frozen.budget_bytes == 500_000_000
     off = open_run(run_config(folder, "unused", model=model, training={"frozen_cache_gb": 0}), None, ALONE)[0]
-    assert off.step.frozen is not None and off.step.frozen.budget_bytes == 0
+    assert off.built.frozen.budget_bytes == 0
     assert asdict(off.choices)["frozen_bytes"] == 0
 
 
@@ -167,8 +167,8 @@ def test_outputs_of_frozen_parts_have_a_budget(folder: Path) -> None:
 )
 def test_bounds_of_a_mini_batch(training: dict[str, Any], sizes: dict[str, Any], tokens: dict[str, Any]) -> None:
     config = TrainingConfig.model_validate(training)
-    assert config.mini_batch_size_of == sizes
-    assert config.mini_batch_num_tokens_of == tokens
+    assert {side: config.mini_batch_size_of[side] for side in sizes} == sizes
+    assert {side: config.mini_batch_num_tokens_of[side] for side in tokens} == tokens
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from farnear.config import FOREIGN_KEYS, RunConfig, dump_config, known_keys, loa
 from farnear.errors import UserError
 from farnear.sections import TrainingConfig
 
-SECTIONS = {"model", "data", "loss", "training", "evaluation", "slurm"}
+SECTIONS = {"model", "data", "loss", "training", "evaluation", "reranker", "mining", "slurm"}
 
 
 def _refusal(path: Path, *overrides: str) -> str:
@@ -215,7 +215,10 @@ def test_the_resolved_file_loads_to_the_same_config(write_run_file: WriteRunFile
     resolved = tmp_path / "resolved.yaml"
     resolved.write_text(dump_config(config), encoding="utf-8")
     assert load_config(resolved) == config
-    assert set(known_keys()) == set(_dotted(config.model_dump())) | SECTIONS
+    reranker = load_config(write_run_file(reranker={"head": "linear"}))
+    resolved.write_text(dump_config(reranker), encoding="utf-8")
+    assert load_config(resolved) == reranker
+    assert set(known_keys()) == set(_dotted(reranker.model_dump())) | SECTIONS
 
 
 def test_a_config_cannot_be_changed_by_accident() -> None:

@@ -70,7 +70,7 @@ def one_bad_gradient(rank: int, world_size: int) -> None:
         bad = float("inf") if rank == 1 else 1.0
         gradients = [torch.full(shape, bad) for shape in ((171, 7), (3,), (4, 2, 3))]
         with strategy.accumulate():
-            strategy.backward(strategy.embed({"gradients": gradients}))
+            strategy.backward(strategy.forward({"gradients": gradients}))
         with pytest.raises(NonFiniteGradientError):
             strategy.step(0.1)
         after = strategy.full_weights()
@@ -106,7 +106,7 @@ def step_without_images(rank: int, world_size: int) -> None:
         snapshots = []
         for image in (True, False):
             with strategy.accumulate():
-                strategy.backward(strategy.embed({"image": image, "x": torch.ones(2, 3)}).sum())
+                strategy.backward(strategy.forward({"image": image, "x": torch.ones(2, 3)}).sum())
             strategy.step(1.0)
             snapshots.append(strategy.full_weights())
         if rank == 0:

@@ -13,7 +13,8 @@ from farnear.model.embedder import Embedder
 from farnear.model.frozen import FrozenOutputs, frozen_parts, has_dropout
 from farnear.model.tiny import save_tiny_model
 from farnear.parallel.world import World
-from farnear.training.cache import CachedStep, StepFigures
+from farnear.training.cache import CachedStep
+from farnear.training.step import StepFigures
 
 
 class Tower(nn.Module):

@@ -113,7 +113,7 @@ def test_the_formula_counts_what_torch_counts(bench: gpu_step.Bench) -> None:
     for mini_batch in batch.mini_batches:
         assert mini_batch.inputs == 1
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            bench.strategy.embed(gpu_step.to_device(mini_batch.features, CPU))
+            bench.strategy.forward(gpu_step.to_device(mini_batch.features, CPU))
         counted += counter.get_total_flops()
     assert bench.inputs.forward_flops(bench.model[0].model.config, 8) == pytest.approx(counted, rel=0.02)
 

@@ -53,9 +53,9 @@ def build_tied(rank: int, world_size: int) -> None:
             optimizer = torch.optim.SGD(trainable, lr=1.0)
             strategy = build_strategy(exactness.run_config(name, "unused", 0.0), module, optimizer, world)
         assert module.first.weight is module.second.weight, name
-        torch.testing.assert_close(strategy.embed({"x": x}), whole({"x": x}))
+        torch.testing.assert_close(strategy.forward({"x": x}), whole({"x": x}))
         with strategy.accumulate():
-            strategy.backward(strategy.embed({"x": x}).square().sum())
+            strategy.backward(strategy.forward({"x": x}).square().sum())
         strategy.step(1.0)
         after = strategy.full_weights()
         if rank == 0:

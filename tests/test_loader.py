@@ -15,9 +15,10 @@ from PIL import Image
 from tar_makers import STORE, index_of, number_of_image, pair_members, write_pairs, write_tar
 
 from farnear.data import order as order_module
+from farnear.data.batch import RankBatch
 from farnear.data.dealing import SIDES, Dealing
 from farnear.data.index import Index
-from farnear.data.loader import RankBatch, TrainLoader, load_features
+from farnear.data.loader import TrainLoader, load_features
 from farnear.data.order import Order
 from farnear.data.plan import PlanSettings
 from farnear.data.read import InputReader

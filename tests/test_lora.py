@@ -26,9 +26,10 @@ from farnear.model.trainable import checkpoint_activations, choose_trainable
 from farnear.parallel.strategy import build_strategy
 from farnear.parallel.world import World, start_world, stop_world
 from farnear.sections import ModelConfig
-from farnear.training.cache import CachedStep, StepFigures
+from farnear.training.cache import CachedStep
 from farnear.training.checkpoint import open_checkpoint
 from farnear.training.run import train_in
+from farnear.training.step import StepFigures
 
 QUERIES = ["Which page shows revenue?", "costs 2019"]
 PAGES = [Image.new("RGB", (64, 96), "red"), Image.new("RGB", (96, 64), "blue")]

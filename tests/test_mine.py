@@ -165,7 +165,8 @@ def test_goes_on_where_it_was_killed_and_never_from_other_weights(index: Index, 
         Embeddings.open(tmp_path / "killed" / "embeddings")
     done = strategy.batches
     assert mined(index, tmp_path / "killed", strategy, **keys).path.read_bytes() == expected
-    assert strategy.batches - done < whole.batches - 50, "what was there is not embedded again"
+    # Each of the three kills costs the part that was being embedded, and no more.
+    assert strategy.batches - done < whole.batches - 60, "what was there is not embedded again"
     before = strategy.batches
     assert mined(index, tmp_path / "killed", strategy, **keys).path.read_bytes() == expected
     assert strategy.batches == before

@@ -91,7 +91,7 @@ def module_and_strategy(seed: int, steps: int) -> tuple[nn.Module, Optimizer8bit
     strategy = Replicated(module, optimizer, 1.0, ALONE)
     for _ in range(steps):
         with strategy.accumulate():
-            strategy.backward(strategy.embed(torch.randn(5, 80)).square().sum())
+            strategy.backward(strategy.forward(torch.randn(5, 80)).square().sum())
         strategy.step(0.1)
     return module, optimizer, strategy
 

@@ -13,7 +13,7 @@ from tar_makers import index_of, write_pairs, write_tar
 from tiny_runs import make_inputs, run_config
 
 import farnear
-from farnear.data.loader import Quarantined
+from farnear.data.batch import Quarantined
 from farnear.data.losses import Losses, losses_of
 from farnear.data.run_shards import read_exclusions, resolve_exclusions
 from farnear.errors import RunStoppedError, UserError

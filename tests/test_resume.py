@@ -169,12 +169,12 @@ def return_to_the_best(rank: int, world_size: int, folder: Path) -> None:
             dist.barrier()
             fresh, progress = open_run(run_config(folder, f"{strategy}-fresh", strategy=strategy), "newest", world)
         assert progress.step == 2
-        features = run.preprocess(["Which page shows the red bar chart?"], "query")
+        features = run.built.preprocess(["Which page shows the red bar chart?"], "query")
         # Twice: from its second forward on ZeRO-3 keeps small parameters gathered.
-        last = [run.strategy.embed(features) for _ in range(2)][1]
+        last = [run.strategy.forward(features) for _ in range(2)][1]
         load_state(open_checkpoint(run.folder.checkpoints / "step-00000002"), run.state, world)
-        best = run.strategy.embed(features)
-        assert torch.equal(best, fresh.strategy.embed(features)), strategy
+        best = run.strategy.forward(features)
+        assert torch.equal(best, fresh.strategy.forward(features)), strategy
         assert not torch.equal(best, last), strategy
     stop_world()
 

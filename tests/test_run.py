@@ -172,7 +172,7 @@ def loss_that_is_not_finite(rank: int, world_size: int, folder: Path) -> None:
     parts = loop_parts(run)
     if rank == 1:
         with torch.no_grad():
-            next(iter(run.model.parameters())).fill_(math.nan)
+            next(iter(run.built.model.parameters())).fill_(math.nan)
     batch = next(parts.loader.batches(2, 3))
     with pytest.raises(
         RunStoppedError, match=r"step 3: the loss is not finite, so nothing.*train-000000\.tar/"
@@ -194,7 +194,7 @@ def encode_on_ranks(rank: int, world_size: int, folder: Path) -> None:
     config = run_config(folder, "encode", strategy="zero3")
     world = start_world(config)
     run, _ = open_run(config, None, world)
-    index, preprocess, tokens = run.data.train, run.preprocess, page_tokens(run.model)
+    index, preprocess, tokens = run.data.train, run.built.preprocess, page_tokens(run.built.model)
     run.strategy.train(False)
     for pairs in ([4, 0, 7, 2, 9, 1, 3], [5]):
         rows = index.query_N[pairs]
@@ -203,7 +203,7 @@ def encode_on_ranks(rank: int, world_size: int, folder: Path) -> None:
         how = {"batch_size": 1, "page_tokens": tokens, "num_workers": 0}
         with torch.no_grad():
             for places, features in load_features(index, STORE, preprocess, "query", rows, **how):
-                parts[int(places[0])] = run.strategy.embed(to_device(features, world.device))
+                parts[int(places[0])] = run.strategy.forward(to_device(features, world.device))
         assert torch.allclose(e_ND, torch.cat([parts[place] for place in range(len(rows))]), atol=1e-5)
     stop_world()
 
@@ -277,8 +277,8 @@ def test_weights_that_overflowed_are_neither_measured_nor_saved(folder: Path) ->
     assert not list((folder / "diverged").glob("checkpoints/*"))
     with pytest.raises(RunStoppedError, match=r"of 22 embeddings \(document\) are not finite"):
         how = {"batch_size": 8, "num_workers": 0}
-        index, tokens = run.data.train, page_tokens(run.model)
-        encode(run.strategy, world, index, STORE, run.preprocess, tokens, "document", index.positives, **how)
+        index, tokens = run.data.train, page_tokens(run.built.model)
+        encode(run.strategy, world, index, STORE, run.built.preprocess, tokens, "document", index.positives, **how)
 
 
 def test_a_refused_resume_leaves_the_run_as_it_is(folder: Path) -> None:

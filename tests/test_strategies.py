@@ -83,12 +83,12 @@ def run_kept_first(strategy: Strategy, turns: list[dict[str, Any]]) -> None:
     kept = {}
     for i, features in enumerate(turns):
         with torch.set_grad_enabled(i in KEPT):
-            kept[i] = strategy.embed(features)
+            kept[i] = strategy.forward(features)
     with strategy.accumulate():
         for i in KEPT:
             strategy.backward(kept.pop(i).square().sum())
         for i in range(KEPT.start):
-            strategy.backward(strategy.embed(turns[i]).square().sum())
+            strategy.backward(strategy.forward(turns[i]).square().sum())
 
 
 def gradients_in_any_order(rank: int, world_size: int, names: Iterable[str]) -> None:
@@ -98,7 +98,7 @@ def gradients_in_any_order(rank: int, world_size: int, names: Iterable[str]) -> 
         strategy, before = towers_under(name, world)
         # The second step must not find anything of the first.
         with strategy.accumulate():
-            strategy.backward(strategy.embed({**turns_of(rank, name)[0], "rare": True}).sum() * 1e3)
+            strategy.backward(strategy.forward({**turns_of(rank, name)[0], "rare": True}).sum() * 1e3)
         strategy.step(0.0)
         run_kept_first(strategy, turns_of(rank, name))
         strategy.step(1.0)
@@ -174,7 +174,7 @@ def steps_in_half(rank: int, world_size: int, names: Iterable[str]) -> None:
         while math.isnan(norms[-1]):
             assert all(torch.equal(w, before[n]) for n, w in strategy.full_weights().items()), name
             with strategy.accumulate():
-                surrogate = 100 * strategy.embed(turns_of(rank, "ddp")[0]).float().sum() * (rank + 1)
+                surrogate = 100 * strategy.forward(turns_of(rank, "ddp")[0]).float().sum() * (rank + 1)
                 strategy.backward(surrogate)
             norms.append(strategy.step(1.0))
         now = strategy.loss_scale
@@ -193,11 +193,11 @@ def steps_in_half(rank: int, world_size: int, names: Iterable[str]) -> None:
             (2, 1.0, LossScale(1.0, 1, 4)),
         ):
             with strategy.accumulate():
-                strategy.backward(strategy.embed(turns_of(rank, "ddp")[turn]).float().sum() * x)
+                strategy.backward(strategy.forward(turns_of(rank, "ddp")[turn]).float().sum() * x)
             strategy.step(0.0)
             assert strategy.loss_scale == scale, name
         with strategy.accumulate():
-            strategy.backward(strategy.embed(turns_of(rank, "ddp")[0]).float().sum() * float("inf"))
+            strategy.backward(strategy.forward(turns_of(rank, "ddp")[0]).float().sum() * float("inf"))
         with pytest.raises(NonFiniteGradientError):
             strategy.step(0.0)
     assert len(skipped) == 1
@@ -214,7 +214,7 @@ def decay_of_the_unused(rank: int, world_size: int, names: Iterable[str]) -> Non
     for name in names:
         strategy, before = towers_under(name, world, torch.optim.AdamW, weight_decay=0.5)
         with strategy.accumulate():
-            strategy.backward(strategy.embed(turns_of(rank, name)[0]).sum())
+            strategy.backward(strategy.forward(turns_of(rank, name)[0]).sum())
         strategy.step(0.1)
         after = strategy.full_weights()
         if rank == 0:

@@ -144,6 +144,40 @@ class RunConfig(Section):
             raise ValueError("evaluation.eval_steps is set, but data.eval names no shards")
         return self
 
+    @model_validator(mode="after")
+    def _one_kind(self) -> "RunConfig":
+        for name, is_set in (
+            ("mining.refresh_every", self.mining.refresh_every is not None),
+            ("evaluation.embedder", self.evaluation.embedder is not None),
+            ("reranker.sampling_strategy: top", self.reranker is not None and self.reranker.embeddings is not None),
+        ):
+            if is_set:
+                raise ValueError(f"{name} is not there yet, so it would change nothing; take it out")
+        training = self.training
+        asked = {side for value in (training.mini_batch_size, training.mini_batch_num_tokens) for side in _keys(value)}
+        if self.reranker is None:
+            for name in ("embedder", "rerank_k"):
+                if getattr(self.evaluation, name) != EvaluationConfig.model_fields[name].default:
+                    raise ValueError(f"evaluation.{name} is for a reranker, and there is no section reranker")
+            if "pair" in asked:
+                raise ValueError("mini-batches of pairs are a reranker's, and there is no section reranker")
+            return self
+        if self.loss != LossConfig():
+            raise ValueError(
+                "section loss is an embedder's; a reranker's loss stands in section reranker: take one out"
+            )
+        if "query" in asked:
+            raise ValueError("a reranker's mini-batches are of pairs and of pages (document), not of queries")
+        if "auto" in (training.keep_graphs, *training.mini_batch_num_tokens_of.values()):
+            raise ValueError(
+                "auto is not for rerankers yet: set training.mini_batch_num_tokens and keep_graphs in numbers"
+            )
+        return self
+
+
+def _keys(of_sides: Any) -> Iterator[str]:
+    yield from of_sides if isinstance(of_sides, dict) else ()
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run file and apply dotted overrides.

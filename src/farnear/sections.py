@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationInfo, field_validator, model_validator
 
-Side = Literal["query", "document"]
+Side = Literal["query", "document", "pair"]
 NumTokens = PositiveInt | Literal["auto"]
 Direction = Literal["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"]
 Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
@@ -67,7 +67,7 @@ def _is_number(value: Any, kind: type) -> bool:
 
 def _of_sides(value: Any) -> dict[str, Any]:
     """One value stands for both sides; a side that is not named has none."""
-    return {side: value.get(side) if isinstance(value, dict) else value for side in ("document", "query")}
+    return {side: value.get(side) if isinstance(value, dict) else value for side in ("document", "query", "pair")}
 
 
 def _patterns(value: Any) -> Any:
@@ -304,9 +304,9 @@ class TrainingConfig(Section):
     global_batch_size: int = Field(default=64, ge=2, le=2**20)
     """Pairs in one optimizer step, over all ranks. Every pair is a negative for every other."""
     mini_batch_size: PositiveInt | dict[Side, PositiveInt] | None = None
-    """Most inputs in a mini-batch, or {query: N, document: N}; unset: 8, or no bound where there are num_tokens."""
+    """Most inputs in a mini-batch, or by side: {query: N, document: N}, a reranker's pair; unset: 8, or num_tokens."""
     mini_batch_num_tokens: NumTokens | dict[Side, NumTokens] | None = None
-    """Most tokens in one, visual ones and padding too, or {query: N, document: N}; auto: what memory and speed say."""
+    """Most tokens in one, visual ones and padding too, or by side as above; auto: what memory and speed say."""
     no_grad_mini_batch_factor: int = Field(default=4, ge=1)
     """Mini-batches that go through the pass without graph together. Dropout, which has to be replayed, turns it off."""
     keep_graphs: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = 0.0
@@ -398,11 +398,11 @@ class TrainingConfig(Section):
         if value is None:
             return value
         of_sides = value if isinstance(value, dict) else {"query": value}
-        if not of_sides.keys() <= {"query", "document"}:
-            raise ValueError(f"the keys are query and document, not {', '.join(map(str, of_sides))}")
+        if not of_sides.keys() <= {"query", "document", "pair"}:
+            raise ValueError(f"the keys are query, document and pair, not {', '.join(map(str, of_sides))}")
         for one in of_sides.values():
             if not (_is_number(one, int) and one >= 1) and not (is_auto and one == "auto"):
-                raise ValueError(f"a whole number from 1 on{auto}, or {{query: N, document: N}}, not {one!r}")
+                raise ValueError(f"a whole number from 1 on{auto}, or one for each side, not {one!r}")
         return value
 
     @field_validator("save_steps")
@@ -451,6 +451,10 @@ class EvaluationConfig(Section):
     """Pages in that sample; the pages relevant to the sampled queries are always among them."""
     per_device_eval_batch_size: int = Field(default=16, ge=1)
     """Queries or pages that are embedded at once on one rank."""
+    embedder: str | None = None
+    """For a reranker: the embedder whose nearest pages it ranks; unset: a query's pages, hard negatives, any others."""
+    rerank_k: int = Field(default=30, ge=2)
+    """For a reranker: pages of each query that it reranks."""
     metric_for_best_model: Literal["ndcg@1", "ndcg@5", "ndcg@10", "recall@1", "recall@5", "recall@10", "mrr@10"] = (
         "ndcg@10"
     )

@@ -5,17 +5,19 @@ All of it follows from the index, before anything is read, and every rank could 
 Shapes: G pairs in the global batch, b pairs of this rank, p its documents (b positives, then hard negatives).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
+from farnear.data.batch import MiniBatch, Quarantined, RankBatch
 from farnear.data.budget import PageTokens, cut, deal, input_cost
 from farnear.data.index import Index, modality_name
 from farnear.data.negatives import Negatives
 from farnear.data.order import Order
-from farnear.data.workers import Job
+from farnear.data.remote import shown
+from farnear.data.workers import Job, Result
 
 Int64 = npt.NDArray[np.int64]
 
@@ -95,6 +97,48 @@ class Dealing:
         hashes = np.unique(index.input_hash_I[np.concatenate([positives_G, all_negatives])])
         return RankSlice(pairs_G[own], documents_p, owner_p, hashes, borrowed, tuple(jobs))
 
+    def batch(self, order: Order, step: int, share: RankSlice, done: Sequence[Result], waited: float) -> RankBatch:
+        """The rank's batch of a step, from the result of each job; ``waited`` are seconds."""
+        index, pairs_b = order.index, share.pairs_b
+        valid_b = np.full(len(pairs_b), not share.borrowed)
+        page_valid_p = valid_b[share.owner_p]
+        quarantined = []
+        for (job, rows), (_, bad) in zip(share.jobs, done, strict=True):
+            # What a rank without pairs borrowed, its owner reports.
+            for place, reason in bad if len(rows) and not share.borrowed else ():
+                row = int(rows[place])
+                is_negative = job.side == "document" and row >= len(pairs_b)
+                owner = int(share.owner_p[row]) if job.side == "document" else row
+                if is_negative:
+                    page_valid_p[row] = False
+                else:
+                    # Without its query or its page the pair is none: neither its row nor any of its documents counts.
+                    valid_b[owner] = False
+                    page_valid_p[share.owner_p == owner] = False
+                pair = int(pairs_b[owner])
+                shard = index.shards[index.pair_shard_N[pair]]
+                quarantined.append(
+                    Quarantined(shown(shard), index.pair_key[pair], index.input_id(int(job.rows[place])), reason)
+                )
+        mini_batches = tuple(
+            MiniBatch(job.side, job.modality, rows, features, len(job.rows))
+            for (job, rows), (features, _) in zip(share.jobs, done, strict=True)
+        )
+        return RankBatch(
+            step=step,
+            epoch=order.schedule.epoch_of(step),
+            pairs_b=pairs_b,
+            valid_b=valid_b,
+            query_hash_b=index.query_hash_N[pairs_b],
+            page_hash_p=index.input_hash_I[share.documents_p],
+            owner_p=share.owner_p,
+            page_valid_p=page_valid_p,
+            answers_bm=_answers(index, share),
+            mini_batches=mini_batches,
+            quarantined=tuple(quarantined),
+            seconds_waited=waited,
+        )
+
     def _cut(self, index: Index, side: str, own: Int64, of_all_ranks: Int64) -> Iterator[tuple[Job, Int64]]:
         """Mini-batches of one modality each, modalities in the same order on every rank."""
         own_modality, any_modality = index.input_modality_I[own], index.input_modality_I[of_all_ranks]
@@ -106,3 +150,16 @@ class Dealing:
                 yield Job(side, name, own[places[part]]), places[part]
             if len(places) == 0 and self.same_modalities:
                 yield Job(side, name, of_all_ranks[any_modality == modality][:1]), places
+
+
+def _answers(index: Index, share: RankSlice) -> Int64:
+    """Of each pair the hashes of the batch's documents that answer its query, filled up with its own positive's."""
+    own_b = index.input_hash_I[share.documents_p[: len(share.pairs_b)]]
+    # A query that many pairs ask may have any number of answers; those in the batch are few.
+    answers = [
+        np.intersect1d(index.positive_hashes_of_query(int(pair)), share.hashes_in_batch, True) for pair in share.pairs_b
+    ]
+    answers_bm = np.repeat(own_b[:, None], max(map(len, answers)), axis=1)
+    for row, hashes in enumerate(answers):
+        answers_bm[row, : len(hashes)] = hashes
+    return answers_bm

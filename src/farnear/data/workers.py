@@ -21,12 +21,16 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from farnear.data.index import modality_name
 from farnear.data.read import BadInputError, InputReader
 from farnear.errors import RunStoppedError, UserError
 from farnear.processes import end_with_starter, main_module_hidden
 
+Int64 = npt.NDArray[np.int64]
+
 Preprocess = Callable[[list[Any], str], dict[str, Any]]
-"""(inputs, side) -> features. ``side`` is "query" or "document"; inputs are those of ``InputReader``."""
+"""(inputs, side) -> features. Of side "query" or "document" inputs are those of ``InputReader``, of side "pair" tuples
+of two of them, (query, document), in which an input of several pairs is the same object."""
 
 Result = tuple[dict[str, Any], list[tuple[int, str]]]
 """Features, and (place in the job, reason) of each input that could not be used."""
@@ -38,14 +42,29 @@ _SECONDS_TO_DIE = 2.0  # a connection is lost a moment before the process is gon
 _AFTER_DEATH = ", so its batch is missing; if the system ran out of memory lower data.dataloader_num_workers"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Job:
-    """Inputs of one modality that are prepared together."""
+    """Inputs, or pairs of them, that are prepared together.
 
-    side: str  # "query" or "document"
+    Attributes:
+        side: "query", "document" or "pair".
+        modality: Of all inputs; of pairs, what their two inputs hold together.
+        rows: Input rows, each of which is read once.
+        needed: Whether an input that cannot be used is an error.
+        pair_n2: Of side "pair", where in ``rows`` each pair's query and document stand.
+    """
+
+    side: str
     modality: str
-    rows: npt.NDArray[np.int64]  # input rows
-    needed: bool = False  # whether an input that cannot be used is an error
+    rows: Int64
+    needed: bool = False
+    pair_n2: Int64 | None = None
+
+    def units(self, inputs: list[Any]) -> list[Any]:
+        """What is preprocessed: the inputs, or the pairs of them."""
+        if self.pair_n2 is None:
+            return inputs
+        return [(inputs[query], inputs[document]) for query, document in self.pair_n2.tolist()]
 
 
 class WorkerDiedError(RunStoppedError):
@@ -146,7 +165,7 @@ class _Work(Dataset[tuple[Result | None, UserError | None]]):
                     if job.needed:
                         raise
                     bad[place] = error.reason
-                    inputs.append(stand_in(job.modality))
+                    inputs.append(self._stand_in(job, place))
             features = self._preprocessed(inputs, job, bad)
             in_hand_2[1] = _NOTHING
             return (features, sorted(bad.items())), None
@@ -160,36 +179,50 @@ class _Work(Dataset[tuple[Result | None, UserError | None]]):
                 "data.dataloader_num_workers, training.mini_batch_size or data.max_image_pixels"
             )
 
+    def _stand_in(self, job: Job, place: int) -> Any:
+        return stand_in(modality_name(int(self.reader.index.input_modality_I[job.rows[place]])))
+
     def _preprocessed(self, inputs: list[Any], job: Job, bad: dict[int, str]) -> dict[str, Any]:
         try:
-            return self.preprocess(inputs, job.side)
+            return self.preprocess(job.units(inputs), job.side)
         except MemoryError:
             raise
         except Exception:
-            # A page too thin for the model, a special token in a query? Where a plain input fails too, it is a defect.
-            if preparation_fault(self.preprocess, stand_in(job.modality), job.side) is not None:
+            # A page too thin for the model, a special token in a query? Where plain inputs fail too, it is a defect.
+            plain = [self._stand_in(job, place) for place in range(len(inputs))]
+            if preparation_fault(self.preprocess, job.units(plain)[0], job.side) is not None:
                 raise
-            faults = {
-                place: why
-                for place, one in enumerate(inputs)
-                if place not in bad and (why := preparation_fault(self.preprocess, one, job.side))
-            }
+            faults = dict(self._faults(inputs, plain, job, bad))
             if not faults:
                 raise
             if job.needed:
                 place, why = next(iter(faults.items()))
+                side = "input" if job.side == "pair" else job.side
                 name = self.reader.index.input_id(int(job.rows[place]))
                 raise UserError(
-                    f"the {job.side} {name} cannot be prepared for the model ({why}); mend its sample or drop it"
+                    f"the {side} {name} cannot be prepared for the model ({why}); mend its sample or drop it"
                 ) from None
         for place, why in faults.items():
             bad[place] = f"cannot be prepared for the model ({why})"
-            inputs[place] = stand_in(job.modality)
-        return self.preprocess(inputs, job.side)
+            inputs[place] = plain[place]
+        return self.preprocess(job.units(inputs), job.side)
+
+    def _faults(self, inputs: list[Any], plain: list[Any], job: Job, bad: dict[int, str]) -> Iterator[tuple[int, str]]:
+        """Place and fault of each input with which preprocessing fails where every other one is a stand-in."""
+        unit_of_place = np.arange(len(inputs))
+        if job.pair_n2 is not None:
+            for unit, places in enumerate(job.pair_n2):
+                unit_of_place[places] = unit
+        for place, one in enumerate(inputs):
+            if place not in bad:
+                tried = [*plain[:place], one, *plain[place + 1 :]]
+                unit = job.units(tried)[unit_of_place[place]]
+                if (why := preparation_fault(self.preprocess, unit, job.side)) is not None:
+                    yield place, why
 
 
 def preparation_fault(preprocess: Preprocess, one: Any, side: str) -> str | None:
-    """Why an input cannot be prepared for the model, a page too thin for it for instance; None where it can."""
+    """Why an input, or a pair of them, cannot be prepared for the model (a page too thin, say); None where it can."""
     try:
         preprocess([one], side)
     except Exception as error:

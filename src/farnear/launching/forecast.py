@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from farnear.config import RunConfig
+from farnear.errors import UserError
 from farnear.launching.memory import (
     TILE_BYTES,
     Holding,
@@ -104,8 +105,13 @@ def forecast(config: RunConfig, run_file: Path, machine: Machine, pairs: int | N
         pairs: Training pairs, where the shards are not here.
 
     Raises:
-        UserError: There is no config.json, or none that describes a model.
+        UserError: There is no config.json, or none that describes a model; or the run trains a reranker.
     """
+    if config.reranker is not None:
+        raise UserError(
+            "a reranker's memory and time cannot be planned yet; start it with a small training.max_steps to see them "
+            "in metrics.jsonl, and submit it with --no-plan"
+        )
     folder = find_config(config.model, run_file)
     model = Blueprint(config, folder)
     data = run_data(config, _page_tokens(model), model.pages.most_tokens + TOKENS_OF_TEMPLATE, pairs)

@@ -10,12 +10,13 @@ their reduction stay fp32 under every strategy alike, and no strategy has a prec
 
 import io
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.model import BaseModel
 from torch import Tensor, nn
 
 from farnear.model.pixels import PixelBytes, preprocess_to_bytes, uint8_normalisation
@@ -40,11 +41,8 @@ class Embedder(nn.Module):
             return self.model(dict(features))["sentence_embedding"]
 
 
-class Preprocessing:
-    """From inputs and their side to features, with the side's prompt; sent to worker processes without the weights.
-
-    The prompt is chosen as `encode_query` and `encode_document` choose it, so that an exported model used through them
-    sees what it was trained on.
+class WorkerPreprocessing:
+    """A model's preprocessing, sent to worker processes without the weights.
 
     Pages leave as uint8 where the model's processor allows it (`farnear.model.pixels`), and `to_device` makes floats of
     them.
@@ -57,10 +55,8 @@ class Preprocessing:
         why_floats: Why they do not; empty if they do.
     """
 
-    def __init__(self, model: SentenceTransformer) -> None:
+    def __init__(self, model: BaseModel) -> None:
         self._model = model
-        document = next((model.prompts[n] for n in ("document", "passage", "corpus") if n in model.prompts), None)
-        self._prompts = {"query": model.prompts.get("query"), "document": document}
         self._snapshot = _pickled_without_weights(model)
         rule = uint8_normalisation(model)
         self._normalisation = None if isinstance(rule, str) else rule
@@ -70,11 +66,8 @@ class Preprocessing:
     def pages_as_uint8(self) -> bool:
         return self._normalisation is not None
 
-    def __call__(self, inputs: list[Any], side: str) -> dict[str, Any]:
-        """Features of one mini-batch; ``side`` is "query" or "document"."""
-        # A bare string that looks like a path or a URL would be opened as an image.
-        inputs = [{"text": one} if isinstance(one, str) else one for one in inputs]
-        call = partial(self._model.preprocess, inputs, prompt=self._prompts[side], task=side)
+    def _features(self, call: Callable[..., Mapping[str, Any]]) -> dict[str, Any]:
+        """What a call of the model's ``preprocess`` gives, with its pages as uint8 if they can be."""
         return dict(call()) if self._normalisation is None else preprocess_to_bytes(call, self._normalisation)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -85,7 +78,26 @@ class Preprocessing:
         self._model = pickle.loads(self._snapshot)
 
 
-def _pickled_without_weights(model: SentenceTransformer) -> bytes:
+class Preprocessing(WorkerPreprocessing):
+    """From inputs and their side to features, with the side's prompt.
+
+    The prompt is chosen as `encode_query` and `encode_document` choose it, so that an exported model used through them
+    sees what it was trained on.
+    """
+
+    def __init__(self, model: SentenceTransformer) -> None:
+        super().__init__(model)
+        document = next((model.prompts[n] for n in ("document", "passage", "corpus") if n in model.prompts), None)
+        self._prompts = {"query": model.prompts.get("query"), "document": document}
+
+    def __call__(self, inputs: list[Any], side: str) -> dict[str, Any]:
+        """Features of one mini-batch; ``side`` is "query" or "document"."""
+        # A bare string that looks like a path or a URL would be opened as an image.
+        inputs = [{"text": one} if isinstance(one, str) else one for one in inputs]
+        return self._features(partial(self._model.preprocess, inputs, prompt=self._prompts[side], task=side))
+
+
+def _pickled_without_weights(model: nn.Module) -> bytes:
     class Pickler(pickle.Pickler):
         def reducer_override(self, value: Any) -> Any:
             if isinstance(value, nn.Parameter):

@@ -1,4 +1,4 @@
-"""From trained weights to a folder that ``SentenceTransformer(folder)`` loads, and other tools too.
+"""From trained weights to a folder that ``SentenceTransformer`` or ``CrossEncoder`` loads, and other tools too.
 
 The base model is loaded afresh on the CPU and given the trained weights, so an export is the same under every strategy
 and needs no GPU. What users of the base rely on survives: the type of the stored weights, prompts, pooling, pixel
@@ -18,25 +18,32 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from sentence_transformers.base.model import BaseModel
 from torch import Tensor
 
 from farnear.files import give_usual_mode, sync, sync_tree
 from farnear.model.load import BaseCheckpoint, cast_weights, describe_base, load_model
+from farnear.model.load_reranker import load_plain_reranker
 from farnear.model.trainable import add_adapters, freeze
+from farnear.reranker_section import RerankerConfig
 from farnear.sections import ModelConfig
 
 
-def export_model(config: ModelConfig, weights: Mapping[str, Tensor], folder: Path) -> None:
+def export_model(
+    config: ModelConfig, weights: Mapping[str, Tensor], folder: Path, reranker: RerankerConfig | None = None
+) -> None:
     """Write the trained model; an export that stands there already is replaced when the new one is complete.
 
     Args:
         config: Section `model` of the run file: which base, how loaded.
-        weights: Trained parameters by their names in the `SentenceTransformer`, any float type.
+        weights: Trained parameters by their names in the `SentenceTransformer` or `CrossEncoder`, any float type.
         folder: Target.
+        reranker: Section `reranker`, where the model is one.
     """
     base = describe_base(config)
     # Nothing is computed here, so no attention has to be installed.
-    model = load_model(config.model_copy(update={"attn_implementation": None}))
+    plain = config.model_copy(update={"attn_implementation": None})
+    model: BaseModel = load_model(plain) if reranker is None else load_plain_reranker(plain, reranker)
     adapted = add_adapters(model, config, seed=0) if config.lora is not None else None
     freeze(model, config.freeze)
     _, unexpected = model.load_state_dict(dict(weights), strict=False)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.model import BaseModel
 from torch import Tensor
 
 from farnear.model.pixels import PixelBytes
@@ -31,7 +31,7 @@ class FeatureMerger:
         model: Whose preprocessing made them.
     """
 
-    def __init__(self, model: SentenceTransformer) -> None:
+    def __init__(self, model: BaseModel) -> None:
         tokenizer = getattr(model, "tokenizer", None)
         self._pads_left = getattr(tokenizer, "padding_side", "right") == "left"
         self._padding = {"input_ids": getattr(tokenizer, "pad_token_id", None) or 0}

@@ -8,9 +8,11 @@ checkpoint in bf16, where an AdamW update at a learning rate of 2e-5 is lost to 
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -28,6 +30,9 @@ from farnear.model.patches import multiply_patches
 from farnear.model.pixels import call_settings, image_processor_of, is_qwen_family
 from farnear.offline import PREFETCH, is_offline
 from farnear.sections import ModelConfig
+
+if TYPE_CHECKING:
+    from sentence_transformers.base.model import BaseModel
 
 FLOAT_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -60,6 +65,46 @@ def load_model(
     Raises:
         UserError: The checkpoint cannot be loaded, reads no images, or contradicts the section.
     """
+    arguments = loading_arguments(config, dtype=dtype, with_weights=with_weights)
+    with told_to_the_user(config):
+        refuse_kernels(config, stored_config(config))
+        has_modules = is_sentence_transformer_model(config.name_or_path, revision=config.revision)
+        model = SentenceTransformer(
+            config.name_or_path,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            prompts=config.prompts,
+            # sentence-transformers warns of a device beside a map.
+            device="cpu" if with_weights else None,
+            model_kwargs=arguments.model,
+            processor_kwargs=arguments.processor,
+        )
+    settle(model, config, arguments)
+    if not has_modules:
+        model = _with_pooling(model, config)
+    elif config.pooling is not None and (own := _pooling_of(model)) != config.pooling:
+        raise UserError(
+            f"model {config.name_or_path} has its own pooling ({own}), but model.pooling says {config.pooling}; "
+            "take model.pooling out of the run file"
+        )
+    bring_to(dtype, model)
+    return model
+
+
+@dataclass(frozen=True)
+class LoadingArguments:
+    """What transformers' ``from_pretrained`` is given, for the model and for its processor."""
+
+    model: dict[str, Any]
+    processor: dict[str, Any]
+
+
+def loading_arguments(config: ModelConfig, *, dtype: torch.dtype, with_weights: bool) -> LoadingArguments:
+    """What the section says, as transformers takes it; see `load_model`.
+
+    Raises:
+        UserError: There is no such folder, or no network to ask for the model.
+    """
     refuse_missing_folder(config.name_or_path)
     refuse_unless_fetched(config)
     if config.attn_implementation == VARLEN:
@@ -67,28 +112,20 @@ def load_model(
     model_kwargs: dict[str, Any] = {"dtype": dtype, **config.model_kwargs}
     if config.attn_implementation is not None:
         model_kwargs["attn_implementation"] = config.attn_implementation
+    if not with_weights:
+        model_kwargs["device_map"] = "meta"
     processor_kwargs = dict(config.processor_kwargs)
     for key in ("min_pixels", "max_pixels"):
         if (value := getattr(config, key)) is not None:
             processor_kwargs[key] = value
-    device: str | None = "cpu"
-    if not with_weights:
-        model_kwargs["device_map"] = "meta"
-        # sentence-transformers warns of a device beside a map.
-        device = None
-    shared: dict[str, Any] = {"revision": config.revision}
+    return LoadingArguments(model_kwargs, processor_kwargs)
+
+
+@contextmanager
+def told_to_the_user(config: ModelConfig) -> Iterator[None]:
+    """What libraries raise inside, while they load the model, leaves as a ``UserError``."""
     try:
-        refuse_kernels(config, _stored_config(config))
-        has_modules = is_sentence_transformer_model(config.name_or_path, **shared)
-        model = SentenceTransformer(
-            config.name_or_path,
-            **shared,
-            device=device,
-            trust_remote_code=config.trust_remote_code,
-            prompts=config.prompts,
-            model_kwargs=model_kwargs,
-            processor_kwargs=processor_kwargs,
-        )
+        yield
     except UserError:
         raise
     except Exception as error:  # on a damaged folder the libraries raise almost anything
@@ -99,6 +136,14 @@ def load_model(
             "check the folder or hub name, model.revision and model.model_kwargs"
             + ("" if is_folder(config.name_or_path) or not is_offline() else f". {PREFETCH}")
         ) from error
+
+
+def settle(model: "BaseModel", config: ModelConfig, arguments: LoadingArguments) -> None:
+    """What every loaded model goes through, in place.
+
+    Raises:
+        UserError: It reads no images.
+    """
     if not model.supports("image"):
         raise UserError(
             f"model {config.name_or_path} has no image support (modalities: {', '.join(map(str, model.modalities))}), "
@@ -106,23 +151,19 @@ def load_model(
         )
     if config.attn_implementation == VARLEN:
         tell_towers(model)
-    _keep_limits_of_pages_in_size(model, processor_kwargs)
-    if not has_modules:
-        model = _with_pooling(model, config)
-    elif config.pooling is not None and (own := _pooling_of(model)) != config.pooling:
-        raise UserError(
-            f"model {config.name_or_path} has its own pooling ({own}), but model.pooling says {config.pooling}; "
-            "take model.pooling out of the run file"
-        )
+    _keep_limits_of_pages_in_size(model, arguments.processor)
+
+
+def bring_to(dtype: torch.dtype, model: "BaseModel") -> None:
+    """All weights of one type, and patches embedded by a product; in place."""
     cast_weights(model, dtype)
     multiply_patches(model)
     wrong = {str(p.dtype) for p in model.parameters() if p.is_floating_point() and p.dtype != dtype}
     if wrong:
         raise RuntimeError(f"weights came up as {', '.join(sorted(wrong))}, not {dtype}")
-    return model
 
 
-def _keep_limits_of_pages_in_size(model: SentenceTransformer, run_file: dict[str, Any]) -> None:
+def _keep_limits_of_pages_in_size(model: "BaseModel", run_file: dict[str, Any]) -> None:
     """Leave what a Qwen2-VL processor was told about pixels where it looks last: in its image processor's ``size``.
 
     transformers hands what ``from_pretrained`` was given to every call again, and there it deprecates ``min_pixels``
@@ -162,7 +203,7 @@ def describe_base(config: ModelConfig) -> BaseCheckpoint:
     """Names, type and architecture of the stored checkpoint, read from file headers only."""
     weight_names: set[str] = set()
     elements: dict[torch.dtype, int] = {}
-    for path in _weight_files(config):
+    for path in weight_files(config):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  (a safetensors file is no mapping)
                 weight_names.add(name)
@@ -170,7 +211,7 @@ def describe_base(config: ModelConfig) -> BaseCheckpoint:
                 if (dtype := FLOAT_TYPES.get(tensor.get_dtype())) is not None:
                     elements[dtype] = elements.get(dtype, 0) + torch.Size(tensor.get_shape()).numel()
     dtype = max(elements, key=lambda kind: elements[kind]) if elements else torch.float32
-    architectures = _stored_config(config).get("architectures") or ()
+    architectures = stored_config(config).get("architectures") or ()
     return BaseCheckpoint(frozenset(weight_names), dtype, tuple(architectures))
 
 
@@ -184,22 +225,24 @@ def _pooling_of(model: SentenceTransformer) -> str | None:
     return next((str(module.pooling_mode) for module in model if isinstance(module, Pooling)), None)
 
 
-def _weight_files(config: ModelConfig) -> list[Path]:
-    index = _stored_file(config, "model.safetensors.index.json")
+def weight_files(config: ModelConfig) -> list[Path]:
+    """The checkpoint's safetensors; empty where it has others."""
+    index = stored_file(config, "model.safetensors.index.json")
     if index is None:
-        single = _stored_file(config, "model.safetensors")
+        single = stored_file(config, "model.safetensors")
         return [single] if single else []
     names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    return [path for name in names if (path := _stored_file(config, name)) is not None]
+    return [path for name in names if (path := stored_file(config, name)) is not None]
 
 
-def _stored_config(config: ModelConfig) -> dict[str, Any]:
+def stored_config(config: ModelConfig) -> dict[str, Any]:
     """The checkpoint's config.json; empty where there is none."""
-    path = _stored_file(config, "config.json")
+    path = stored_file(config, "config.json")
     return json.loads(path.read_text(encoding="utf-8")) if path else {}
 
 
-def _stored_file(config: ModelConfig, name: str) -> Path | None:
+def stored_file(config: ModelConfig, name: str) -> Path | None:
+    """One of the checkpoint's files, brought from the hub if need be; None where it has none of that name."""
     found = cached_file(
         config.name_or_path, name, revision=config.revision, _raise_exceptions_for_missing_entries=False
     )

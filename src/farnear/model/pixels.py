@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 if TYPE_CHECKING:  # a plan needs neither the model nor the seconds of this import
-    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.model import BaseModel
 
 Int64 = npt.NDArray[np.int64]
 PageTokens = Callable[[Int64, Int64], Int64]
@@ -78,7 +78,7 @@ class PixelBytes(NamedTuple):
         return x.expand(-1, -1, rule.frames, -1).flatten(1)
 
 
-def uint8_normalisation(model: "SentenceTransformer") -> Normalisation | str:
+def uint8_normalisation(model: "BaseModel") -> Normalisation | str:
     """How the model's pages are normalised, if they can travel as uint8, and otherwise why they cannot."""
     image_processor = image_processor_of(model)
     if not is_qwen_family(image_processor):
@@ -115,7 +115,7 @@ def is_qwen_family(image_processor: Any) -> bool:
     return any(base.__name__.startswith(_FAMILY) for base in type(image_processor).__mro__)
 
 
-def _normalisation(model: "SentenceTransformer") -> Normalisation:
+def _normalisation(model: "BaseModel") -> Normalisation:
     factor = float(_setting(model, "rescale_factor")) if _setting(model, "do_rescale") else 1.0
     mean, std = torch.zeros(1), torch.ones(1)
     if _setting(model, "do_normalize"):
@@ -133,7 +133,7 @@ def _normalisation(model: "SentenceTransformer") -> Normalisation:
     )
 
 
-def _first_difference(model: "SentenceTransformer", rule: Normalisation) -> str | None:
+def _first_difference(model: "BaseModel", rule: Normalisation) -> str | None:
     """What differs when two images go both ways; None if nothing does."""
     step = rule.patch_size * int(_setting(model, "merge_size"))
     odd = 3 if _setting(model, "do_resize") else 0  # sizes that have to be changed, where sizes are changed
@@ -143,8 +143,11 @@ def _first_difference(model: "SentenceTransformer", rule: Normalisation) -> str 
         for height, width in ((3 * step + odd, 2 * step - odd), (2 * step, 5 * step + odd))
     ]
 
+    # A reranker's chat template may know no message but those of a pair.
+    inputs: list[Any] = [({"text": "a"}, image) for image in images] if model.model_type == "CrossEncoder" else images
+
     def call(**kwargs: Any) -> Mapping[str, Any]:
-        return model.preprocess(images, **kwargs)
+        return model.preprocess(inputs, **kwargs)
 
     expected, actual = call(), preprocess_to_bytes(call, rule)
     if expected.keys() != actual.keys():
@@ -165,7 +168,7 @@ def _first_difference(model: "SentenceTransformer", rule: Normalisation) -> str 
     return None if isinstance(actual["pixel_values"], PixelBytes) else "the processor gives no whole bytes"
 
 
-def page_tokens(model: "SentenceTransformer") -> PageTokens:
+def page_tokens(model: "BaseModel") -> PageTokens:
     """What a page costs the language model, from its width and height in pixels: a function that can be pickled.
 
     For the Qwen2-VL family it is exact: image placeholders after ``smart_resize``. A page that the processor refuses,
@@ -235,7 +238,7 @@ class ProportionalTokens:
         return np.maximum(np.rint(tokens_n), 1).astype(np.int64)
 
 
-def _pixel_bounds(model: "SentenceTransformer") -> tuple[float, float]:
+def _pixel_bounds(model: "BaseModel") -> tuple[float, float]:
     """Fewest and most pixels of a page after resizing, as far as the settings of a processor tell."""
     crop = _setting(model, "crop_size") if _setting(model, "do_center_crop") else None
     size = dict(crop) if isinstance(crop, Mapping) else _sizes(model)
@@ -257,7 +260,7 @@ def _pixel_bounds(model: "SentenceTransformer") -> tuple[float, float]:
     return fewest, max(fewest, float(_setting(model, "max_pixels") or bounds[1]))
 
 
-def _pixels_per_token(model: "SentenceTransformer") -> float:
+def _pixels_per_token(model: "BaseModel") -> float:
     config = getattr(model[0], "config", None)
     vision = getattr(config, "vision_config", config)
     patch: Any = _setting(model, "patch_size") or getattr(vision, "patch_size", None)
@@ -266,20 +269,20 @@ def _pixels_per_token(model: "SentenceTransformer") -> float:
     return float(int(patch or 16) * int(_setting(model, "merge_size") or 1)) ** 2
 
 
-def image_processor_of(model: "SentenceTransformer") -> Any:
+def image_processor_of(model: "BaseModel") -> Any:
     """The part of the model's processor that takes images; None where there is no processor."""
     processor = getattr(model[0], "processor", None)
     return getattr(processor, "image_processor", processor)
 
 
-def _sizes(model: "SentenceTransformer") -> dict[str, int]:
+def _sizes(model: "BaseModel") -> dict[str, int]:
     size: Any = _setting(model, "size")
     if isinstance(size, int):
         return {"height": size, "width": size}
     return {name: value for name, value in dict(size or {}).items() if value is not None}
 
 
-def _setting(model: "SentenceTransformer", name: str) -> Any:
+def _setting(model: "BaseModel", name: str) -> Any:
     """A setting as it is in force when the model preprocesses."""
     for holder in call_settings(model):
         if holder.get(name) is not None:
@@ -287,7 +290,7 @@ def _setting(model: "SentenceTransformer", name: str) -> Any:
     return getattr(image_processor_of(model), name, None)
 
 
-def call_settings(model: "SentenceTransformer") -> Iterator[dict[str, Any]]:
+def call_settings(model: "BaseModel") -> Iterator[dict[str, Any]]:
     """What overrides an image processor's own settings in every call, the strongest first.
 
     sentence-transformers passes the arguments stored with the module. transformers passes to every part of a processor

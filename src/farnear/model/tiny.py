@@ -53,6 +53,8 @@ def save_tiny_model(
     hidden_size: int = 128,
     num_layers: int = 3,
     attention_dropout: float = 0.0,
+    vocab_size: int | None = None,
+    tie_word_embeddings: bool = True,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Path:
@@ -60,10 +62,14 @@ def save_tiny_model(
 
     Args:
         folder: Where the checkpoint goes; created.
-        texts: Sentences the tokenizer is trained on beside the printable bytes.
+        texts: Sentences the tokenizer is trained on beside the printable bytes. What occurs twice becomes one token:
+            ``("yes", "no") * 2`` for a reranker.
         hidden_size: Width of both towers; a multiple of 32.
         num_layers: Layers of the vision tower and of the language model, each.
         attention_dropout: Dropout probability of the language model's attention.
+        vocab_size: Rows of the embedding layer, as many as a large model's, most of them unused; None: the
+            tokenizer's.
+        tie_word_embeddings: Whether the language-model head is the embedding layer.
         dtype: Type of the stored weights.
         seed: Of the weights.
     """
@@ -74,7 +80,7 @@ def save_tiny_model(
     head_dim = 32
     config = Qwen3VLConfig(
         text_config={
-            "vocab_size": len(tokenizer),
+            "vocab_size": max(vocab_size or 0, len(tokenizer)),
             "hidden_size": hidden_size,
             "intermediate_size": 2 * hidden_size,
             "num_hidden_layers": num_layers,
@@ -86,7 +92,7 @@ def save_tiny_model(
             "initializer_range": INITIALIZER_RANGE,
             # The three sections (time, height, width) share the head's rotary frequencies: they sum to head_dim / 2.
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5]},
-            "tie_word_embeddings": True,
+            "tie_word_embeddings": tie_word_embeddings,
             "bos_token_id": None,
             "eos_token_id": token_id["<|im_end|>"],
             "pad_token_id": token_id["<|endoftext|>"],
@@ -108,7 +114,7 @@ def save_tiny_model(
         video_token_id=token_id["<|video_pad|>"],
         vision_start_token_id=token_id["<|vision_start|>"],
         vision_end_token_id=token_id["<|vision_end|>"],
-        tie_word_embeddings=True,
+        tie_word_embeddings=tie_word_embeddings,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -27,7 +27,7 @@ from farnear.errors import UserError
 from farnear.sections import ModelConfig
 
 if TYPE_CHECKING:  # a plan needs neither the model nor the seconds of this import
-    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.model import BaseModel
 
 # Keys of peft.LoraConfig that follow from what is trained here.
 OWN_KEYS = (
@@ -45,7 +45,7 @@ INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 _SAMPLE = 1024
 
 
-def choose_trainable(model: "SentenceTransformer", config: ModelConfig, *, seed: int) -> None:
+def choose_trainable(model: "BaseModel", config: ModelConfig, *, seed: int) -> None:
     """Add the adapters that the section asks for, and freeze what it names; in place.
 
     Args:
@@ -64,7 +64,7 @@ def choose_trainable(model: "SentenceTransformer", config: ModelConfig, *, seed:
         )
 
 
-def checkpoint_activations(model: "SentenceTransformer") -> None:
+def checkpoint_activations(model: "BaseModel") -> None:
     """Have activations computed again in the backward pass; in place.
 
     transformers also asks for the gradient of what the embedding layer puts out, which its older way of checkpointing
@@ -137,8 +137,10 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
             modules[name].requires_grad_(False)
 
 
-def add_adapters(model: "SentenceTransformer", config: ModelConfig, *, seed: int) -> Any:
+def add_adapters(model: "BaseModel", config: ModelConfig, *, seed: int) -> Any:
     """Put LoRA layers into the model, in place, and freeze all but them and what `modules_to_save` names.
+
+    A reranker's head is not part of what peft sees. It trains beside the adapters: it may have begun as random numbers.
 
     Returns:
         peft's view of the model, which can save the adapter and merge it.
@@ -161,7 +163,7 @@ def add_adapters(model: "SentenceTransformer", config: ModelConfig, *, seed: int
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            return get_peft_model(
+            adapted = get_peft_model(
                 inner, LoraConfig(task_type="FEATURE_EXTRACTION", revision=config.revision, **settings)
             )
         except Exception as error:  # peft checks little itself, so torch and Python complain in their ways
@@ -169,6 +171,10 @@ def add_adapters(model: "SentenceTransformer", config: ModelConfig, *, seed: int
                 f"model.lora cannot be put into {config.name_or_path} ({type(error).__name__}: "
                 f"{' '.join(str(error).split())[:300]}); check its keys, and target_modules ({wanted})"
             ) from error
+    if model.model_type == "CrossEncoder":
+        for module in list(model)[1:]:
+            module.requires_grad_(True)
+    return adapted
 
 
 def lora_settings(config: ModelConfig) -> dict[str, Any]:

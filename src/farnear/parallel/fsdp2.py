@@ -33,7 +33,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -99,8 +99,8 @@ class Fsdp2:
         self._shards_of_unit = [self._shards(unit) for unit in self._units]
         _point_at(optimizer, names, {shard.name: shard.own for shard in self._all_shards()})
 
-    def embed(self, features: Features) -> Tensor:
-        """Embeddings [n, D] of one mini-batch."""
+    def forward(self, features: Features) -> Any:
+        """What the module makes of one mini-batch."""
         return self._module(features)
 
     @contextmanager

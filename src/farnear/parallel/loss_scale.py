@@ -9,6 +9,7 @@ looks at one rank's gradients only and knows no partitions.
 
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -25,9 +26,9 @@ class LossScaled:
         self.loss_scale: LossScale | None = LossScale()
         self.forward_is_collective = strategy.forward_is_collective
 
-    def embed(self, features: Features) -> Tensor:
-        """Embeddings [n, D] of one mini-batch."""
-        return self._strategy.embed(features)
+    def forward(self, features: Features) -> Any:
+        """What the module makes of one mini-batch."""
+        return self._strategy.forward(features)
 
     def accumulate(self) -> AbstractContextManager[None]:
         """See `Strategy.accumulate`; what stands there afterwards is scaled."""

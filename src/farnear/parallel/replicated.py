@@ -8,6 +8,7 @@ none, goes through one all-reduce in flat buckets.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +37,8 @@ class Replicated:
         self._unwritten: list[tuple[Tensor, dict[str, Tensor]]] = []
         self._named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
-    def embed(self, features: Features) -> Tensor:
-        """Embeddings [n, D] of one mini-batch."""
+    def forward(self, features: Features) -> Any:
+        """What the module makes of one mini-batch."""
         return self._module(features)
 
     @contextmanager

@@ -2,7 +2,7 @@
 
 The cached step needs five verbs from a strategy and knows nothing else about it:
 
-    embed        features -> embeddings, with or without a graph
+    forward      features -> what the module makes of them, with or without a graph: embeddings, scores
     accumulate   a context in which any number of backwards add up on the rank; one reduction when it ends
     backward     of one mini-batch's surrogate, inside that context
     step         clip, update, forget the gradients; the global norm before clipping comes back
@@ -73,10 +73,10 @@ class Strategy(Protocol):
     """Under training.fp16, to be saved and set again; else None."""
 
     forward_is_collective: bool
-    """Whether ranks must call `embed` and `backward` equally often and through the same modules."""
+    """Whether ranks must call `forward` and `backward` equally often and through the same modules."""
 
-    def embed(self, features: Features) -> Tensor:
-        """Embeddings [n, D] of one mini-batch."""
+    def forward(self, features: Features) -> Any:
+        """What the module makes of one mini-batch."""
 
     def accumulate(self) -> AbstractContextManager[None]:
         """Backwards inside add up locally; at the end, missing gradients become zeros and one reduction averages."""
@@ -101,7 +101,7 @@ class Strategy(Protocol):
         """The state on this rank; with ``owned`` only the pieces that this rank writes, disjoint over ranks."""
 
     def spread_weights(self) -> None:
-        """Make weights that were written through `slices(owned=False)` those that `embed` uses. A collective."""
+        """Make weights that were written through `slices(owned=False)` those that `forward` uses. A collective."""
 
     def full_weights(self) -> dict[str, Tensor]:
         """Whole trained parameters by name on the CPU of rank 0; an empty dict elsewhere. A collective."""

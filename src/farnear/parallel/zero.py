@@ -90,8 +90,8 @@ class Zero:
         self._named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
         self._keeps_gathered = config.training.reshard == "step"
 
-    def embed(self, features: Features) -> Tensor:
-        """Embeddings [n, D] of one mini-batch."""
+    def forward(self, features: Features) -> Any:
+        """What the module makes of one mini-batch."""
         if self._keeps_gathered:
             # A parameter that some module is using is not given back until the step. DeepSpeed's own way, persistence
             # thresholds, holds only while every forward is like the one before, which a cached step's are not.

@@ -80,13 +80,13 @@ def encode(
             num_workers=num_workers,
         ):
             between()
-            e_nD = strategy.embed(to_device(features, world.device)).float()
+            e_nD = strategy.forward(to_device(features, world.device)).float()
             parts.append(e_nD[: len(own)])
             places.append(torch.from_numpy(share[positions][: len(own)]).to(world.device))
         for _ in range(turns - batches):
             between()
             if strategy.forward_is_collective:
-                strategy.embed(to_device(features, world.device))
+                strategy.forward(to_device(features, world.device))
     e_nD, place_n = torch.cat(parts), torch.cat(places)
     rows_W = [(n, n) for (n,) in exchange_ints([len(e_nD)], world.device)]
     e_ND, place_N = gather_together([e_nD, place_n], rows_W)
@@ -134,7 +134,7 @@ def encode_parts(
                 if not turn.is_own and not strategy.forward_is_collective:
                     continue
                 features, _ = next(results)
-                e_nD = strategy.embed(to_device(features, world.device)).float()
+                e_nD = strategy.forward(to_device(features, world.device)).float()
                 if turn.is_own:
                     embedded.append(e_nD.cpu())
                     places.append(torch.from_numpy(turn.places))

@@ -26,21 +26,19 @@ With the forward as 1 and the backward as 2 this costs 4 where an uncached step 
 - under mixed precision the weights are cast once for all mini-batches of a pass, not once for each.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
-from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from farnear.data.batch import MiniBatch, RankBatch
 from farnear.data.dealing import SIDES
-from farnear.data.loader import MiniBatch, RankBatch
 from farnear.loss.own import OwnLoss
 from farnear.model.embedder import to_device
 from farnear.model.frozen import FrozenOutputs
@@ -49,45 +47,8 @@ from farnear.parallel.strategy import Strategy
 from farnear.parallel.world import World
 from farnear.sections import LossConfig
 from farnear.training.objective import EmbeddingGradient, Sizes, embedding_gradient, own_loss_gradient
+from farnear.training.step import NonFiniteLossError, StepFigures, count_tokens, timed, turn_seed
 from farnear.training.watch import Int64, Watch
-
-
-class NonFiniteLossError(ArithmeticError):
-    """The loss of the global batch is inf or nan. Raised on every rank alike."""
-
-
-@dataclass
-class StepFigures:
-    """What one step tells about itself; counts are of all ranks.
-
-    Attributes:
-        loss: Mean over the valid rows of the global batch.
-        pairs: Valid rows of the global batch.
-        masked: Places of the score matrix that were left out as false negatives.
-        beyond_margin: Places left out by loss.margin.
-        tokens: In the mini-batches, image placeholders included and padding left out.
-        padding: Tokens of padding.
-        quarantined: Pairs that could not be used.
-        seconds: Of this rank, by phase.
-        longest_rank: Pass one on the rank where it took longest, over the mean.
-        kept_graphs: Mini-batches of this rank that were not embedded twice.
-        frozen_bytes: Outputs of frozen parts that this rank kept.
-        model_flops: Of this rank: a forward, and a backward as far as there is something to train. What a gradient
-            cache computes twice counts once, as is usual where the utilisation of a device is told.
-    """
-
-    loss: float = float("nan")
-    pairs: int = 0
-    masked: int = 0
-    beyond_margin: int = 0
-    tokens: int = 0
-    padding: int = 0
-    quarantined: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-    longest_rank: float = 1.0
-    kept_graphs: int = 0
-    frozen_bytes: int = 0
-    model_flops: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -161,14 +122,16 @@ class CachedStep:
         for group in dict.fromkeys(turn.group for turn in turns):
             if group not in self._trains:
                 self._look_at(next(turn for turn in turns if turn.group == group))
-        figures.model_flops = sum(sum(_tokens([turn.mini_batch])) * self._flops_per_token[turn.group] for turn in turns)
-        with _timed(figures, "pass_one"):
+        figures.model_flops = sum(
+            sum(count_tokens([turn.mini_batch.features])) * self._flops_per_token[turn.group] for turn in turns
+        )
+        with timed(figures, "pass_one"):
             embedding, graphs = self._pass_one(turns)
         figures.kept_graphs, figures.frozen_bytes = len(graphs), self.frozen.kept_bytes if self.frozen else 0
         self.watch.at("loss", pairs=batch.pairs_b)
-        with _timed(figures, "loss"), self.world.traffic.exchange():
+        with timed(figures, "loss"), self.world.traffic.exchange():
             outcome = self._loss(embedding, turns, batch, sizes, figures, scale)
-        with _timed(figures, "pass_two"):
+        with timed(figures, "pass_two"):
             # Where every rank's mini-batches go through frozen parts alone there is no gradient, and no strategy has
             # a way to reduce none.
             if outcome.reaches_weights:
@@ -181,7 +144,10 @@ class CachedStep:
         # Ranks have the same groups where it matters, and then they take the same number of turns in each.
         counts = [len(group) for group in groups] if self.strategy.forward_is_collective else []
         held = [len(batch.pairs_b), len(batch.page_hash_p), batch.answers_bm.shape[1], len(batch.quarantined)]
-        of_rank = exchange_ints([*held, *_tokens(batch.mini_batches), *counts], self.world.device)
+        of_rank = exchange_ints(
+            [*held, *count_tokens([mini_batch.features for mini_batch in batch.mini_batches]), *counts],
+            self.world.device,
+        )
         pairs_W, documents_W, answers_W, quarantined_W, tokens_W, padding_W, *counts_W = zip(*of_rank, strict=True)
         figures.quarantined, figures.tokens, figures.padding = sum(quarantined_W), sum(tokens_W), sum(padding_W)
         turns_of_groups = [max(of_group) for of_group in counts_W] or [len(group) for group in groups]
@@ -206,7 +172,7 @@ class CachedStep:
             )
             # The gradient of the inputs, and that of the weights as far as they train.
             flops = once + (forward - once) * (2 + (self.frozen.trained_share if self.frozen else 1.0))
-        self._flops_per_token[turn.group] = flops / max(sum(_tokens([turn.mini_batch])), 1)
+        self._flops_per_token[turn.group] = flops / max(sum(count_tokens([turn.mini_batch.features])), 1)
 
     def _pass_one(self, turns: Sequence[Turn]) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
         """Embeddings of each side in the order of their rows, and by its position each embedding that has a graph."""
@@ -325,13 +291,7 @@ class CachedStep:
 
     def _embed(self, features: dict[str, Any], seed: int) -> Tensor:
         torch.manual_seed(seed)
-        return self.strategy.embed(to_device(features, self.world.device))
-
-
-def turn_seed(*scope: int) -> int:
-    """A 63-bit seed that is a pure function of the integers it is for."""
-    digest = hashlib.blake2b(repr(scope).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+        return self.strategy.forward(to_device(features, self.world.device))
 
 
 def groups_of(mini_batches: Sequence[MiniBatch]) -> list[list[MiniBatch]]:
@@ -361,27 +321,3 @@ def turns_of(
             seed = turn_seed(*scope, position)
             yield Turn(position, mini_batch, batch.pairs_b[rows], seed, counts_here, place >= first_kept)
             position += 1
-
-
-def _tokens(mini_batches: Sequence[MiniBatch]) -> tuple[int, int]:
-    """Tokens, and how many of padding beside them."""
-    tokens = places = 0
-    for mini_batch in mini_batches:
-        # Without padding, as under flash attention for text alone, there is no mask.
-        mask, ids = (mini_batch.features.get(name) for name in ("attention_mask", "input_ids"))
-        if mask is not None:
-            tokens, places = tokens + int(mask.sum()), places + mask.numel()
-        elif ids is not None:
-            tokens, places = tokens + ids.numel(), places + ids.numel()
-    return tokens, places - tokens
-
-
-@contextmanager
-def _timed(figures: StepFigures, phase: str) -> Iterator[None]:
-    started = perf_counter()
-    try:
-        yield
-    finally:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        figures.seconds[phase] = perf_counter() - started

@@ -105,7 +105,8 @@ def choose(
 
     trial = _Trial(strategy, preprocess, data, page_tokens, world)
     num_tokens: dict[str, int | None] = {}
-    for side, wanted in training.mini_batch_num_tokens_of.items():
+    for side in SIDES:
+        wanted = training.mini_batch_num_tokens_of[side]
         if wanted != "auto":
             num_tokens[side] = wanted
         elif (chosen := before("mini_batch_num_tokens", "tokens")) is not None:
@@ -235,7 +236,7 @@ class _Trial:
         return size, microseconds / 1e6 / inputs
 
     def _embed(self, features: dict[str, Any]) -> Tensor:
-        return self._strategy.embed(to_device(features, self._world.device))
+        return self._strategy.forward(to_device(features, self._world.device))
 
     def _free_memory(self) -> int:
         """Bytes for graphs on the rank that has least, when gradients and the optimizer's state have theirs."""

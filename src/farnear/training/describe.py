@@ -1,29 +1,33 @@
 """What follows from the run file, the data and the machine, said before step 0."""
 
+from typing import Any
+
 import numpy as np
-from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
+from farnear.config import RunConfig
 from farnear.data.faults import pairs_lost
 from farnear.data.index import modality_name
 from farnear.data.scan_rows import MODALITY_BITS
 from farnear.data.summary import ignored_members
-from farnear.model.embedder import Preprocessing
+from farnear.model.heads import head_of
+from farnear.reranker_section import RerankerConfig
 from farnear.sections import LossConfig
+from farnear.training.engine import BuiltModel
 from farnear.training.loop import Parts
 from farnear.training.optim import warmup_steps
 from farnear.training.shards import RunData
 from farnear.wording import counted
 
 
-def derived_numbers(parts: Parts, data: RunData, model: SentenceTransformer, preprocess: Preprocessing) -> str:
+def derived_numbers(parts: Parts, data: RunData, built: BuiltModel) -> str:
     """The numbers as lines of text."""
     config, training, world = parts.config, parts.config.training, parts.world
+    model, preprocess = built.model, built.preprocess
     plan, index = parts.loader.order.plan(0), data.train
     # The first batch is as full as any; ranks differ by one pair at most.
     batch = len(parts.loader.order.global_batch(0))
     pairs_per_rank = -(-batch // world.world_size)
-    pooling = next((str(module.pooling_mode) for module in model if isinstance(module, Pooling)), "its own")
     compute = "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32"
     precision = "bf16 weights" if training.pure_bf16 else f"fp32 weights, {compute} compute"
     prompts = ", ".join(f"{name}: {text!r}" for name, text in model.prompts.items() if text) or "none"
@@ -32,7 +36,7 @@ def derived_numbers(parts: Parts, data: RunData, model: SentenceTransformer, pre
     all_there_are = f" (all there are, training.global_batch_size is {training.global_batch_size})"
     lines = [
         ("model", f"{config.model.name_or_path}: {_parameters(model)}, {precision}"),
-        ("reads", f"{', '.join(map(str, model.modalities))}; pooling {pooling}; prompts {prompts}"),
+        ("reads", f"{', '.join(map(str, model.modalities))}; {_head(config, model)}; prompts {prompts}"),
         ("pages", "travel as uint8" if preprocess.pages_as_uint8 else f"travel as floats: {preprocess.why_floats}"),
         (
             "trains",
@@ -49,10 +53,11 @@ def derived_numbers(parts: Parts, data: RunData, model: SentenceTransformer, pre
         (
             "batch",
             f"{batch} pairs{all_there_are if batch < training.global_batch_size else ''}, {pairs_per_rank} a rank; "
-            f"negatives a query: {batch - 1}{' and the hard ones' if hard else ''}",
+            f"negatives a query: {config.reranker.num_negatives if config.reranker else batch - 1}"
+            f"{' and the hard ones' if hard else ''}",
         ),
-        ("cache", _cache(parts)),
-        ("loss", _loss(config.loss)),
+        ("cache", _cache(parts, built) if config.reranker is None else _turns(parts)),
+        ("loss", _loss(config.loss) if config.reranker is None else _list_loss(config.reranker)),
         (
             "duplicates",
             f"first epoch: {plan.moved} pairs moved to another batch, {plan.masked} masked where they could not be",
@@ -69,7 +74,37 @@ def derived_numbers(parts: Parts, data: RunData, model: SentenceTransformer, pre
     return "\n".join(f"{name:>10}  {text}" for name, text in lines)
 
 
-def _cache(parts: Parts) -> str:
+def _head(config: RunConfig, model: Any) -> str:
+    """What makes an embedding or a score of the last layer's tokens."""
+    if config.reranker is not None:
+        return f"head {head_of(model)}"
+    return f"pooling {next((str(module.pooling_mode) for module in model if isinstance(module, Pooling)), 'its own')}"
+
+
+def _turns(parts: Parts) -> str:
+    """How the lists go through the model."""
+    training = parts.config.training
+    sizes = []
+    for side, name in (("pair", "pairs"), ("document", "pages")):
+        size, tokens = training.mini_batch_size_of[side], training.mini_batch_num_tokens_of[side]
+        bounds = [f"{size}" if size else "", f"{tokens:,} tokens" if tokens else ""]
+        sizes.append(f"{name} {' or '.join(filter(None, bounds))}")
+    return (
+        f"mini-batches of up to {', '.join(sizes)}; lists that fit are run backward at once, graphs kept of "
+        f"{parts.choices.keep_graphs:.0%} of the others"
+    )
+
+
+def _list_loss(reranker: RerankerConfig) -> str:
+    """What a reranker's objective is."""
+    if reranker.loss == "listwise":
+        return f"listwise softmax, scale {reranker.scale:g}, activation {reranker.activation_fn}"
+    if reranker.loss == "listwise_distillation":
+        return f"listwise distillation, temperature {reranker.distillation_temperature:g}"
+    return reranker.loss
+
+
+def _cache(parts: Parts, built: BuiltModel) -> str:
     """How the batch goes through the model."""
     training, choices = parts.config.training, parts.choices
     sizes = []
@@ -81,7 +116,7 @@ def _cache(parts: Parts) -> str:
     if choices.keep_graphs < 1:
         text += f"; {counted(choices.together, 'mini-batch', 'mini-batches')} at once without graph"
     text += f"; graphs kept of {choices.keep_graphs:.0%} of them"
-    if (frozen := parts.step.frozen) and frozen.names and frozen.budget_bytes:
+    if (frozen := built.frozen) and frozen.names and frozen.budget_bytes:
         names, gigabytes = ", ".join(sorted(frozen.names)), frozen.budget_bytes / 1e9
         text += f"; outputs of {names} kept in up to {gigabytes:.1f} GB a rank if no gradient passes there"
     return text
@@ -99,7 +134,7 @@ def _loss(loss: LossConfig) -> str:
     return f"InfoNCE, {', '.join(loss.directions)}{softmax}, {scale}{hardness}{margin}{dims}"
 
 
-def _parameters(model: SentenceTransformer) -> str:
+def _parameters(model: Any) -> str:
     """How many there are, and how many of them are trained."""
     # Under ZeRO-3 a parameter has another shape than its own.
     elements = [(getattr(p, "ds_shape", p.shape).numel(), p.requires_grad) for p in model.parameters()]

@@ -7,16 +7,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from sentence_transformers import SentenceTransformer
 from torch import nn
 
 from farnear.config import RunConfig
 from farnear.loss.own import OwnLoss
 from farnear.model.attention_choice import check_attention
-from farnear.model.embedder import Embedder, Preprocessing
 from farnear.model.features import FeatureMerger
 from farnear.model.frozen import FrozenOutputs, has_dropout
-from farnear.model.load import load_model
 from farnear.model.pixels import page_tokens
 from farnear.model.trainable import checkpoint_activations, choose_trainable, frozen_hash, store_frozen_in
 from farnear.parallel.strategy import Strategy, build_strategy
@@ -25,6 +22,7 @@ from farnear.sections import TrainingConfig
 from farnear.training.cache import CachedStep
 from farnear.training.checkpoint import Progress
 from farnear.training.choices import Choices, choose
+from farnear.training.kind import Kind, kind_of
 from farnear.training.optim import build_optimizer
 from farnear.training.shards import RunData
 from farnear.training.watch import Watch
@@ -35,6 +33,7 @@ class BuiltModel:
     """A model and what stands around it.
 
     Attributes:
+        model: A sequence of sentence-transformers' modules.
         preprocess: From inputs to its features.
         strategy: Trains it.
         frozen: Keeps outputs of its frozen parts.
@@ -42,8 +41,8 @@ class BuiltModel:
         frozen_hash: Stands for what is not.
     """
 
-    model: SentenceTransformer
-    preprocess: Preprocessing
+    model: Any
+    preprocess: Any
     strategy: Strategy
     frozen: FrozenOutputs
     shapes: dict[str, torch.Size]
@@ -53,18 +52,20 @@ class BuiltModel:
 MakeOptimizer = Callable[[nn.Module, TrainingConfig], torch.optim.Optimizer]
 
 
-def build_model(config: RunConfig, world: World, make_optimizer: MakeOptimizer = build_optimizer) -> BuiltModel:
+def build_model(
+    config: RunConfig, world: World, make_optimizer: MakeOptimizer = build_optimizer, kind: Kind | None = None
+) -> BuiltModel:
     """The run file's model under its strategy. A collective."""
+    kind = kind or kind_of(config)
     training = config.training
     check_attention(config.model, world.device, half_precision=training.bf16 or training.pure_bf16 or training.fp16)
     # Where each rank holds a part of the parameters, rank 0 hands the parts out.
     is_spread = config.strategy in ("zero3", "fsdp2")
-    model = load_model(
-        config.model,
+    model = kind.load(
         dtype=torch.bfloat16 if training.pure_bf16 else torch.float32,
         with_weights=world.is_main or not is_spread,
     )
-    preprocess = Preprocessing(model)
+    preprocess = kind.preprocessing(model)
     choose_trainable(model, config.model, seed=config.seed)
     hash_of_frozen = on_main_rank(world, lambda: frozen_hash(model))
     if (training.bf16 or training.fp16) and config.strategy in ("single", "ddp"):
@@ -72,7 +73,7 @@ def build_model(config: RunConfig, world: World, make_optimizer: MakeOptimizer =
         store_frozen_in(torch.bfloat16 if training.bf16 else torch.float16, model)
     if training.gradient_checkpointing:
         checkpoint_activations(model)
-    module = Embedder(model, bf16=training.bf16, fp16=training.fp16)
+    module = kind.wrap(model, training)
     if not is_spread:
         module.to(world.device)
     # Taken now: ZeRO-3 leaves parameters without a shape.

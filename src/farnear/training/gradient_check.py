@@ -28,8 +28,9 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
 from farnear.config import RunConfig
+from farnear.data.batch import RankBatch
 from farnear.data.dealing import SIDES, Dealing
-from farnear.data.loader import RankBatch, TrainLoader
+from farnear.data.loader import TrainLoader
 from farnear.data.order import Order
 from farnear.data.run_order import plan_settings
 from farnear.errors import UserError
@@ -42,12 +43,13 @@ from farnear.model.trainable import checkpoint_activations, choose_trainable
 from farnear.parallel.strategy import NonFiniteGradientError, Strategy
 from farnear.parallel.world import World, on_main_rank
 from farnear.sections import TrainingConfig
-from farnear.training.cache import CachedStep, NonFiniteLossError, StepFigures
+from farnear.training.cache import CachedStep
+from farnear.training.embedders import measured_dims, refuse_unsupported
 from farnear.training.engine import build_model, build_step
-from farnear.training.opening import measured_dims, refuse_unsupported
 from farnear.training.plain_gradient import Probe, plain_gradient
 from farnear.training.resume import first_progress
 from farnear.training.shards import RunData
+from farnear.training.step import NonFiniteLossError, StepFigures
 from farnear.training.watch import Watch
 
 # Rounding alone gives 1e-6 with fp32 on tiny models; a deep model adds some of its own. What is wrong gives 1e-2 on.
@@ -106,6 +108,11 @@ def check_gradient(config: RunConfig, data: RunData, world: World, plans: Path) 
     Raises:
         UserError: The model cannot be loaded or trained as the run file says, or a gradient is not finite.
     """
+    if config.reranker is not None:
+        raise UserError(
+            "the gradient of a reranker is not compared on a run's own model yet; say --skip gradient "
+            "(benchmarks/exactness_reranker.py compares it on a small one)"
+        )
     config = _without_trials(config)
     training = config.training
     own_loss = load_own_loss(config.loss.function) if config.loss.function else None

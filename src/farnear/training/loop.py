@@ -12,19 +12,22 @@ from time import perf_counter
 from typing import Any
 
 from farnear.config import RunConfig
-from farnear.data.loader import RankBatch, TrainLoader
+from farnear.data.batch import RankBatch
+from farnear.data.list_dealing import ListBatch
+from farnear.data.loader import TrainLoader
 from farnear.errors import RunInterruptedError
 from farnear.parallel.strategy import NonFiniteGradientError, Strategy
 from farnear.parallel.world import World
 from farnear.training.bad_steps import BadSteps
-from farnear.training.cache import CachedStep, NonFiniteLossError, StepFigures
 from farnear.training.checkpoint import Progress, folder_name
 from farnear.training.choices import Choices
 from farnear.training.guard import Asked, Guard, StopAskedError
+from farnear.training.kind import Gradient
 from farnear.training.metrics import model_flops_utilisation, peak_memory_bytes
 from farnear.training.quarantine import Quarantine
 from farnear.training.saving import Saver
 from farnear.training.scale import LearnedScale
+from farnear.training.step import NonFiniteLossError, StepFigures
 from farnear.training.watch import Watch
 
 
@@ -33,7 +36,7 @@ class Parts:
     """What the loop turns.
 
     Attributes:
-        step: The gradient of a batch.
+        gradient: Of a batch.
         choices: Made for it by the memory that was found.
         scale: Trained beside the model, if it is.
         learning_rate: Of a 0-based step.
@@ -50,8 +53,8 @@ class Parts:
     config: RunConfig
     world: World
     strategy: Strategy
-    loader: TrainLoader
-    step: CachedStep
+    loader: TrainLoader[Any, Any]
+    gradient: Gradient
     choices: Choices
     scale: LearnedScale | None
     learning_rate: Callable[[int], float]
@@ -138,16 +141,15 @@ def stopped(parts: Parts, asked: Asked, step: int) -> RunInterruptedError:
     )
 
 
-def train_step(parts: Parts, batch: RankBatch) -> dict[str, Any]:
+def train_step(parts: Parts, batch: RankBatch | ListBatch) -> dict[str, Any]:
     """One optimizer step; its figures. Where ``left_out`` names what was not finite, no weight has changed."""
     parts.watch.at("exchange", step=batch.step + 1, pairs=batch.pairs_b)
     started = perf_counter()
     figures = StepFigures()
     learning_rate = parts.learning_rate(batch.step)
-    scale = parts.config.loss.scale if parts.scale is None else parts.scale.value
     grad_norm, left_out = math.nan, None
     try:
-        outcome = parts.step.gradient(batch, figures, scale=scale)
+        outcome = parts.gradient(batch, figures)
         before_update = perf_counter()
         parts.watch.at("update")
         grad_norm = parts.strategy.step(learning_rate) if outcome.reaches_weights else 0.0
@@ -170,8 +172,9 @@ def train_step(parts: Parts, batch: RankBatch) -> dict[str, Any]:
         "grad_norm": grad_norm,
         "left_out": left_out,
         **({"loss_scale": loss_scale.scale, "skipped": loss_scale.skipped} if loss_scale else {}),
-        "scale": None if parts.config.loss.function else scale,
+        "scale": figures.scale,
         "pairs": figures.pairs,
+        **({"scored": figures.scored} if figures.scored else {}),
         "pairs_per_s": figures.pairs / (batch.seconds_waited + now - started),
         "masked": figures.masked,
         "beyond_margin": figures.beyond_margin,

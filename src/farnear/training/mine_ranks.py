@@ -18,9 +18,10 @@ from farnear.parallel.world import World, on_main_rank, start_world, stop_world
 from farnear.retrieve.mine import Mined, mine, weights_fingerprint
 from farnear.retrieve.mining_block import ScorePairs
 from farnear.signals import Signals
+from farnear.training.embedders import refuse_unsupported
 from farnear.training.engine import build_model
 from farnear.training.guard import Guard, StopAskedError
-from farnear.training.opening import prepare_workers, refuse_unsupported
+from farnear.training.opening import prepare_workers
 from farnear.training.shards import open_data
 from farnear.wording import counted
 

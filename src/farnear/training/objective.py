@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from farnear.data.loader import RankBatch
+from farnear.data.batch import RankBatch
 from farnear.loss.contrastive import contrastive_gradient, needs_all_queries
 from farnear.loss.false_negatives import BatchFacts
 from farnear.loss.own import OwnLoss, own_gradient

@@ -16,34 +16,27 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import xxhash
-from sentence_transformers import SentenceTransformer
 
 import farnear
 from farnear.config import RunConfig, dump_config, load_config
 from farnear.data.faults import Fault
-from farnear.data.index import modality_name
 from farnear.data.order import Order
 from farnear.data.remote import shown
 from farnear.data.run_order import plan_settings, steps_in_all
-from farnear.errors import UserError
 from farnear.files import replace_text
-from farnear.loss.own import load_own_loss
-from farnear.model.embedder import Preprocessing
 from farnear.model.export import heal_export
-from farnear.model.load import embedding_dimension
 from farnear.parallel.strategy import LossScale, Strategy
 from farnear.parallel.trackers import Trackers
 from farnear.parallel.world import World, on_main_rank
 from farnear.processes import deaf_children
 from farnear.run_folder import Resume, RunFolder
 from farnear.status import write_status
-from farnear.training.cache import CachedStep
 from farnear.training.checkpoint import Checkpoint, Progress, checkpoint_to_resume, folder_name
 from farnear.training.choices import Choices
-from farnear.training.engine import build_model, build_step
+from farnear.training.engine import BuiltModel, build_model
 from farnear.training.guard import Guard
+from farnear.training.kind import Gradient, Kind, kind_of
 from farnear.training.metrics import cut_after
 from farnear.training.restoring import load_state
 from farnear.training.resume import (
@@ -66,14 +59,14 @@ class Run:
 
     Attributes:
         total_steps: Of the whole run, from its first step.
-        step: The gradient of a batch.
+        kind: What is trained.
+        gradient: Of a batch.
         choices: Made for it by the memory that was found.
         scale: Trained beside the model, if it is.
         state: What a checkpoint holds.
         saver: Publishes it.
         guard: Knows when the run is to stop.
         watch: Is told where it is.
-        dims: Dimensions that are measured, the full one among them, largest first.
     """
 
     config: RunConfig
@@ -82,18 +75,20 @@ class Run:
     data: RunData
     order: Order
     total_steps: int
-    model: SentenceTransformer
-    preprocess: Preprocessing
-    strategy: Strategy
-    step: CachedStep
+    kind: Kind
+    built: BuiltModel
+    gradient: Gradient
     choices: Choices
     scale: LearnedScale | None
     state: TrainedState
     saver: Saver
     guard: Guard
     watch: Watch
-    dims: tuple[int, ...]
     trackers: Trackers
+
+    @property
+    def strategy(self) -> Strategy:
+        return self.built.strategy
 
 
 def open_run(
@@ -127,10 +122,9 @@ def open_run(
     refuse_shorter_run(config, total_steps, progress)
     agree_on_order(config, order, total_steps, progress)
     begin("model")
-    own_loss = load_own_loss(config.loss.function) if config.loss.function else None
-    built = build_model(config, world)
-    model, strategy = built.model, built.strategy
-    scale = LearnedScale(config.loss, config.training) if config.loss.learn_scale else None
+    kind = kind_of(config)
+    built = build_model(config, world, kind=kind)
+    strategy, scale = built.strategy, kind.scale()
     state = TrainedState(strategy, built.shapes, scale, is_main=world.is_main, frozen_hash=built.frozen_hash)
     if checkpoint is not None:
         begin("checkpoint: load")
@@ -138,15 +132,14 @@ def open_run(
         set_loss_scale(strategy, checkpoint.progress)
         if world.is_main:
             tell_of_other_ranks(checkpoint, config, world)
-    refuse_unsupported(model, config, data)
-    dims = measured_dims(config, embedding_dimension(model))
+    kind.refuse(built.model, data)
     if checkpoint is not None:
         progress = with_best_that_compares(progress, config, data, folder, resume, world)
     begin("run folder")
     on_main_rank(world, lambda: prepare_folder(config, folder, progress, data.train.faults, damaged))
     trackers = Trackers(config.training.report_to if world.is_main else (), folder.path, config.model_dump(mode="json"))
     begin("choices")
-    step, choices = build_step(config, data, built, own_loss, progress, world, watch)
+    gradient, choices = kind.step(built, data, progress, world, watch, scale)
     progress = replace(progress, choices=asdict(choices))
     training = config.training
     saver = Saver(
@@ -165,17 +158,15 @@ def open_run(
         data=data,
         order=order,
         total_steps=total_steps,
-        model=model,
-        preprocess=built.preprocess,
-        strategy=strategy,
-        step=step,
+        kind=kind,
+        built=built,
+        gradient=gradient,
         choices=choices,
         scale=scale,
         state=state,
         saver=saver,
         guard=guard,
         watch=watch,
-        dims=dims,
         trackers=trackers,
     )
     return run, progress
@@ -204,35 +195,6 @@ def prepare_workers() -> None:
     multiprocessing.set_forkserver_preload(["farnear.data.loader", "farnear.model.embedder"])
     with deaf_children():
         forkserver.ensure_running()
-
-
-def refuse_unsupported(model: SentenceTransformer, config: RunConfig, data: RunData) -> None:
-    """Raise UserError for shards that hold what the model does not take, before its first batch would fail."""
-    for index in (data.train, *([data.whole.index] if data.whole else [])):
-        for modality in sorted({modality_name(int(bits)) for bits in np.unique(index.input_modality_I)}):
-            # sentence-transformers' name: a word, or several sorted ones.
-            name: Any = tuple(modality.split("+")) if "+" in modality else modality
-            if not model.supports(name):
-                raise UserError(
-                    f"the shards hold inputs of the kind {modality}, which model {config.model.name_or_path} does not "
-                    f"take (modalities: {', '.join(map(str, model.modalities))}); take another model, or leave those "
-                    "samples out"
-                )
-
-
-def measured_dims(config: RunConfig, full: int) -> tuple[int, ...]:
-    """The Matryoshka dims and the full dimension, largest first.
-
-    Raises:
-        UserError: A dim is larger than the embedding.
-    """
-    dims: Sequence[int] = config.loss.matryoshka_dims or ()
-    if dims and max(dims) > full:
-        raise UserError(
-            f"loss.matryoshka_dims names {', '.join(str(dim) for dim in dims if dim > full)}, but the embeddings of "
-            f"{config.model.name_or_path} have {full} dimensions; take out what is above"
-        )
-    return tuple(sorted({*dims, full}, reverse=True))
 
 
 def prepare_folder(

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from farnear.config import RunConfig
+from farnear.data.batch import RankBatch
 from farnear.data.dealing import SIDES, Dealing
-from farnear.data.loader import RankBatch, TrainLoader
+from farnear.data.loader import TrainLoader
 from farnear.data.order import Order
 from farnear.data.shard_store import ShardStore
 from farnear.data.workers import Preprocess

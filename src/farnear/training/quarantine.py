@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
+from farnear.data.batch import Quarantined
 from farnear.data.index import Index
-from farnear.data.loader import Quarantined
 from farnear.data.losses import losses_of
 from farnear.data.remote import short_name
 from farnear.errors import RunStoppedError, UserError

@@ -17,15 +17,11 @@ from time import perf_counter
 from typing import Any
 
 from farnear.config import RunConfig
-from farnear.data.dealing import Dealing
 from farnear.data.loader import TrainLoader
 from farnear.errors import RunInterruptedError, RunStoppedError, UserError
 from farnear.files import remove_drafts
-from farnear.model.export import export_model
-from farnear.model.pixels import page_tokens
 from farnear.outcome import tell
 from farnear.parallel.world import PATIENCE, World, on_main_rank, start_world, stop_world, tells_of_a_lost_rank, tighten
-from farnear.retrieve.evaluate import evaluate
 from farnear.run_folder import Resume, RunFolder, check_start, claimed
 from farnear.signals import Signals
 from farnear.status import write_failure, write_status
@@ -33,6 +29,7 @@ from farnear.training.bad_steps import BadSteps, Numbers
 from farnear.training.checkpoint import Progress, checkpoint_to_resume, folder_name, whole_checkpoint
 from farnear.training.describe import derived_numbers
 from farnear.training.guard import Guard, StopAskedError
+from farnear.training.kind import Setting
 from farnear.training.loop import Parts, train
 from farnear.training.metrics import ProgressLines, append_line
 from farnear.training.opening import Run, open_run, set_all_aside, set_loss_scale
@@ -120,7 +117,7 @@ def _train(world: World, config: RunConfig, resume: Resume | None, guard: Guard,
     with run.saver:
         parts = loop_parts(run)
         if world.is_main:
-            print(derived_numbers(parts, run.data, run.model, run.preprocess), flush=True)
+            print(derived_numbers(parts, run.data, run.built), flush=True)
             if progress.step:
                 left = counted(parts.total_steps - progress.step, "step")
                 print(
@@ -169,18 +166,9 @@ def loop_parts(run: Run) -> Parts:
     config, world, training, total_steps = run.config, run.world, run.config.training, run.total_steps
     loader = TrainLoader(
         run.order,
-        Dealing(
-            rank=world.rank,
-            world_size=world.world_size,
-            page_tokens=page_tokens(run.model),
-            mini_batch_size=training.mini_batch_size_of,
-            mini_batch_num_tokens=run.choices.mini_batch_num_tokens,
-            num_negatives=config.data.num_negatives,
-            same_modalities=run.strategy.forward_is_collective,
-            negatives=run.data.negatives,
-        ),
+        run.kind.dealing(run.data, run.built, run.choices, world),
         run.data.store,
-        run.preprocess,
+        run.built.preprocess,
         num_workers=config.data.dataloader_num_workers,
         prefetch_factor=config.data.dataloader_prefetch_factor,
         prefetch_shards=config.data.remote_prefetch_shards,
@@ -203,7 +191,7 @@ def loop_parts(run: Run) -> Parts:
         world=world,
         strategy=run.strategy,
         loader=loader,
-        step=run.step,
+        gradient=run.gradient,
         choices=run.choices,
         scale=run.scale,
         learning_rate=learning_rate_schedule(training, total_steps),
@@ -239,27 +227,18 @@ def measure(run: Run, kind: str, step: int) -> float:
         run.watch.at("evaluation", step=step)
         run.guard.stop_if_asked()
 
-    measures = evaluate(
-        task,
-        run.strategy,
-        run.world,
-        run.preprocess,
-        page_tokens(run.model),
-        run.dims,
-        batch_size=run.config.evaluation.per_device_eval_batch_size,
-        num_workers=run.config.data.dataloader_num_workers,
-        between=between,
-        moved=lambda: run.watch.at("evaluation: search", step=step),
+    setting = Setting(
+        run.world, run.folder.path, between=between, moved=lambda: run.watch.at("evaluation: search", step=step)
     )
+    found = run.kind.evaluate(task, run.built, setting)
     if run.world.is_main:
         size = {"queries": len(task.relevant), "pages": task.pages}
-        append_line(run.folder.evaluations, {"step": step, "kind": kind, **size, "metrics": measures})
-        run.trackers.log({"eval": measures}, step)
-        figures = "  ".join(f"{dim}: {of_dim['ndcg@10']:.4f}" for dim, of_dim in measures.items())
-        print(
-            f"nDCG@10 {kind} training by dim  {figures}  ({task.pages} pages, {len(task.relevant)} queries)", flush=True
+        append_line(
+            run.folder.evaluations, {"step": step, "kind": kind, **size, "metrics": found.measures, **found.more}
         )
-    return measures[str(run.dims[0])][run.config.evaluation.metric_for_best_model]
+        run.trackers.log({"eval": found.measures}, step)
+        print(f"nDCG@10 {kind} training {found.text}  ({task.pages} pages, {len(task.relevant)} queries)", flush=True)
+    return found.measures[found.headline][run.config.evaluation.metric_for_best_model]
 
 
 def save(run: Run, progress: Progress, *, periodic: bool) -> None:
@@ -290,4 +269,4 @@ def export(run: Run) -> None:
     run.watch.at("export")
     with run.watch.patient():
         weights = {name.removeprefix("model."): weight for name, weight in run.strategy.full_weights().items()}
-        on_main_rank(run.world, lambda: export_model(run.config.model, weights, run.folder.export))
+        on_main_rank(run.world, lambda: run.kind.export(weights, run.folder.export))

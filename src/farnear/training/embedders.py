@@ -1,0 +1,146 @@
+"""An embedder from its base model to its export: gradient cache, contrastive loss, search at every dimension."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import Tensor, nn
+
+from farnear.config import RunConfig
+from farnear.data.batch import RankBatch
+from farnear.data.dealing import Dealing
+from farnear.data.index import modality_name
+from farnear.errors import UserError
+from farnear.loss.own import load_own_loss
+from farnear.model.embedder import Embedder, Preprocessing
+from farnear.model.export import export_model
+from farnear.model.load import embedding_dimension, load_model
+from farnear.model.pixels import page_tokens
+from farnear.parallel.world import World
+from farnear.retrieve.evaluate import RetrievalTask, evaluate
+from farnear.sections import TrainingConfig
+from farnear.training.checkpoint import Progress
+from farnear.training.choices import Choices
+from farnear.training.engine import BuiltModel, build_step
+from farnear.training.kind import Evaluated, Gradient, Outcome, Setting
+from farnear.training.scale import LearnedScale
+from farnear.training.shards import RunData
+from farnear.training.step import StepFigures
+from farnear.training.watch import Watch
+
+
+class EmbedderKind:
+    """See `farnear.training.kind.Kind`."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+
+    def load(self, *, dtype: torch.dtype, with_weights: bool) -> SentenceTransformer:
+        """See `Kind`."""
+        return load_model(self._config.model, dtype=dtype, with_weights=with_weights)
+
+    def wrap(self, model: SentenceTransformer, training: TrainingConfig) -> nn.Module:
+        """See `Kind`."""
+        return Embedder(model, bf16=training.bf16, fp16=training.fp16)
+
+    def preprocessing(self, model: SentenceTransformer) -> Preprocessing:
+        """See `Kind`."""
+        return Preprocessing(model)
+
+    def scale(self) -> LearnedScale | None:
+        """See `Kind`."""
+        return LearnedScale(self._config.loss, self._config.training) if self._config.loss.learn_scale else None
+
+    def refuse(self, model: SentenceTransformer, data: RunData) -> None:
+        """See `Kind`."""
+        refuse_unsupported(model, self._config, data)
+        measured_dims(self._config, embedding_dimension(model))
+
+    def step(
+        self,
+        built: BuiltModel,
+        data: RunData,
+        progress: Progress,
+        world: World,
+        watch: Watch,
+        scale: LearnedScale | None,
+    ) -> tuple[Gradient, Choices]:
+        """See `Kind`."""
+        loss = self._config.loss
+        own_loss = load_own_loss(loss.function) if loss.function else None
+        step, choices = build_step(self._config, data, built, own_loss, progress, world, watch)
+
+        def gradient(batch: RankBatch, figures: StepFigures) -> Outcome:
+            now = loss.scale if scale is None else scale.value
+            figures.scale = None if loss.function else now
+            return step.gradient(batch, figures, scale=now)
+
+        return gradient, choices
+
+    def dealing(self, data: RunData, built: BuiltModel, choices: Choices, world: World) -> Dealing:
+        """See `Kind`."""
+        training = self._config.training
+        return Dealing(
+            rank=world.rank,
+            world_size=world.world_size,
+            page_tokens=page_tokens(built.model),
+            mini_batch_size=training.mini_batch_size_of,
+            mini_batch_num_tokens=choices.mini_batch_num_tokens,
+            num_negatives=self._config.data.num_negatives,
+            same_modalities=built.strategy.forward_is_collective,
+            negatives=data.negatives,
+        )
+
+    def evaluate(self, task: RetrievalTask, built: BuiltModel, setting: Setting) -> Evaluated:
+        """See `Kind`: the measures by Matryoshka dimension, the full one decides."""
+        dims = measured_dims(self._config, embedding_dimension(built.model))
+        measures = evaluate(
+            task,
+            built.strategy,
+            setting.world,
+            built.preprocess,
+            page_tokens(built.model),
+            dims,
+            batch_size=self._config.evaluation.per_device_eval_batch_size,
+            num_workers=self._config.data.dataloader_num_workers,
+            between=setting.between,
+            moved=setting.moved,
+        )
+        figures = "  ".join(f"{dim}: {of_dim['ndcg@10']:.4f}" for dim, of_dim in measures.items())
+        return Evaluated(measures, str(dims[0]), f"by dim  {figures}")
+
+    def export(self, weights: Mapping[str, Tensor], folder: Path) -> None:
+        """See `Kind`."""
+        export_model(self._config.model, weights, folder)
+
+
+def refuse_unsupported(model: SentenceTransformer, config: RunConfig, data: RunData) -> None:
+    """Raise UserError for shards that hold what the model does not take, before its first batch would fail."""
+    for index in (data.train, *([data.whole.index] if data.whole else [])):
+        for modality in sorted({modality_name(int(bits)) for bits in np.unique(index.input_modality_I)}):
+            # sentence-transformers' name: a word, or several sorted ones.
+            name: Any = tuple(modality.split("+")) if "+" in modality else modality
+            if not model.supports(name):
+                raise UserError(
+                    f"the shards hold inputs of the kind {modality}, which model {config.model.name_or_path} does not "
+                    f"take (modalities: {', '.join(map(str, model.modalities))}); take another model, or leave those "
+                    "samples out"
+                )
+
+
+def measured_dims(config: RunConfig, full: int) -> tuple[int, ...]:
+    """The Matryoshka dims and the full dimension, largest first.
+
+    Raises:
+        UserError: A dim is larger than the embedding.
+    """
+    dims: Sequence[int] = config.loss.matryoshka_dims or ()
+    if dims and max(dims) > full:
+        raise UserError(
+            f"loss.matryoshka_dims names {', '.join(str(dim) for dim in dims if dim > full)}, but the embeddings of "
+            f"{config.model.name_or_path} have {full} dimensions; take out what is above"
+        )
+    return tuple(sorted({*dims, full}, reverse=True))
