@@ -277,7 +277,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert len(lines_of(path)) == 23
     config = run_config(folder, "run", data={"negatives": str(path)})
     assert config.data.negatives == (str(path),)
-    assert main(["mine", str(folder / "run.yaml"), "mining.refresh_every=0.5"]) == 0
+    assert main(["mine", str(folder / "run.yaml"), "training.learning_rate=1e-4"]) == 0
     assert "nothing is left to do" in capsys.readouterr().out
     (folder / "file").touch()
     assert main(["mine", str(folder / "run.yaml"), "--out", str(folder / "file")]) == 2

@@ -223,7 +223,7 @@ def test_answers_are_those_of_the_index(tmp_path: Path) -> None:
     for pair in range(len(index)):
         expected = np.isin(index.input_hash_I[documents], index.positive_hashes_of_query(pair))
         assert table.answers(np.full(len(documents), pair), documents).tolist() == expected.tolist()
-    assert table.count_of_query(table.query_of_pair_N).tolist() == [3, 3, 2, 1]
+    assert table.counts().tolist() == [3, 3, 2, 1]
     assert first_of_content(np.array([1, 0, 1, 1]), np.array([5, 5, 5, 6])).tolist() == [True, True, False, True]
 
 

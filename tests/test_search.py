@@ -11,7 +11,7 @@ import torch
 from sentence_transformers.util import cos_sim, truncate_embeddings
 
 from farnear.errors import UserError
-from farnear.retrieve.search import _keys, _scores_of, faiss_search, top_k
+from farnear.retrieve.search import RUN, _keys, _scores_of, faiss_search, top_k
 
 
 def _embeddings(queries: int, pages: int, dim: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
@@ -203,3 +203,14 @@ def test_faiss_is_asked_for_the_same_and_missed_in_one_line(monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(UserError, match=r"mining.use_faiss is set, but FAISS cannot be imported.*install faiss-cpu"):
         faiss_search(page_PD.numpy())
+
+
+@pytest.mark.parametrize("k", [1, 2, 20, 64])
+def test_the_bound_of_the_first_tile_is_tight(k: int) -> None:
+    """Every run of columns holds one near page and else far ones, so that the k best are k runs' largest."""
+    page_PD = torch.tensor([[-1.0, 0.0]]).repeat(64 * RUN, 1)
+    angle_r = torch.linspace(0.1, 1.0, 64)[torch.randperm(64, generator=torch.Generator().manual_seed(0))]
+    near_r = torch.arange(64) * RUN + torch.arange(64) % RUN
+    page_PD[near_r] = torch.stack([angle_r.cos(), angle_r.sin()], dim=1)
+    _, page_Qk = top_k(torch.tensor([[1.0, 0.0]]), page_PD, k)
+    assert page_Qk[0].tolist() == near_r[angle_r.argsort()][:k].tolist()

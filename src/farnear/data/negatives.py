@@ -3,13 +3,15 @@
 Whatever they come from, a page that answers the query is none of them: not by its row, nor by its key, nor by its
 content, nor because another pair asks the same and has it for an answer. Here that is made sure once for all readers.
 
-Shapes: N pairs, L positives of all pairs, K negatives of all pairs, n any rows.
+Shapes: N pairs, L positives of all pairs, K negatives of all pairs, n any rows or items.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from farnear.data.index import Index
 from farnear.data.joined import starts_of
@@ -62,42 +64,47 @@ class Negatives:
 
 
 class AnswersOfQueries:
-    """Which documents answer which queries, for many at once: `Index.positive_hashes_of_query` as a table."""
+    """Which documents answer which queries, for many at once: `Index.positive_hashes_of_query` as a table.
+
+    A query and a content stand in it as one number of 64 bits made of both hashes. Two that chance gives one number
+    would cost a negative, and never let an answer pass.
+    """
 
     def __init__(self, index: Index) -> None:
-        self._hash_I = index.input_hash_I
-        _, self.query_of_pair_N = np.unique(index.query_hash_N, return_inverse=True)
-        hash_n = self._hash_I[index.positives]
-        self._hashes = np.unique(hash_n)
-        query_n = np.repeat(self.query_of_pair_N, np.diff(index.positive_start_N1))
-        self._known = np.unique(query_n * len(self._hashes) + np.searchsorted(self._hashes, hash_n))
-
-    def count_of_query(self, query_n: Int64) -> Int64:
-        """How many contents answer each query."""
-        start_n, stop_n = (np.searchsorted(self._known, (query_n + more) * len(self._hashes)) for more in (0, 1))
-        counts: Int64 = stop_n - start_n
-        return counts
+        self._index = index
+        self._query_hash_n = np.repeat(index.query_hash_N, np.diff(index.positive_start_N1))
+        self._known_n = _together(self._query_hash_n, index.input_hash_I[index.positives])
+        self._value_set = pa.array(self._known_n)
 
     def answers(self, pair_n: Int64, row_n: Int64) -> Bool:
         """Whether document ``row_n``, or another with its content, answers the query of pair ``pair_n``."""
-        return self.of_query(self.query_of_pair_N[pair_n], self._hash_I[row_n])
+        return self.of_hashes(self._index.query_hash_N[pair_n], self._index.input_hash_I[row_n])
 
-    def of_query(self, query_n: Int64, hash_n: Int64) -> Bool:
-        """The same of queries by their place among the distinct ones in the order of their hashes, and of contents."""
-        place_n = np.searchsorted(self._hashes, hash_n).clip(max=max(len(self._hashes) - 1, 0))
-        asked_n = query_n * len(self._hashes) + place_n
-        found_n = np.searchsorted(self._known, asked_n).clip(max=max(len(self._known) - 1, 0))
-        is_answer_n: Bool = (self._hashes[place_n] == hash_n) & (self._known[found_n] == asked_n)
+    def of_hashes(self, query_hash_n: Int64, hash_n: Int64) -> Bool:
+        """The same of queries and documents by their hashes."""
+        is_answer = pc.is_in(pa.array(_together(query_hash_n, hash_n)), value_set=self._value_set)
+        is_answer_n: Bool = is_answer.to_numpy(zero_copy_only=False)
         return is_answer_n
+
+    def counts(self) -> Int64:
+        """How many contents answer each pair's query. [N]"""
+        _, first_n = np.unique(self._known_n, return_index=True)
+        hashes, counts = np.unique(self._query_hash_n[first_n], return_counts=True)
+        counts_N: Int64 = counts[np.searchsorted(hashes, self._index.query_hash_N)].astype(np.int64)
+        return counts_N
 
 
 def first_of_content(owner_n: Int64, hash_n: Int64) -> Bool:
     """Which items are the first with their content in the list of their owner; items of an owner may lie anywhere."""
-    order_n = np.lexsort((np.arange(len(owner_n)), hash_n, owner_n))
-    is_new_n = np.ones(len(owner_n), np.bool_)
-    same = (np.diff(owner_n[order_n]) == 0) & (np.diff(hash_n[order_n]) == 0)
-    is_new_n[order_n[1:]] = ~same
-    return is_new_n
+    _, first = np.unique(_together(owner_n, hash_n), return_index=True)
+    is_first_n = np.zeros(len(owner_n), np.bool_)
+    is_first_n[first] = True
+    return is_first_n
+
+
+def _together(one_n: Int64, hash_n: Int64) -> npt.NDArray[np.uint64]:
+    """One number of two of which the second is a hash."""
+    return one_n.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) ^ hash_n.astype(np.uint64)
 
 
 def _unknown(n: int) -> Float32:

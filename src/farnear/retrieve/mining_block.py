@@ -41,7 +41,7 @@ nothing to score where a rank has nothing, so it may be a collective."""
 
 _MOST_ANSWERS = 1024
 """Answers of a query that its ranking is made longer by; a query of more, which names no page, gets fewer negatives."""
-_TILE = (256, 16384)
+_TILE = (256, 25600)
 BINS = np.linspace(-1, 1, 2001)
 """Of the histograms of similarities."""
 FILTERS = ("rank_window", "max_score", "min_score", "absolute_margin", "relative_margin", "reranker_margin")
@@ -63,6 +63,7 @@ class BlockMiner:
         self._index, self._embeddings, self._mining, self._seed = index, embeddings, mining, seed
         self._world, self._score_pairs, self._moved = world, score_pairs, moved
         self._answers = AnswersOfQueries(index)
+        self._answers_N = self._answers.counts()
         self._names = DocumentNames(index)
         self._shard_names = shard_names(index)
         documents = np.unique(np.concatenate([index.positives, index.negatives, index.corpus_C]))
@@ -132,17 +133,16 @@ class BlockMiner:
         if len(pairs) == 0:
             return np.zeros((0, 1), np.int64), np.zeros((0, 1), np.float32)
         hash_q, query_n = np.unique(self._index.query_hash_N[pairs], return_inverse=True)
-        answers = self._answers.count_of_query(self._answers.query_of_pair_N[pairs])
-        k = self._mining.range_max + min(int(answers.max()), _MOST_ANSWERS)
+        k = self._mining.range_max + min(int(self._answers_N[pairs].max()), _MOST_ANSWERS)
         score_qk, page_qk = self._search(self._embeddings.query(hash_q), min(k, len(self._row_P)))
         return page_qk.numpy()[query_n], score_qk.numpy()[query_n]
 
     def _window(self, pairs: Int64, page_nk: Int64) -> tuple[Bool, Int64]:
         """Which are no answers and in the window of ranks, and the rank of each among those that are no answers."""
         k = page_nk.shape[1]
-        query_n = np.repeat(self._answers.query_of_pair_N[pairs], k)
+        query_hash_n = np.repeat(self._index.query_hash_N[pairs], k)
         hash_n = self._embeddings.document_hash_P[page_nk.ravel()]
-        is_answer_nk = self._answers.of_query(query_n, hash_n).reshape(page_nk.shape)
+        is_answer_nk = self._answers.of_hashes(query_hash_n, hash_n).reshape(page_nk.shape)
         nth_nk = np.where(is_answer_nk, -1, (~is_answer_nk).cumsum(axis=1) - 1)
         return (nth_nk >= self._mining.range_min) & (nth_nk < self._mining.range_max), nth_nk
 

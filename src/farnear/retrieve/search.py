@@ -59,7 +59,7 @@ def top_k(
     k: int,
     *,
     dim: int | None = None,
-    tile: tuple[int, int] = (256, 16384),
+    tile: tuple[int, int] = (256, 25600),
     moved: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, Tensor]:
     """The ``k`` pages nearest to each query by cosine similarity: ``scores_Qk`` (fp32) and ``pages_Qk`` (int64).
@@ -151,13 +151,14 @@ def _improve(best_qk: Tensor, score_qp: Tensor, first_page: int) -> None:
         candidate_qc = _keys(score_qp, first_page)
     else:
         score_hc = score_qrc[row_h, run_h]
-        hit_n, column_n = (score_hc > threshold_q[row_h, None]).nonzero(as_tuple=True)
-        row_n, page_n = row_h[hit_n], first_page + run_h[hit_n] * RUN + column_n
+        place_n = (score_hc > threshold_q[row_h, None]).view(-1).nonzero().view(-1)
+        hit_n = place_n // RUN
+        row_n, page_n = row_h[hit_n], first_page + run_h[hit_n] * RUN + place_n % RUN
         # As many columns as the query with most candidates needs; they come query by query, so each knows its place.
         count_q = torch.bincount(row_n, minlength=len(best_qk))
-        place_n = torch.arange(len(row_n), device=row_n.device) - (count_q.cumsum(0) - count_q)[row_n]
+        column_n = torch.arange(len(row_n), device=row_n.device) - (count_q.cumsum(0) - count_q)[row_n]
         candidate_qc = best_qk.new_full((len(best_qk), int(count_q.max())), NO_KEY)
-        candidate_qc[row_n, place_n] = _key(score_hc[hit_n, column_n], page_n)
+        candidate_qc[row_n, column_n] = _key(score_hc.view(-1)[place_n], page_n)
     best_qk.copy_(torch.cat([best_qk, candidate_qc], dim=1).topk(k, dim=1, sorted=True).values)
 
 

@@ -6,6 +6,7 @@ copy. With ZeRO-1 and 2 the weights are whole on every rank anyway, so they are 
 
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from farnear.model.pixels import page_tokens
 from farnear.parallel.world import World, on_main_rank, start_world, stop_world
 from farnear.retrieve.mine import Mined, mine, weights_fingerprint
 from farnear.retrieve.mining_block import ScorePairs
+from farnear.run_folder import RunFolder, claimed
 from farnear.signals import Signals
 from farnear.training.embedders import refuse_unsupported
 from farnear.training.engine import build_model
@@ -46,7 +48,9 @@ def mine_on_ranks(config: RunConfig, folder: Path, inputs: str, signals: Signals
         RunInterruptedError: On every rank, after a signal.
     """
     world = start_world(config)
+    claim = ExitStack()
     try:
+        on_main_rank(world, lambda: claim.enter_context(claimed(RunFolder(folder))))
         guard = Guard(world, signals)
         mined = _mine(config, world, folder, guard.stop_if_asked)
         if world.is_main:
@@ -57,6 +61,7 @@ def mine_on_ranks(config: RunConfig, folder: Path, inputs: str, signals: Signals
             f"stopped by {asked}; what is embedded is kept, and the same command goes on"
         ) from None
     finally:
+        claim.close()
         stop_world()
 
 
@@ -95,7 +100,6 @@ def _mine(config: RunConfig, world: World, folder: Path, between: Callable[[], N
         "min_pixels": config.model.min_pixels,
     }
     score_pairs: ScorePairs | None = None
-    on_main_rank(world, lambda: folder.mkdir(parents=True, exist_ok=True))
     return mine(
         built.strategy,
         world,
