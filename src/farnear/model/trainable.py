@@ -171,7 +171,8 @@ def add_adapters(model: "BaseModel", config: ModelConfig, *, seed: int) -> Any:
                 f"model.lora cannot be put into {config.name_or_path} ({type(error).__name__}: "
                 f"{' '.join(str(error).split())[:300]}); check its keys, and target_modules ({wanted})"
             ) from error
-    if model.model_type == "CrossEncoder":
+    # A plan's stand-in for a model is of no type.
+    if getattr(model, "model_type", None) == "CrossEncoder":
         for module in list(model)[1:]:
             module.requires_grad_(True)
     return adapted
