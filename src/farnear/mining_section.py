@@ -8,7 +8,12 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from farnear.sections import Section, interval
+from farnear.sections import Section, Strategy, interval
+
+
+def strategy_of_mining(strategy: Strategy) -> Strategy:
+    """What a run's model is mined under: with ZeRO-1 and 2 its weights are whole on every rank anyway, as under ddp."""
+    return "ddp" if strategy in ("zero1", "zero2") else strategy
 
 
 class MiningConfig(Section):

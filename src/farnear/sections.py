@@ -411,6 +411,11 @@ class TrainingConfig(Section):
         return interval(value)
 
     @property
+    def precision(self) -> Literal["fp32", "bf16", "fp16"]:
+        """The type that is computed in."""
+        return "bf16" if self.bf16 or self.pure_bf16 else "fp16" if self.fp16 else "fp32"
+
+    @property
     def mini_batch_size_of(self) -> dict[str, int | None]:
         """Most inputs of a mini-batch of each side; None for no bound."""
         given, tokens = _of_sides(self.mini_batch_size), self.mini_batch_num_tokens_of

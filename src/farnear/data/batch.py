@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from farnear.data.index import Index
+from farnear.data.remote import shown
+
 Int64 = npt.NDArray[np.int64]
 Bool = npt.NDArray[np.bool_]
 
@@ -39,6 +42,12 @@ class Quarantined:
     key: str
     input: str
     reason: str
+
+
+def quarantined_pair(index: Index, pair: int, row: int, reason: str) -> Quarantined:
+    """A pair of which the input ``row`` could not be used."""
+    shard = index.shards[index.pair_shard_N[pair]]
+    return Quarantined(shown(shard), index.pair_key[pair], index.input_id(row), reason)
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,12 +11,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from farnear.data.batch import MiniBatch, Quarantined, RankBatch
+from farnear.data.batch import MiniBatch, RankBatch, quarantined_pair
 from farnear.data.budget import PageTokens, cut, deal, input_cost
 from farnear.data.index import Index, modality_name
 from farnear.data.negatives import Negatives
 from farnear.data.order import Order
-from farnear.data.remote import shown
 from farnear.data.workers import Job, Result
 
 Int64 = npt.NDArray[np.int64]
@@ -115,11 +114,7 @@ class Dealing:
                     # Without its query or its page the pair is none: neither its row nor any of its documents counts.
                     valid_b[owner] = False
                     page_valid_p[share.owner_p == owner] = False
-                pair = int(pairs_b[owner])
-                shard = index.shards[index.pair_shard_N[pair]]
-                quarantined.append(
-                    Quarantined(shown(shard), index.pair_key[pair], index.input_id(int(job.rows[place])), reason)
-                )
+                quarantined.append(quarantined_pair(index, int(pairs_b[owner]), int(job.rows[place]), reason))
         mini_batches = tuple(
             MiniBatch(job.side, job.modality, rows, features, len(job.rows))
             for (job, rows), (features, _) in zip(share.jobs, done, strict=True)

@@ -28,7 +28,7 @@ class DocumentNames:
     """The documents of an index by name: those of its pairs and of its corpus shards."""
 
     def __init__(self, index: Index) -> None:
-        self.row_R = np.unique(np.concatenate([index.positives, index.negatives, index.corpus_C]))
+        self.row_R = index.documents()
         part_R = index.part_start_I1[self.row_R]
         member_R = index.part_name.take(part_R).column
         shard_R = pa.array(shard_names(index), pa.large_string()).take(pa.array(index.part_shard_M[part_R]))

@@ -115,6 +115,10 @@ class Index:
         """Part rows of an input."""
         return range(int(self.part_start_I1[row]), int(self.part_start_I1[row + 1]))
 
+    def documents(self) -> Int64:
+        """Input rows of every document, of pairs and of corpus shards, each once and rising."""
+        return np.unique(np.concatenate([self.positives, self.negatives, self.corpus_C]))
+
     def is_part_of(self, rows: Int64) -> npt.NDArray[np.bool_]:
         """Which parts the inputs ``rows`` are made of. [M]"""
         is_asked_I = np.zeros(len(self.input_hash_I), np.bool_)

@@ -22,14 +22,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from farnear.data.batch import Quarantined
+from farnear.data.batch import Quarantined, quarantined_pair
 from farnear.data.budget import PageTokens, cut, input_cost
 from farnear.data.index import Index, modality_name
 from farnear.data.lists import Similarity, arc_of_rank, lists_of_step
 from farnear.data.negatives import Negatives
 from farnear.data.order import Order
 from farnear.data.ranges import ranges
-from farnear.data.remote import shown
 from farnear.data.workers import Job, Result
 
 Int64 = npt.NDArray[np.int64]
@@ -73,13 +72,11 @@ class PairFeatures:
 
     Attributes:
         entries: Positions among the rank's entries; none where other ranks' forwards need this one's.
-        pairs: In the features.
     """
 
     kind: str
     entries: Int64
     features: dict[str, Any]
-    pairs: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,9 +207,7 @@ class ListDealing:
                 # Another pair's page is reported by the rank that has that pair.
                 own = touched if is_query else touched[~share.in_batch_e[touched]]
                 for pair in np.unique(share.pairs_b[share.list_e[own]]).tolist():
-                    shard = shown(index.shards[index.pair_shard_N[pair]])
-                    name = index.input_id(int(job.rows[place]))
-                    quarantined[Quarantined(shard, index.pair_key[pair], name, reason)] = None
+                    quarantined[quarantined_pair(index, pair, int(job.rows[place]), reason)] = None
         return ListBatch(
             step=step,
             epoch=order.schedule.epoch_of(step),
@@ -224,7 +219,7 @@ class ListDealing:
             job_e=job_e,
             place_e=place_e,
             jobs=tuple(
-                PairFeatures(job.modality, entries, features, 0 if job.pair_n2 is None else len(job.pair_n2))
+                PairFeatures(job.modality, entries, features)
                 for (job, entries), (features, _) in zip(share.jobs, done, strict=True)
             ),
             turns=share.turns,

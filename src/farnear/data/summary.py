@@ -22,7 +22,7 @@ _TEXT_SHOWN = 160
 
 def summary_text(index: Index, store: ShardStore, *, first_pairs: int = 3, faults_shown: int = 50) -> str:
     """The summary of an index, of several lines. Reads the first pairs; what cannot be read is told in its place."""
-    documents = np.unique(np.concatenate([index.positives, index.negatives, index.corpus_C]))
+    documents = index.documents()
     edges = _edges(index)
     lines = [
         ("pairs", _pairs(index)),

@@ -94,7 +94,7 @@ def attention(subject: Subject) -> list[Finding]:
     device = torch.device("cuda" if subject.gpus else "cpu")
     try:
         refuse_kernels(config.model, {})
-        check_attention(config.model, device, half_precision=training.bf16 or training.pure_bf16 or training.fp16)
+        check_attention(config.model, device, half_precision=training.precision != "fp32")
     except UserError as error:
         return failed_by(error)
     return ok(f"{name or 'left to transformers'}, on {device.type}")

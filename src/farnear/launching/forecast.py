@@ -199,7 +199,7 @@ def _of_strategy(
     ranks_of_copy = machine.ranks_of_node if config.shard_within == "node" else ranks
     on_gpu = machine.gpu is not None
     network = network_of(strategy, holding, work, ranks, ranks_of_copy)
-    half_precision = training.bf16 or training.fp16 or training.pure_bf16
+    half_precision = training.precision != "fp32"
 
     def memory_with(pages: int) -> Memory:
         both = [(sides["document"], pages), (sides["query"], min(pages, sides["query"].inputs))]

@@ -17,6 +17,7 @@ from farnear.launching.hardware import read_hardware
 from farnear.launching.local import accelerate_command, python_command, ranks_of_machine, threads_of_a_rank
 from farnear.launching.nodes import Nodes
 from farnear.launching.supervision import supervise
+from farnear.mining_section import strategy_of_mining
 from farnear.wording import counted
 
 PROGRAM = "mine.py"
@@ -49,7 +50,7 @@ def mine(
         return 0
     hardware = read_hardware()
     ranks = ranks_of_machine(config, Nodes(), hardware)
-    strategy = "ddp" if config.strategy in ("zero1", "zero2") else config.strategy
+    strategy = strategy_of_mining(config.strategy)
     arguments = [str(folder), inputs, str(run_file), *words]
     if strategy == "single":
         _, command = python_command(arguments, PROGRAM)

@@ -57,8 +57,7 @@ def _where(forecast: Forecast) -> str:
 
 def _facts(forecast: Forecast) -> list[tuple[str, str]]:
     config, training, model = forecast.config, forecast.config.training, forecast.model
-    compute = "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32"
-    precision = "bf16 weights" if training.pure_bf16 else f"fp32 weights, {compute} compute"
+    precision = "bf16 weights" if training.pure_bf16 else f"fp32 weights, {training.precision} compute"
     trained = "all trained" if model.trained == model.parameters_in_all else f"{model.trained:,} trained"
     switches = [
         f"attention {config.model.attn_implementation or 'as transformers chooses'}",
@@ -199,7 +198,7 @@ def _row(one: StrategyForecast, forecast: Forecast) -> str:
 def _time(forecast: Forecast) -> list[tuple[str, str]]:
     time, machine = forecast.chosen.time, forecast.machine
     training = forecast.config.training
-    half = training.bf16 or training.fp16 or training.pure_bf16
+    half = training.precision != "fp32"
     if machine.gpu is None:
         model = (
             f"{CPU_FLOPS_OF_A_CORE / 1e9:.0f} GFLOP/s a core, memory {CPU_MEMORY_BANDWIDTH / 1e9:.0f} GB/s, between "

@@ -24,6 +24,25 @@ class CannotMergeError(ValueError):
     """The features are of a kind that does not say how to put them together."""
 
 
+class TokenPadding:
+    """Pads features by token as the model's tokenizer does: on its side, with its token.
+
+    Args:
+        model: Whose tokenizer it is.
+    """
+
+    def __init__(self, model: BaseModel) -> None:
+        tokenizer = getattr(model, "tokenizer", None)
+        self._pads_left = getattr(tokenizer, "padding_side", "right") == "left"
+        self._padding = {"input_ids": getattr(tokenizer, "pad_token_id", None) or 0}
+
+    def __call__(self, name: str, value: Tensor, longest: int) -> Tensor:
+        """A feature [n, L, ...] as [n, longest, ...]."""
+        missing = longest - value.shape[1]
+        padding = value.new_full((len(value), missing, *value.shape[2:]), self._padding.get(name, 0))
+        return torch.cat([padding, value] if self._pads_left else [value, padding], dim=1)
+
+
 class FeatureMerger:
     """Puts features of mini-batches of one modality together.
 
@@ -32,9 +51,7 @@ class FeatureMerger:
     """
 
     def __init__(self, model: BaseModel) -> None:
-        tokenizer = getattr(model, "tokenizer", None)
-        self._pads_left = getattr(tokenizer, "padding_side", "right") == "left"
-        self._padding = {"input_ids": getattr(tokenizer, "pad_token_id", None) or 0}
+        self._padded = TokenPadding(model)
 
     def __call__(self, features_m: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """One mini-batch's features of m.
@@ -63,8 +80,3 @@ class FeatureMerger:
         if not isinstance(first, Tensor) and all(value == first for value in values):
             return first
         raise CannotMergeError(f"feature {name} is a {type(first).__name__}")
-
-    def _padded(self, name: str, value: Tensor, longest: int) -> Tensor:
-        missing = longest - value.shape[1]
-        padding = value.new_full((len(value), missing, *value.shape[2:]), self._padding.get(name, 0))
-        return torch.cat([padding, value] if self._pads_left else [value, padding], dim=1)

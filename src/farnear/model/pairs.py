@@ -20,7 +20,7 @@ from sentence_transformers.base.modality import infer_modality
 from torch import Tensor
 
 from farnear.model.embedder import WorkerPreprocessing
-from farnear.model.features import CannotMergeError
+from farnear.model.features import CannotMergeError, TokenPadding
 from farnear.model.pixels import PixelBytes
 
 Pair = tuple[Any, Any]
@@ -127,9 +127,7 @@ class PairPicker:
     """
 
     def __init__(self, model: CrossEncoder) -> None:
-        tokenizer = getattr(model, "tokenizer", None)
-        self._pads_left = getattr(tokenizer, "padding_side", "right") == "left"
-        self._padding = {"input_ids": getattr(tokenizer, "pad_token_id", None) or 0}
+        self._padded = TokenPadding(model)
 
     def __call__(
         self, features_j: Sequence[dict[str, Any]], picks: Sequence[OfJob]
@@ -168,19 +166,11 @@ class PairPicker:
         mask_of = {job: features_j[job]["attention_mask"] for job in values}
         if all(value.shape[:2] == mask_of[job].shape for job, value in values.items()):
             rows = [values[job][pair][mask_of[job][pair].bool()] for job, pair in picks]
-            return self._padded(name, rows)
+            longest = max(map(len, rows))
+            return torch.cat([self._padded(name, row[None], longest) for row in rows])
         if all(value.ndim and len(value) == len(mask_of[job]) for job, value in values.items()):
             return torch.stack([values[job][pair] for job, pair in picks])
         raise CannotMergeError(f"feature {name} is by neither pair nor token")
-
-    def _padded(self, name: str, rows: Sequence[Tensor]) -> Tensor:
-        longest = max(len(row) for row in rows)
-        first = rows[0]
-        padded = first.new_full((len(rows), longest, *first.shape[1:]), self._padding.get(name, 0))
-        for place, row in enumerate(rows):
-            part = slice(longest - len(row), longest) if self._pads_left else slice(0, len(row))
-            padded[place, part] = row
-        return padded
 
 
 def _occurrences(features: dict[str, Any], pair: int) -> range:

@@ -114,7 +114,7 @@ class Embeddings:
 def distinct_inputs(index: Index) -> dict[str, tuple[Int64, Int64]]:
     """(hashes, rising, and an input row of each) of all distinct queries, and of all distinct documents."""
     query_hash_Q, pair_Q = np.unique(index.query_hash_N, return_index=True)
-    documents = np.unique(np.concatenate([index.positives, index.negatives, index.corpus_C]))
+    documents = index.documents()
     document_hash_P, first_P = np.unique(index.input_hash_I[documents], return_index=True)
     return {"query": (query_hash_Q, index.query_N[pair_Q]), "document": (document_hash_P, documents[first_P])}
 

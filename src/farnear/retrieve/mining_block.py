@@ -66,7 +66,7 @@ class BlockMiner:
         self._answers_N = self._answers.counts()
         self._names = DocumentNames(index)
         self._shard_names = shard_names(index)
-        documents = np.unique(np.concatenate([index.positives, index.negatives, index.corpus_C]))
+        documents = index.documents()
         # The first row of each content; the rows of a corpus come with a key, which reads best, where there is one.
         documents = documents[np.argsort(~np.isin(documents, index.corpus_C), kind="stable")]
         _, first_P = np.unique(index.input_hash_I[documents], return_index=True)

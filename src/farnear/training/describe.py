@@ -28,8 +28,7 @@ def derived_numbers(parts: Parts, data: RunData, built: BuiltModel) -> str:
     # The first batch is as full as any; ranks differ by one pair at most.
     batch = len(parts.loader.order.global_batch(0))
     pairs_per_rank = -(-batch // world.world_size)
-    compute = "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32"
-    precision = "bf16 weights" if training.pure_bf16 else f"fp32 weights, {compute} compute"
+    precision = "bf16 weights" if training.pure_bf16 else f"fp32 weights, {training.precision} compute"
     prompts = ", ".join(f"{name}: {text!r}" for name, text in model.prompts.items() if text) or "none"
     hard = int(data.negatives.counts(config.data.num_negatives).sum())
     of_files = f" of {data.negatives.origin}" if config.data.negatives else ""

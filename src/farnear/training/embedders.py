@@ -2,9 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
@@ -12,7 +10,6 @@ from torch import Tensor, nn
 from farnear.config import RunConfig
 from farnear.data.batch import RankBatch
 from farnear.data.dealing import Dealing
-from farnear.data.index import modality_name
 from farnear.errors import UserError
 from farnear.loss.own import load_own_loss
 from farnear.model.embedder import Embedder, Preprocessing
@@ -21,13 +18,12 @@ from farnear.model.load import embedding_dimension, load_model
 from farnear.model.pixels import page_tokens
 from farnear.parallel.world import World
 from farnear.retrieve.evaluate import RetrievalTask, evaluate
-from farnear.sections import TrainingConfig
 from farnear.training.checkpoint import Progress
 from farnear.training.choices import Choices
 from farnear.training.engine import BuiltModel, build_step
 from farnear.training.kind import Evaluated, Gradient, Outcome, Setting
 from farnear.training.scale import LearnedScale
-from farnear.training.shards import RunData
+from farnear.training.shards import RunData, refuse_unsupported
 from farnear.training.step import StepFigures
 from farnear.training.watch import Watch
 
@@ -37,13 +33,15 @@ class EmbedderKind:
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
+        self._own_loss = load_own_loss(config.loss.function) if config.loss.function else None
 
     def load(self, *, dtype: torch.dtype, with_weights: bool) -> SentenceTransformer:
         """See `Kind`."""
         return load_model(self._config.model, dtype=dtype, with_weights=with_weights)
 
-    def wrap(self, model: SentenceTransformer, training: TrainingConfig) -> nn.Module:
+    def wrap(self, model: SentenceTransformer) -> nn.Module:
         """See `Kind`."""
+        training = self._config.training
         return Embedder(model, bf16=training.bf16, fp16=training.fp16)
 
     def preprocessing(self, model: SentenceTransformer) -> Preprocessing:
@@ -70,8 +68,7 @@ class EmbedderKind:
     ) -> tuple[Gradient, Choices]:
         """See `Kind`."""
         loss = self._config.loss
-        own_loss = load_own_loss(loss.function) if loss.function else None
-        step, choices = build_step(self._config, data, built, own_loss, progress, world, watch)
+        step, choices = build_step(self._config, data, built, self._own_loss, progress, world, watch)
 
         def gradient(batch: RankBatch, figures: StepFigures) -> Outcome:
             now = loss.scale if scale is None else scale.value
@@ -115,20 +112,6 @@ class EmbedderKind:
     def export(self, weights: Mapping[str, Tensor], folder: Path) -> None:
         """See `Kind`."""
         export_model(self._config.model, weights, folder)
-
-
-def refuse_unsupported(model: SentenceTransformer, config: RunConfig, data: RunData) -> None:
-    """Raise UserError for shards that hold what the model does not take, before its first batch would fail."""
-    for index in (data.train, *([data.whole.index] if data.whole else [])):
-        for modality in sorted({modality_name(int(bits)) for bits in np.unique(index.input_modality_I)}):
-            # sentence-transformers' name: a word, or several sorted ones.
-            name: Any = tuple(modality.split("+")) if "+" in modality else modality
-            if not model.supports(name):
-                raise UserError(
-                    f"the shards hold inputs of the kind {modality}, which model {config.model.name_or_path} does not "
-                    f"take (modalities: {', '.join(map(str, model.modalities))}); take another model, or leave those "
-                    "samples out"
-                )
 
 
 def measured_dims(config: RunConfig, full: int) -> tuple[int, ...]:

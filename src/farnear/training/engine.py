@@ -22,7 +22,7 @@ from farnear.sections import TrainingConfig
 from farnear.training.cache import CachedStep
 from farnear.training.checkpoint import Progress
 from farnear.training.choices import Choices, choose
-from farnear.training.kind import Kind, kind_of
+from farnear.training.kind import Kind
 from farnear.training.optim import build_optimizer
 from farnear.training.shards import RunData
 from farnear.training.watch import Watch
@@ -53,12 +53,11 @@ MakeOptimizer = Callable[[nn.Module, TrainingConfig], torch.optim.Optimizer]
 
 
 def build_model(
-    config: RunConfig, world: World, make_optimizer: MakeOptimizer = build_optimizer, kind: Kind | None = None
+    config: RunConfig, kind: Kind, world: World, make_optimizer: MakeOptimizer = build_optimizer
 ) -> BuiltModel:
     """The run file's model under its strategy. A collective."""
-    kind = kind or kind_of(config)
     training = config.training
-    check_attention(config.model, world.device, half_precision=training.bf16 or training.pure_bf16 or training.fp16)
+    check_attention(config.model, world.device, half_precision=training.precision != "fp32")
     # Where each rank holds a part of the parameters, rank 0 hands the parts out.
     is_spread = config.strategy in ("zero3", "fsdp2")
     model = kind.load(
@@ -73,7 +72,7 @@ def build_model(
         store_frozen_in(torch.bfloat16 if training.bf16 else torch.float16, model)
     if training.gradient_checkpointing:
         checkpoint_activations(model)
-    module = kind.wrap(model, training)
+    module = kind.wrap(model)
     if not is_spread:
         module.to(world.device)
     # Taken now: ZeRO-3 leaves parameters without a shape.

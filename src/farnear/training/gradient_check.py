@@ -44,11 +44,11 @@ from farnear.parallel.strategy import NonFiniteGradientError, Strategy
 from farnear.parallel.world import World, on_main_rank
 from farnear.sections import TrainingConfig
 from farnear.training.cache import CachedStep
-from farnear.training.embedders import measured_dims, refuse_unsupported
+from farnear.training.embedders import EmbedderKind, measured_dims
 from farnear.training.engine import build_model, build_step
 from farnear.training.plain_gradient import Probe, plain_gradient
 from farnear.training.resume import first_progress
-from farnear.training.shards import RunData
+from farnear.training.shards import RunData, refuse_unsupported
 from farnear.training.step import NonFiniteLossError, StepFigures
 from farnear.training.watch import Watch
 
@@ -132,7 +132,7 @@ def check_gradient(config: RunConfig, data: RunData, world: World, plans: Path) 
             f"the plain gradient of {pairs_per_rank * world.world_size} pairs has norm {norm:g}, so there is nothing "
             "to train by; look at the loss, the frozen parts and the weights of the model"
         )
-    built = build_model(config, world, lambda module, _: _sgd(module, training))
+    built = build_model(config, EmbedderKind(config), world, lambda module, _: _sgd(module, training))
     refuse_unsupported(built.model, config, data)
     measured_dims(config, embedding_dimension(built.model))
     step, _ = build_step(config, data, built, own_loss, first_progress(config, data, None), world, Watch())
@@ -246,7 +246,7 @@ def _plain(
         module.to(world.device)
         gradient = plain_gradient(config, module, probe, own_loss, world, replay=replay)
         error_in_half = 0.0
-        if training.bf16 or training.pure_bf16 or training.fp16:
+        if training.precision != "fp32":
             half = Embedder(model, bf16=not training.fp16, fp16=training.fp16).train()
             in_half = plain_gradient(config, half, probe, own_loss, world, replay=replay)
             error_in_half = relative_error(in_half, gradient)

@@ -12,12 +12,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from farnear.config import RunConfig
 from farnear.data.loader import Deals
 from farnear.model.embedder import WorkerPreprocessing
 from farnear.parallel.world import World
 from farnear.retrieve.evaluate import RetrievalTask
-from farnear.sections import TrainingConfig
 from farnear.training.checkpoint import Progress
 from farnear.training.choices import Choices
 from farnear.training.scale import LearnedScale
@@ -81,7 +79,7 @@ class Kind(Protocol):
     def load(self, *, dtype: torch.dtype, with_weights: bool) -> Any:
         """The base model on the CPU, a sequence of sentence-transformers' modules."""
 
-    def wrap(self, model: Any, training: TrainingConfig) -> nn.Module:
+    def wrap(self, model: Any) -> nn.Module:
         """What strategies train: features in, a tensor or a tuple of them out. The model is its attribute ``model``."""
 
     def preprocessing(self, model: Any) -> WorkerPreprocessing:
@@ -116,11 +114,3 @@ class Kind(Protocol):
 
     def export(self, weights: Mapping[str, Tensor], folder: Path) -> None:
         """Write the model as sentence-transformers loads it; ``weights`` are those that were trained."""
-
-
-def kind_of(config: RunConfig) -> Kind:
-    """What the run file trains."""
-    from farnear.training.embedders import EmbedderKind
-    from farnear.training.rerankers import RerankerKind
-
-    return EmbedderKind(config) if config.reranker is None else RerankerKind(config, config.reranker)

@@ -13,27 +13,29 @@ from typing import Any
 from farnear.config import RunConfig
 from farnear.errors import RunInterruptedError, UserError
 from farnear.files import replace_text
+from farnear.mining_section import strategy_of_mining
 from farnear.model.load import embedding_dimension
 from farnear.model.pixels import page_tokens
 from farnear.parallel.world import World, on_main_rank, start_world, stop_world
 from farnear.retrieve.mine import Mined, mine, weights_fingerprint
 from farnear.retrieve.mining_block import ScorePairs
 from farnear.run_folder import RunFolder, claimed
+from farnear.sections import LossConfig
 from farnear.signals import Signals
-from farnear.training.embedders import refuse_unsupported
+from farnear.training.embedders import EmbedderKind
 from farnear.training.engine import build_model
 from farnear.training.guard import Guard, StopAskedError
 from farnear.training.opening import prepare_workers
-from farnear.training.shards import open_data
+from farnear.training.shards import open_data, refuse_unsupported
 from farnear.wording import counted
 
 
 def mining_config(config: RunConfig) -> RunConfig:
     """The run file as its model is mined with: under a strategy that holds no more than it must."""
-    strategy = "ddp" if config.strategy in ("zero1", "zero2") else config.strategy
     training = config.training.model_copy(update={"reduce": "step", "gradient_checkpointing": False})
     data = config.data.model_copy(update={"negatives": (), "eval": (), "eval_corpus": ()})
-    return config.model_copy(update={"strategy": strategy, "training": training, "data": data})
+    changed = {"strategy": strategy_of_mining(config.strategy), "training": training, "data": data}
+    return config.model_copy(update={**changed, "loss": LossConfig()})
 
 
 def mine_on_ranks(config: RunConfig, folder: Path, inputs: str, signals: Signals | None = None) -> None:
@@ -84,18 +86,14 @@ def _mine(config: RunConfig, world: World, folder: Path, between: Callable[[], N
         prepare_workers()
     data = open_data(config.data, config.evaluation, world)
     between()
-    built = build_model(config, world)
+    built = build_model(config, EmbedderKind(config), world)
     refuse_unsupported(built.model, config, data)
     facts: dict[str, Any] = {
         "model": config.model.name_or_path,
         "weights": weights_fingerprint(built.strategy, world, built.frozen_hash),
         "dim": embedding_dimension(built.model),
         "prompts": dict(built.model.prompts),
-        "precision": "bf16"
-        if config.training.bf16 or config.training.pure_bf16
-        else "fp16"
-        if config.training.fp16
-        else "fp32",
+        "precision": config.training.precision,
         "max_pixels": config.model.max_pixels,
         "min_pixels": config.model.min_pixels,
     }

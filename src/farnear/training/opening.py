@@ -34,10 +34,12 @@ from farnear.run_folder import Resume, RunFolder
 from farnear.status import write_status
 from farnear.training.checkpoint import Checkpoint, Progress, checkpoint_to_resume, folder_name
 from farnear.training.choices import Choices
+from farnear.training.embedders import EmbedderKind
 from farnear.training.engine import BuiltModel, build_model
 from farnear.training.guard import Guard
-from farnear.training.kind import Gradient, Kind, kind_of
+from farnear.training.kind import Gradient, Kind
 from farnear.training.metrics import cut_after
+from farnear.training.rerankers import RerankerKind
 from farnear.training.restoring import load_state
 from farnear.training.resume import (
     agree_on_order,
@@ -122,8 +124,8 @@ def open_run(
     refuse_shorter_run(config, total_steps, progress)
     agree_on_order(config, order, total_steps, progress)
     begin("model")
-    kind = kind_of(config)
-    built = build_model(config, world, kind=kind)
+    kind: Kind = EmbedderKind(config) if config.reranker is None else RerankerKind(config, config.reranker)
+    built = build_model(config, kind, world)
     strategy, scale = built.strategy, kind.scale()
     state = TrainedState(strategy, built.shapes, scale, is_main=world.is_main, frozen_hash=built.frozen_hash)
     if checkpoint is not None:

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +10,6 @@ from sentence_transformers import CrossEncoder
 from torch import Tensor, nn
 
 from farnear.config import RunConfig
-from farnear.data.index import Index, modality_name
 from farnear.data.list_dealing import ListDealing
 from farnear.errors import UserError
 from farnear.model.export import export_model
@@ -25,14 +23,13 @@ from farnear.reranker_section import DISTILLATIONS, RerankerConfig
 from farnear.retrieve.evaluate import RetrievalTask
 from farnear.retrieve.measure import measure
 from farnear.retrieve.rerank import given_candidates, pairs_of, reranked, score_pairs
-from farnear.sections import TrainingConfig
 from farnear.training.checkpoint import Progress
 from farnear.training.choices import Choices
 from farnear.training.engine import BuiltModel, casts_kept
 from farnear.training.kind import Evaluated, Gradient, Setting
 from farnear.training.rerank_step import RerankStep
 from farnear.training.scale import LearnedScale
-from farnear.training.shards import RunData
+from farnear.training.shards import RunData, kinds_held, refuse_unsupported
 from farnear.training.watch import Watch
 
 ONE_SCORE = "1"
@@ -54,8 +51,9 @@ class RerankerKind:
         """See `Kind`."""
         return load_reranker(self._config.model, self._reranker, dtype=dtype, with_weights=with_weights)
 
-    def wrap(self, model: CrossEncoder, training: TrainingConfig) -> nn.Module:
+    def wrap(self, model: CrossEncoder) -> nn.Module:
         """See `Kind`."""
+        training = self._config.training
         return Reranker(model, bf16=training.bf16, fp16=training.fp16)
 
     def preprocessing(self, model: CrossEncoder) -> PairPreprocessing:
@@ -69,14 +67,7 @@ class RerankerKind:
 
     def refuse(self, model: CrossEncoder, data: RunData) -> None:
         """See `Kind`."""
-        for kind in (one for index in _indexes(data) for one in _kinds(index)):
-            parts: Any = kind.split("+")
-            if not all(model.supports(part) for part in parts):
-                raise UserError(
-                    f"the shards hold inputs of the kind {kind}, which model {self._config.model.name_or_path} does "
-                    f"not take (modalities: {', '.join(map(str, model.modalities))}); take another model, or leave "
-                    "those samples out"
-                )
+        refuse_unsupported(model, self._config, data)
         hard = 0 if self._config.data.num_negatives == 0 else len(data.negatives.rows)
         if not hard and not self._reranker.num_negatives:
             raise UserError(
@@ -120,10 +111,10 @@ class RerankerKind:
 
     def _seen_apart(self, built: BuiltModel, data: RunData, world: World) -> bool:
         """Whether a page goes through the tower once for all its pairs: tried, and agreed on. A collective."""
-        if not all(kind in _SEEN_APART for index in _indexes(data) for kind in _kinds(index)):
+        if not kinds_held(data) <= _SEEN_APART:
             return False
         training = self._config.training
-        half = training.bf16 or training.fp16 or training.pure_bf16
+        half = training.precision != "fp32"
         assert self._pick is not None
         built.strategy.train(False)
         same = same_scores_shared(
@@ -182,11 +173,3 @@ class RerankerKind:
     def export(self, weights: Mapping[str, Tensor], folder: Path) -> None:
         """See `Kind`."""
         export_model(self._config.model, weights, folder, self._reranker)
-
-
-def _indexes(data: RunData) -> list[Index]:
-    return [data.train, *([data.whole.index] if data.whole else [])]
-
-
-def _kinds(index: Index) -> list[str]:
-    return [modality_name(int(bits)) for bits in np.unique(index.input_modality_I)]

@@ -5,11 +5,13 @@ a shard to a broken copy must not learn so from its results.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
+from farnear.config import RunConfig
 from farnear.data.faults import fault_table, pairs_lost
-from farnear.data.index import Index
+from farnear.data.index import Index, modality_name
 from farnear.data.index_cache import ShardSet, cache_folder, cached_index
 from farnear.data.losses import Losses, losses_of
 from farnear.data.negatives import Negatives
@@ -72,13 +74,37 @@ def open_data(data: DataConfig, evaluation: EvaluationConfig, world: World) -> R
 def _negatives(data: DataConfig, index: Index, world: World) -> Negatives:
     """As `index` in `open_data`: rank 0 first, and then each from what it has kept."""
     if not data.negatives:
-        return Negatives.of_index(index)
+        own = Negatives.of_index(index)
+        if world.is_main and (left_out := len(index.negatives) - len(own.rows)):
+            print(
+                f"{counted(left_out, 'hard negative')} of the shards answer their query: they are left out", flush=True
+            )
+        return own
 
     def read(tell: bool) -> Negatives:
         return read_negatives(data.negatives, index, data.max_bad_fraction, tell=tell)
 
     on_main_rank(world, lambda: read(True) and None)
     return read(False)
+
+
+def kinds_held(data: RunData) -> set[str]:
+    """The kinds of inputs that the shards of training and evaluation hold, as `modality_name` calls them."""
+    indexes = [data.train, *([data.whole.index] if data.whole else [])]
+    return {modality_name(int(bits)) for index in indexes for bits in np.unique(index.input_modality_I)}
+
+
+def refuse_unsupported(model: Any, config: RunConfig, data: RunData) -> None:
+    """Raise UserError for shards that hold what the model does not take, before its first batch would fail."""
+    for modality in sorted(kinds_held(data)):
+        # sentence-transformers' name: a word, or several sorted ones.
+        name = tuple(modality.split("+")) if "+" in modality else modality
+        if not model.supports(name):
+            raise UserError(
+                f"the shards hold inputs of the kind {modality}, which model {config.model.name_or_path} does not "
+                f"take (modalities: {', '.join(map(str, model.modalities))}); take another model, or leave those "
+                "samples out"
+            )
 
 
 def check_index(index: Index, what: str, max_bad_fraction: float) -> None:
