@@ -136,7 +136,7 @@ LOSS_CASES = (
 )
 CASES_OF_VARIANTS = ("whole_lists", "cached", "fewer_lists_than_ranks")
 # Of each number of ranks: the cases that run in `make test`.
-SLICE = {1: ("cached_half_kept",), 2: ("yes_no", "cached"), 3: ()}
+SLICE = {1: ("cached_half_kept", "broken_page"), 2: ("yes_no", "cached"), 3: ()}
 
 
 def write_shard(path: Path, case: Case) -> None:

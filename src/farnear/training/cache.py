@@ -47,7 +47,15 @@ from farnear.parallel.strategy import Strategy
 from farnear.parallel.world import World
 from farnear.sections import LossConfig
 from farnear.training.objective import EmbeddingGradient, Sizes, embedding_gradient, own_loss_gradient
-from farnear.training.step import NonFiniteLossError, StepFigures, count_tokens, timed, turn_seed
+from farnear.training.step import (
+    NonFiniteLossError,
+    StepFigures,
+    backward_of,
+    count_tokens,
+    longest_over_mean,
+    timed,
+    turn_seed,
+)
 from farnear.training.watch import Int64, Watch
 
 
@@ -253,7 +261,7 @@ class CachedStep:
         figures.loss, figures.pairs = outcome.loss, outcome.pairs
         figures.masked, figures.beyond_margin = outcome.masked, outcome.beyond_margin
         seconds_W, _, _ = zip(*outcome.told_Wn, strict=True)
-        figures.longest_rank = max(seconds_W) * len(seconds_W) / max(sum(seconds_W), 1e-9)
+        figures.longest_rank = longest_over_mean(seconds_W)
         if not math.isfinite(outcome.loss):
             raise NonFiniteLossError
         return outcome
@@ -275,9 +283,7 @@ class CachedStep:
                 if turn.counts:
                     rows = torch.from_numpy(turn.mini_batch.rows).to(self.world.device)
                     surrogate = (e_nD.float() * outcome.of_side[turn.mini_batch.side][rows]).sum()
-                # A backward runs in the types of its forward; autocast would lower what the forward did in fp32.
-                with torch.autocast(self.world.device.type, enabled=False):
-                    self.strategy.backward(surrogate)
+                backward_of(self.strategy, surrogate)
             self.watch.at("reduce")
 
     def _turns_given_again(self, turns: Sequence[Turn], outcome: EmbeddingGradient) -> set[int]:

@@ -42,7 +42,15 @@ from farnear.parallel.collectives import all_reduce_sum, exchange_ints, row_weig
 from farnear.parallel.strategy import Strategy
 from farnear.parallel.world import World
 from farnear.reranker_section import RerankerConfig
-from farnear.training.step import NonFiniteLossError, StepFigures, count_tokens, timed, turn_seed
+from farnear.training.step import (
+    NonFiniteLossError,
+    StepFigures,
+    backward_of,
+    count_tokens,
+    longest_over_mean,
+    timed,
+    turn_seed,
+)
 from farnear.training.watch import Int64, Watch
 
 Images = dict[int, tuple[Tensor, ...]]
@@ -58,7 +66,6 @@ class ListGradient:
         dlog_scale: There is no scale to train.
     """
 
-    loss: float
     reaches_weights: bool = True
     dlog_scale: float = 0.0
 
@@ -155,8 +162,7 @@ class RerankStep:
                 self._score_again(scored, batch, images, score_graphs, gradient_E)
                 self._take_back(seen, batch, images, graphs)
                 self.watch.at("reduce")
-        figures.seconds.setdefault("loss", 0.0)
-        return ListGradient(figures.loss)
+        return ListGradient()
 
     def _lists_that_count(self, batch: ListBatch) -> Tensor:
         list_e, valid_e, teacher_e = map(torch.from_numpy, (batch.list_e, batch.valid_e, batch.teacher_e))
@@ -204,49 +210,32 @@ class RerankStep:
             self._look_at(turn, batch, {})
         images: Images = {}
         graphs: dict[int, Any] = {}
-        for keeps_graph, of_both in groupby(turns, self._keeps_graph):
-            with self.cast_once():
-                for turn in of_both:
-                    self._at("pass one", turn, batch)
-                    with torch.set_grad_enabled(keeps_graph):
-                        output = self._forward(turn, batch, {})
-                    if keeps_graph:
-                        graphs[turn.position] = output
-                    if turn.counts:
-                        trains = self._trains[turn.group]
-                        # fp32, in which the gradients of many entries are added up.
-                        images[turn.job] = tuple(one.detach().float().requires_grad_(trains) for one in output)
+        for turn, output in self._first_forwards(turns, batch, {}, graphs):
+            if turn.counts:
+                trains = self._trains[turn.group]
+                # fp32, in which the gradients of many entries are added up.
+                images[turn.job] = tuple(one.detach().float().requires_grad_(trains) for one in output)
         figures.kept_graphs = len(graphs)
         return images, graphs
 
     def _score_whole_lists(self, turns: Sequence[Turn], batch: ListBatch, images: Images, weight_b: Tensor) -> Tensor:
         """Loss and backward of turn after turn. The sum of the weighted losses of this rank's lists."""
         total = torch.zeros((), device=self.world.device)
-        with self.cast_once():
-            for turn in turns:
-                self._at("pass two", turn, batch)
-                score_n = self._forward(turn, batch, images).float()
-                loss = score_n.sum() * 0.0
-                if turn.counts:
-                    loss = self._weighted_loss(score_n, turn.entries, batch, weight_b)
-                    total += loss.detach()
-                self._backward(loss)
+        for turn, score_n in self._second_forwards(turns, batch, images, {}):
+            loss = score_n.float().sum() * 0.0
+            if turn.counts:
+                loss = self._weighted_loss(score_n.float(), turn.entries, batch, weight_b)
+                total += loss.detach()
+            backward_of(self.strategy, loss)
         return total
 
-    def _score(self, turns: Sequence[Turn], batch: ListBatch, images: Images) -> tuple[Tensor, dict[int, Tensor]]:
+    def _score(self, turns: Sequence[Turn], batch: ListBatch, images: Images) -> tuple[Tensor, dict[int, Any]]:
         """The scores of all entries, and by its position each turn's that has a graph."""
         score_E = torch.zeros(len(batch.list_e), device=self.world.device)
-        graphs: dict[int, Tensor] = {}
-        for keeps_graph, of_both in groupby(turns, self._keeps_graph):
-            with self.cast_once():
-                for turn in of_both:
-                    self._at("pass one", turn, batch)
-                    with torch.set_grad_enabled(keeps_graph):
-                        score_n = self._forward(turn, batch, images)
-                    if keeps_graph:
-                        graphs[turn.position] = score_n
-                    if turn.counts:
-                        score_E[torch.from_numpy(turn.entries).to(self.world.device)] = score_n.detach().float()
+        graphs: dict[int, Any] = {}
+        for turn, score_n in self._first_forwards(turns, batch, images, graphs):
+            if turn.counts:
+                score_E[torch.from_numpy(turn.entries).to(self.world.device)] = score_n.detach().float()
         return score_E, graphs
 
     def _loss(self, score_E: Tensor, batch: ListBatch, weight_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -257,43 +246,51 @@ class RerankStep:
         return loss.detach(), gradient_E
 
     def _score_again(
-        self,
-        turns: Sequence[Turn],
-        batch: ListBatch,
-        images: Images,
-        graphs: dict[int, Tensor],
-        gradient_E: Tensor,
+        self, turns: Sequence[Turn], batch: ListBatch, images: Images, graphs: dict[int, Any], gradient_E: Tensor
     ) -> None:
-        with self.cast_once():
-            # Kept graphs first: each backward frees the memory that the next forward may need.
-            for turn in sorted(turns, key=lambda turn: turn.position not in graphs):
-                self._at("pass two", turn, batch)
-                score_n = graphs.pop(turn.position, None)
-                if score_n is None:
-                    score_n = self._forward(turn, batch, images)
-                weight_n = torch.zeros_like(score_n, dtype=torch.float32)
-                if turn.counts:
-                    weight_n = gradient_E[torch.from_numpy(turn.entries).to(self.world.device)]
-                self._backward((score_n.float() * weight_n).sum())
+        for turn, score_n in self._second_forwards(turns, batch, images, graphs):
+            weight_n = torch.zeros_like(score_n, dtype=torch.float32)
+            if turn.counts:
+                weight_n = gradient_E[torch.from_numpy(turn.entries).to(self.world.device)]
+            backward_of(self.strategy, (score_n.float() * weight_n).sum())
 
     def _take_back(self, turns: Sequence[Turn], batch: ListBatch, images: Images, graphs: dict[int, Any]) -> None:
         """Backward through the tower, from the gradients that the entries left at its features."""
         # Backwards have multiplied them by fp16's loss scale, and this one will again.
         scale = self.strategy.loss_scale.scale if self.strategy.loss_scale else 1.0
         training = [turn for turn in turns if self._trains[turn.group]]
+        for turn, output in self._second_forwards(training, batch, {}, graphs):
+            leaves = images[turn.job] if turn.counts else (None,) * len(output)
+            surrogate = torch.zeros((), device=self.world.device)
+            for one, leaf in zip(output, leaves, strict=True):
+                # An image of entries that do not count, or that a rank repeats, has no gradient.
+                told = leaf.grad / scale if leaf is not None and leaf.grad is not None else 0.0
+                surrogate = surrogate + (one.float() * told).sum()
+            backward_of(self.strategy, surrogate)
+
+    def _first_forwards(
+        self, turns: Sequence[Turn], batch: ListBatch, images: Images, graphs: dict[int, Any]
+    ) -> Iterator[tuple[Turn, Any]]:
+        """What each turn gives, without a graph, or with one that is left in ``graphs`` by the turn's position."""
+        for keeps_graph, of_both in groupby(turns, self._keeps_graph):
+            with self.cast_once():
+                for turn in of_both:
+                    self._at("pass one", turn, batch)
+                    with torch.set_grad_enabled(keeps_graph):
+                        output = self._forward(turn, batch, images)
+                    if keeps_graph:
+                        graphs[turn.position] = output
+                    yield turn, output
+
+    def _second_forwards(
+        self, turns: Sequence[Turn], batch: ListBatch, images: Images, graphs: dict[int, Any]
+    ) -> Iterator[tuple[Turn, Any]]:
+        """What each turn gives, with a graph: kept ones first, as each backward frees what the next forward needs."""
         with self.cast_once():
-            for turn in sorted(training, key=lambda turn: turn.position not in graphs):
+            for turn in sorted(turns, key=lambda turn: turn.position not in graphs):
                 self._at("pass two", turn, batch)
                 output = graphs.pop(turn.position, None)
-                if output is None:
-                    output = self._forward(turn, batch, {})
-                leaves = images[turn.job] if turn.counts else (None,) * len(output)
-                surrogate = torch.zeros((), device=self.world.device)
-                for one, leaf in zip(output, leaves, strict=True):
-                    # An image of entries that do not count, or that a rank repeats, has no gradient.
-                    told = leaf.grad / scale if leaf is not None and leaf.grad is not None else 0.0
-                    surrogate = surrogate + (one.float() * told).sum()
-                self._backward(surrogate)
+                yield turn, self._forward(turn, batch, images) if output is None else output
 
     def _weighted_loss(self, score_n: Tensor, entries: Int64, batch: ListBatch, weight_b: Tensor) -> Tensor:
         """The sum of the losses of the lists that some entries make up, each by its weight."""
@@ -312,9 +309,7 @@ class RerankStep:
         sums[1 + self.world.rank] = figures.seconds["pass_one"]
         with self.world.traffic.exchange():
             told = all_reduce_sum(sums).tolist()
-        figures.loss = told[0]
-        seconds_W = told[1:]
-        figures.longest_rank = max(seconds_W) * len(seconds_W) / max(sum(seconds_W), 1e-9)
+        figures.loss, figures.longest_rank = told[0], longest_over_mean(told[1:])
 
     def _look_at(self, turn: Turn, batch: ListBatch, images: Images) -> None:
         """See in a forward of its own what has a gradient: a step must do the same whether or not it is the first."""
@@ -353,11 +348,6 @@ class RerankStep:
         if occurrences:
             on_device["image_features"] = tuple(images[job][image] for job, image in occurrences)
         return self.strategy.forward(on_device)
-
-    def _backward(self, surrogate: Tensor) -> None:
-        # A backward runs in the types of its forward; autocast would lower what the forward did in fp32.
-        with torch.autocast(self.world.device.type, enabled=False):
-            self.strategy.backward(surrogate)
 
     def _at(self, phase: str, turn: Turn, batch: ListBatch) -> None:
         pairs = batch.pairs_b[np.unique(batch.list_e[turn.entries])] if turn.counts else batch.pairs_b[:0]

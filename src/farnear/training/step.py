@@ -8,6 +8,9 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from farnear.parallel.strategy import Strategy
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -56,6 +59,17 @@ def turn_seed(*scope: int) -> int:
     """A 63-bit seed that is a pure function of the integers it is for."""
     digest = hashlib.blake2b(repr(scope).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def backward_of(strategy: Strategy, surrogate: Tensor) -> None:
+    """A mini-batch's backward, in the types of its forward: autocast would lower what the forward did in fp32."""
+    with torch.autocast(surrogate.device.type, enabled=False):
+        strategy.backward(surrogate)
+
+
+def longest_over_mean(seconds_W: Sequence[float]) -> float:
+    """How much longer than the mean the slowest rank takes."""
+    return max(seconds_W) * len(seconds_W) / max(sum(seconds_W), 1e-9)
 
 
 def count_tokens(features_m: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
