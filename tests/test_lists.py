@@ -121,3 +121,5 @@ def test_arcs_differ_by_one_list_and_the_ring_is_turned_to_even_their_cost() -> 
     assert sorted(np.concatenate(arcs).tolist()) == list(range(7))
     assert sorted(map(len, arcs)) == [2, 2, 3]
     assert max(int(cost[arc].sum()) for arc in arcs) < 18
+    cost = np.array([1, 1, 9, 9, 1, 1], np.int64)  # not turned, the two dear ones are one rank's
+    assert max(int(cost[arc_of_rank(cost, rank, 3)].sum()) for rank in range(3)) == 10

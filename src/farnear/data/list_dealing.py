@@ -84,15 +84,13 @@ class ListBatch:
     """One rank's lists of ``step`` (an optimizer step, counted over all epochs); see `ListShare` for what is not here.
 
     Attributes:
-        valid_b: False for a list that must not count: its query or its positive cannot be used.
-        valid_e: False for an entry that must not count.
+        valid_e: False for an entry that must not count; with its positive a list goes.
         job_e, place_e: Where an entry's features are: the job, and the pair in it.
     """
 
     step: int
     epoch: int
     pairs_b: Int64
-    valid_b: Bool
     list_e: Int64
     valid_e: Bool
     teacher_e: Float32
@@ -190,9 +188,7 @@ class ListDealing:
     def batch(self, order: Order, step: int, share: ListShare, done: Sequence[Result], waited: float) -> ListBatch:
         """The rank's batch of a step, from the result of each job; ``waited`` are seconds."""
         index = order.index
-        valid_b = np.full(len(share.pairs_b), not share.borrowed)
-        valid_e = valid_b[share.list_e]
-        is_positive_e = np.diff(share.list_e, prepend=-1) > 0
+        valid_e = np.full(len(share.list_e), not share.borrowed)
         job_e, place_e = np.zeros((2, len(valid_e)), np.int64)
         quarantined: dict[Quarantined, None] = {}
         for number, ((job, entries), (_, bad)) in enumerate(zip(share.jobs, done, strict=True)):
@@ -203,7 +199,6 @@ class ListDealing:
                 is_query = bool((job.pair_n2[:, 0] == place).any())
                 touched = entries[(job.pair_n2 == place).any(axis=1)]
                 valid_e[touched] = False
-                valid_b[share.list_e[touched if is_query else touched[is_positive_e[touched]]]] = False
                 # Another pair's page is reported by the rank that has that pair.
                 own = touched if is_query else touched[~share.in_batch_e[touched]]
                 for pair in np.unique(share.pairs_b[share.list_e[own]]).tolist():
@@ -212,9 +207,8 @@ class ListDealing:
             step=step,
             epoch=order.schedule.epoch_of(step),
             pairs_b=share.pairs_b,
-            valid_b=valid_b,
             list_e=share.list_e,
-            valid_e=valid_e & valid_b[share.list_e],
+            valid_e=valid_e,
             teacher_e=share.teacher_e,
             job_e=job_e,
             place_e=place_e,

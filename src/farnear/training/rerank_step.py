@@ -173,7 +173,8 @@ class RerankStep:
         groups = self._groups(batch)
         counts = [len(jobs) for _, jobs in groups] if self.strategy.forward_is_collective else []
         tokens = count_tokens([job.features for job in batch.jobs])
-        held = [int(counts_b.sum()), int(batch.valid_e.sum()), len(batch.quarantined), *tokens]
+        scored = int((batch.valid_e & counts_b.numpy()[batch.list_e]).sum())
+        held = [int(counts_b.sum()), scored, len(batch.quarantined), *tokens]
         of_rank = exchange_ints([*held, *counts], self.world.device)
         lists_W, entries_W, quarantined_W, tokens_W, padding_W, *counts_W = zip(*of_rank, strict=True)
         figures.pairs, figures.scored, figures.quarantined = sum(lists_W), sum(entries_W), sum(quarantined_W)
