@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from farnear.mining_section import MiningConfig
 from farnear.parallel.world import World, join_world, stop_world
 from farnear.retrieve import mining_block
 from farnear.retrieve.embeddings import Embeddings, StoredRows, distinct_inputs
+from farnear.retrieve.inference import Inference
 from farnear.retrieve.mine import Mined, mine, weights_fingerprint
 
 ONE = World(0, 1, torch.device("cpu"))
@@ -36,10 +38,10 @@ COLOURS_ND = Colours().embedding.double()
 
 def mined(index: Index, folder: Path, strategy: Any = None, world: World = ONE, **keys: Any) -> Mined:
     mining = MiningConfig(**{name: keys.pop(name) for name in list(keys) if name in MiningConfig.model_fields})
-    options = {"seed": 1, "batch_size": 5, "num_workers": 0, **keys}
-    facts = options.pop("facts", {"model": "colours", "weights": "w"})
-    strategy = strategy or Colours()
-    return mine(strategy, world, index, STORE, preprocess, page_tokens, mining, folder, facts, **options)
+    facts = keys.pop("facts", {"model": "colours", "weights": "w"})
+    by = Inference(strategy or Colours(), world, preprocess, page_tokens, batch_size=5, num_workers=0)
+    by = replace(by, **{name: keys.pop(name) for name in list(keys) if name in Inference.__annotations__})
+    return mine(by, index, STORE, mining, folder, facts, **{"seed": 1, **keys})
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:

@@ -34,6 +34,7 @@ from farnear.model.pixels import page_tokens
 from farnear.parallel.world import World, start_world, stop_world
 from farnear.retrieve.encode import encode
 from farnear.retrieve.evaluate import build_task, sample_task
+from farnear.retrieve.inference import Inference
 from farnear.signals import Signals
 from farnear.training.bad_steps import Numbers
 from farnear.training.loop import train_step
@@ -196,9 +197,10 @@ def encode_on_ranks(rank: int, world_size: int, folder: Path) -> None:
     run, _ = open_run(config, None, world)
     index, preprocess, tokens = run.data.train, run.built.preprocess, page_tokens(run.built.model)
     run.strategy.train(False)
+    by = Inference(run.strategy, world, preprocess, tokens, batch_size=2, num_workers=0)
     for pairs in ([4, 0, 7, 2, 9, 1, 3], [5]):
         rows = index.query_N[pairs]
-        e_ND = encode(run.strategy, world, index, STORE, preprocess, tokens, "query", rows, batch_size=2, num_workers=0)
+        e_ND = encode(by, index, STORE, "query", rows)
         parts: dict[int, torch.Tensor] = {}
         how = {"batch_size": 1, "page_tokens": tokens, "num_workers": 0}
         with torch.no_grad():
@@ -276,9 +278,9 @@ def test_weights_that_overflowed_are_neither_measured_nor_saved(folder: Path) ->
         run.saver.finish()
     assert not list((folder / "diverged").glob("checkpoints/*"))
     with pytest.raises(RunStoppedError, match=r"of 22 embeddings \(document\) are not finite"):
-        how = {"batch_size": 8, "num_workers": 0}
         index, tokens = run.data.train, page_tokens(run.built.model)
-        encode(run.strategy, world, index, STORE, run.built.preprocess, tokens, "document", index.positives, **how)
+        by = Inference(run.strategy, world, run.built.preprocess, tokens, batch_size=8, num_workers=0)
+        encode(by, index, STORE, "document", index.positives)
 
 
 def test_a_refused_resume_leaves_the_run_as_it_is(folder: Path) -> None:

@@ -142,13 +142,14 @@ class RunConfig(Section):
             raise ValueError("training.load_best_model_at_end needs data.eval and evaluation.eval_steps")
         if self.evaluation.eval_steps is not None and not self.data.eval:
             raise ValueError("evaluation.eval_steps is set, but data.eval names no shards")
+        if self.evaluation.embedder is not None and not self.data.eval:
+            raise ValueError("evaluation.embedder is set, but data.eval names no shards")
         return self
 
     @model_validator(mode="after")
     def _one_kind(self) -> "RunConfig":
         for name, is_set in (
             ("mining.refresh_every", self.mining.refresh_every is not None),
-            ("evaluation.embedder", self.evaluation.embedder is not None),
             ("reranker.sampling_strategy: top", self.reranker is not None and self.reranker.embeddings is not None),
         ):
             if is_set:

@@ -66,18 +66,22 @@ def inputs_of(config: RunConfig) -> str:
     store = shard_store(config.data, cache)
     train, _ = shard_sets(config.data, store.expand)
     index = cached_index(train, cache, store)
-    base = Path(config.model.name_or_path)
-    files = sorted(path for path in base.rglob("*") if path.is_file()) if base.is_dir() else []
-    facts = [(str(path.relative_to(base)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    names = [name for name in (config.model.name_or_path, config.mining.reranker) if name is not None]
     decides = {
         "model": config.model.model_dump(mode="json"),
-        "files": facts,
+        "files": [_files_of(Path(name)) for name in names],
         "index": index.fingerprint,
         "mining": config.mining.model_dump(mode="json", exclude={"refresh_every"}),
         "seed": config.seed,
         "precision": [config.training.bf16, config.training.fp16, config.training.pure_bf16],
     }
     return hashlib.blake2b(json.dumps(decides, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _files_of(model: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of a folder's files; none of a model on the hub."""
+    files = sorted(path for path in model.rglob("*") if path.is_file()) if model.is_dir() else []
+    return [(str(path.relative_to(model)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 
 def is_done(folder: Path, inputs: str) -> bool:

@@ -66,17 +66,24 @@ class LossScale:
     skipped: int = 0
 
 
-class Strategy(Protocol):
-    """See the module's text for what each verb means."""
-
-    loss_scale: LossScale | None
-    """Under training.fp16, to be saved and set again; else None."""
+class Forward(Protocol):
+    """What it takes to embed and to score: a strategy, or `farnear.parallel.forward_only.ForwardOnly`."""
 
     forward_is_collective: bool
     """Whether ranks must call `forward` and `backward` equally often and through the same modules."""
 
     def forward(self, features: Features) -> Any:
         """What the module makes of one mini-batch."""
+
+    def train(self, mode: bool) -> None:
+        """Training mode (dropout) or evaluation mode."""
+
+
+class Strategy(Forward, Protocol):
+    """See the module's text for what each verb means."""
+
+    loss_scale: LossScale | None
+    """Under training.fp16, to be saved and set again; else None."""
 
     def accumulate(self) -> AbstractContextManager[None]:
         """Backwards inside add up locally; at the end, missing gradients become zeros and one reduction averages."""
@@ -93,9 +100,6 @@ class Strategy(Protocol):
         Raises:
             NonFiniteGradientError: On every rank; nothing was updated, and the gradient is forgotten.
         """
-
-    def train(self, mode: bool) -> None:
-        """Training mode (dropout) or evaluation mode."""
 
     def slices(self, *, owned: bool) -> list[ParameterSlice]:
         """The state on this rank; with ``owned`` only the pieces that this rank writes, disjoint over ranks."""

@@ -14,7 +14,7 @@ Shapes: Q distinct queries, P distinct documents, D components, n any rows.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,15 +23,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from farnear.data.budget import PageTokens
 from farnear.data.index import Index
 from farnear.data.shard_store import ShardStore
-from farnear.data.workers import Preprocess
 from farnear.errors import UserError
 from farnear.files import published, remove_drafts, replace_text
-from farnear.parallel.strategy import Strategy
-from farnear.parallel.world import World, on_main_rank
+from farnear.parallel.world import on_main_rank
 from farnear.retrieve.encode import encode_parts
+from farnear.retrieve.inference import Inference
 
 FORMAT = "farnear embeddings 1"
 SIDES = {"query": "queries", "document": "documents"}
@@ -119,56 +117,31 @@ def distinct_inputs(index: Index) -> dict[str, tuple[Int64, Int64]]:
     return {"query": (query_hash_Q, index.query_N[pair_Q]), "document": (document_hash_P, documents[first_P])}
 
 
-def encode_all(
-    strategy: Strategy,
-    world: World,
-    index: Index,
-    store: ShardStore,
-    preprocess: Preprocess,
-    page_tokens: PageTokens,
-    folder: Path,
-    facts: Mapping[str, Any],
-    *,
-    batch_size: int,
-    num_workers: int,
-    between: Callable[[], None] = lambda: None,
-) -> Embeddings:
+def encode_all(by: Inference, index: Index, store: ShardStore, folder: Path, facts: Mapping[str, Any]) -> Embeddings:
     """Embed every distinct query and document of an index, as far as a folder does not hold them. A collective.
 
-    Leaves the strategy in training mode.
+    Leaves a strategy in training mode.
 
     Args:
         folder: Of all ranks.
         facts: What the embeddings are of beside the index, the weights above all; in words and numbers for JSON.
-        batch_size, num_workers, between: As in `farnear.retrieve.encode.encode`.
     """
     inputs = distinct_inputs(index)
     counts = {SIDES[side]: len(rows) for side, (_, rows) in inputs.items()}
     manifest = {"format": FORMAT, **facts, "index": index.fingerprint, **counts}
+    world = by.world
     on_main_rank(world, lambda: _prepare(folder, manifest, inputs))
-    strategy.train(False)
+    by.model.train(False)
     try:
         for side, (_, rows) in inputs.items():
             paths = _paths(folder, side, manifest)
             parts = np.array_split(rows, np.arange(1, len(paths)) * rows_of_a_part(len(rows)))
             absent: list[int] = on_main_rank(world, partial(_absent, paths))
-            for number, e_nD in encode_parts(
-                strategy,
-                world,
-                index,
-                store,
-                preprocess,
-                page_tokens,
-                side,
-                [parts[place] for place in absent],
-                batch_size=batch_size,
-                num_workers=num_workers,
-                between=between,
-            ):
+            for number, e_nD in encode_parts(by, index, store, side, [parts[place] for place in absent]):
                 with published(paths[absent[number]]) as file:
                     np.save(file, e_nD.numpy())
     finally:
-        strategy.train(True)
+        by.model.train(True)
     on_main_rank(world, lambda: None)  # the last parts are there
     return Embeddings.open(folder)
 

@@ -5,7 +5,7 @@ collective (ZeRO-3), a rank that is done early repeats its last one. `encode` br
 `encode_parts` leaves each part, embedded in the same batches whoever does it, with the rank that has it.
 """
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -20,38 +20,20 @@ from farnear.data.index import Index, modality_name
 from farnear.data.loader import load_features
 from farnear.data.read import InputReader
 from farnear.data.shard_store import ShardStore
-from farnear.data.workers import Job, Preprocess, Workers
+from farnear.data.workers import Job, Workers
 from farnear.errors import RunStoppedError
 from farnear.model.embedder import to_device
 from farnear.parallel.collectives import agree_on_max, exchange_ints, gather_together
-from farnear.parallel.strategy import Strategy
-from farnear.parallel.world import World
+from farnear.retrieve.inference import Inference
 
 
 @torch.no_grad()
-def encode(
-    strategy: Strategy,
-    world: World,
-    index: Index,
-    store: ShardStore,
-    preprocess: Preprocess,
-    page_tokens: PageTokens,
-    side: str,
-    rows: npt.NDArray[np.int64],
-    *,
-    batch_size: int,
-    num_workers: int,
-    between: Callable[[], None] = lambda: None,
-) -> Tensor:
+def encode(by: Inference, index: Index, store: ShardStore, side: str, rows: npt.NDArray[np.int64]) -> Tensor:
     """Embeddings of queries or documents, by input row. A collective.
 
     Args:
-        page_tokens: What a page costs, by its size.
         side: "query" or "document".
         rows: n input rows of the index; the same on every rank.
-        batch_size: Inputs that go through the model at once on one rank.
-        num_workers: Worker processes that read, decode and preprocess.
-        between: Called before every batch, equally often on every rank, so that it may be a collective.
 
     Returns:
         float32 [n, D] on the CPU, in the order of ``rows``, on every rank.
@@ -59,34 +41,34 @@ def encode(
     Raises:
         RunStoppedError: On every rank, when an embedding is not finite.
     """
-    modality_n = index.input_modality_I[rows]
+    world, modality_n = by.world, index.input_modality_I[rows]
     parts, places = [], []
     for modality in np.unique(modality_n):
         of_modality = np.flatnonzero(modality_n == modality)
         own = np.array_split(of_modality, world.world_size)[world.rank]
         # A rank without a share still takes part in collective forwards; what it embeds is cut off again.
         share = own if len(own) else of_modality[:1]
-        batches = -(-len(share) // batch_size)
+        batches = -(-len(share) // by.batch_size)
         turns = agree_on_max([batches], world.device)[0]
         features: dict[str, Any] = {}
         for positions, features in load_features(
             index,
             store,
-            preprocess,
+            by.preprocess,
             side,
             rows[share],
-            batch_size=batch_size,
-            page_tokens=page_tokens,
-            num_workers=num_workers,
+            batch_size=by.batch_size,
+            page_tokens=by.page_tokens,
+            num_workers=by.num_workers,
         ):
-            between()
-            e_nD = strategy.forward(to_device(features, world.device)).float()
+            by.between()
+            e_nD = by.forward(to_device(features, world.device)).float()
             parts.append(e_nD[: len(own)])
             places.append(torch.from_numpy(share[positions][: len(own)]).to(world.device))
         for _ in range(turns - batches):
-            between()
-            if strategy.forward_is_collective:
-                strategy.forward(to_device(features, world.device))
+            by.between()
+            if by.model.forward_is_collective:
+                by.forward(to_device(features, world.device))
     e_nD, place_n = torch.cat(parts), torch.cat(places)
     rows_W = [(n, n) for (n,) in exchange_ints([len(e_nD)], world.device)]
     e_ND, place_N = gather_together([e_nD, place_n], rows_W)
@@ -96,18 +78,7 @@ def encode(
 
 @torch.no_grad()
 def encode_parts(
-    strategy: Strategy,
-    world: World,
-    index: Index,
-    store: ShardStore,
-    preprocess: Preprocess,
-    page_tokens: PageTokens,
-    side: str,
-    parts: Sequence[npt.NDArray[np.int64]],
-    *,
-    batch_size: int,
-    num_workers: int,
-    between: Callable[[], None] = lambda: None,
+    by: Inference, index: Index, store: ShardStore, side: str, parts: Sequence[npt.NDArray[np.int64]]
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield (number, embeddings) of this rank's parts: every ``world_size``-th, in rounds. A collective to its end.
 
@@ -122,19 +93,21 @@ def encode_parts(
     Raises:
         RunStoppedError: On every rank, when an embedding is not finite.
     """
+    world = by.world
     rounds = [parts[first : first + world.world_size] for first in range(0, len(parts), world.world_size)]
-    turns = [list(_turns(index, page_tokens, of_round, world.rank, batch_size)) for of_round in rounds]
-    jobs = [turn.job(side) for of_round in turns for turn in of_round if turn.is_own or strategy.forward_is_collective]
-    workers = Workers(InputReader(index, store), preprocess, min(num_workers, len(jobs)), 2, False)
+    turns = [list(_turns(index, by.page_tokens, of_round, world.rank, by.batch_size)) for of_round in rounds]
+    is_collective = by.model.forward_is_collective
+    jobs = [turn.job(side) for of_round in turns for turn in of_round if turn.is_own or is_collective]
+    workers = Workers(InputReader(index, store), by.preprocess, min(by.num_workers, len(jobs)), 2, False)
     with closing(workers.run(iter(jobs))) as results:
         for number, of_round in enumerate(turns):
             embedded, places = [], []
             for turn in of_round:
-                between()
-                if not turn.is_own and not strategy.forward_is_collective:
+                by.between()
+                if not turn.is_own and not is_collective:
                     continue
                 features, _ = next(results)
-                e_nD = strategy.forward(to_device(features, world.device)).float()
+                e_nD = by.forward(to_device(features, world.device)).float()
                 if turn.is_own:
                     embedded.append(e_nD.cpu())
                     places.append(torch.from_numpy(turn.places))

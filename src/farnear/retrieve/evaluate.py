@@ -10,19 +10,18 @@ the shards.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
-from farnear.data.budget import PageTokens
 from farnear.data.index import Index
 from farnear.data.shard_store import ShardStore
-from farnear.data.workers import Preprocess
-from farnear.parallel.strategy import Strategy
-from farnear.parallel.world import World, on_main_rank
+from farnear.parallel.world import on_main_rank
 from farnear.retrieve.encode import encode
+from farnear.retrieve.inference import Inference
 from farnear.retrieve.measure import measure
 from farnear.retrieve.search import top_k
 
@@ -97,55 +96,26 @@ def sample_task(task: RetrievalTask, queries: int, pages: int) -> RetrievalTask:
     )
 
 
-def evaluate(
-    task: RetrievalTask,
-    strategy: Strategy,
-    world: World,
-    preprocess: Preprocess,
-    page_tokens: PageTokens,
-    dims: Sequence[int],
-    *,
-    batch_size: int,
-    num_workers: int,
-    between: Callable[[], None] = lambda: None,
-    moved: Callable[[], None] = lambda: None,
-) -> dict[str, dict[str, float]]:
-    """Measures by dimension (as text), the same on every rank. A collective; leaves the strategy in training mode.
+def evaluate(task: RetrievalTask, by: Inference, dims: Sequence[int]) -> dict[str, dict[str, float]]:
+    """Measures by dimension (as text), the same on every rank. A collective; leaves a strategy in training mode.
 
     Args:
-        page_tokens: What a page costs, by its size.
         dims: Prefixes of the embedding to search with; the full one among them.
-        batch_size: Inputs that go through the model at once on one rank.
-        num_workers: Worker processes a rank that prepare them.
-        between: Called before every batch, equally often on every rank; what it raises ends the evaluation.
-        moved: Called as rank 0's search goes on.
     """
-    strategy.train(False)
-    rows = {"query": task.index.query_N[task.query_pair_Q], "document": task.page_row_P}
-    try:
-        embedding = {
-            side: encode(
-                strategy,
-                world,
-                task.index,
-                task.store,
-                preprocess,
-                page_tokens,
-                side,
-                rows_of_side,
-                batch_size=batch_size,
-                num_workers=num_workers,
-                between=between,
-            )
-            for side, rows_of_side in rows.items()
-        }
-    finally:
-        strategy.train(True)
+    query_QD, page_PD = embeddings_of(task, by)
 
     def measure_dims() -> dict[str, dict[str, float]]:
-        ranking = {
-            dim: top_k(embedding["query"], embedding["document"], DEPTH, dim=dim, moved=moved)[1] for dim in dims
-        }
+        ranking = {dim: top_k(query_QD, page_PD, DEPTH, dim=dim, moved=by.moved)[1] for dim in dims}
         return {str(dim): measure(ranking[dim], task.relevant) for dim in dims}
 
-    return on_main_rank(world, measure_dims)
+    return on_main_rank(by.world, measure_dims)
+
+
+def embeddings_of(task: RetrievalTask, by: Inference) -> tuple[Tensor, Tensor]:
+    """Embeddings of a task's queries [Q, D] and pages [P, D], on every rank's CPU. A collective, as `evaluate`."""
+    by.model.train(False)
+    try:
+        query_QD = encode(by, task.index, task.store, "query", task.index.query_N[task.query_pair_Q])
+        return query_QD, encode(by, task.index, task.store, "document", task.page_row_P)
+    finally:
+        by.model.train(True)

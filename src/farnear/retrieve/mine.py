@@ -17,7 +17,7 @@ How a block is mined is in `farnear.retrieve.mining_block`.
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -27,16 +27,15 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from farnear.data.budget import PageTokens
 from farnear.data.index import Index
 from farnear.data.negatives_file import write_header
 from farnear.data.shard_store import ShardStore
-from farnear.data.workers import Preprocess
 from farnear.files import published, remove_drafts, replace_text
 from farnear.mining_section import MiningConfig
 from farnear.parallel.strategy import Strategy
 from farnear.parallel.world import World, on_main_rank
 from farnear.retrieve.embeddings import encode_all
+from farnear.retrieve.inference import Inference
 from farnear.retrieve.mining_block import BINS, FILTERS, BlockMiner, ScorePairs
 from farnear.retrieve.mining_page import write_examples
 
@@ -60,54 +59,31 @@ class Mined:
 
 
 def mine(
-    strategy: Strategy,
-    world: World,
+    by: Inference,
     index: Index,
     store: ShardStore,
-    preprocess: Preprocess,
-    page_tokens: PageTokens,
     mining: MiningConfig,
     folder: Path,
     facts: Mapping[str, Any],
     *,
     seed: int,
-    batch_size: int,
-    num_workers: int,
     score_pairs: ScorePairs | None = None,
     reranker_facts: Mapping[str, Any] | None = None,
-    between: Callable[[], None] = lambda: None,
-    moved: Callable[[], None] = lambda: None,
 ) -> Mined:
-    """Mine negatives of all pairs of an index into a folder. A collective; leaves the strategy in training mode.
+    """Mine negatives of all pairs of an index into a folder. A collective; leaves a strategy in training mode.
 
     Args:
         facts: What the embeddings are of: the model and a fingerprint of its weights above all.
         seed: Of sampling_strategy random.
-        batch_size: Inputs that go through the model at once on one rank.
-        num_workers: Worker processes a rank that prepare them.
         score_pairs: The reranker of ``mining.reranker``, whose weights ``reranker_facts`` tell.
-        between: Called before every batch and every block, equally often on every rank.
-        moved: Called as a rank's search goes on.
 
     Raises:
         UserError: The folder cannot be written, or FAISS is asked for and not there.
         RunStoppedError: On every rank, when an embedding is not finite.
     """
-    seconds = {}
+    world, seconds = by.world, {}
     started = perf_counter()
-    embeddings = encode_all(
-        strategy,
-        world,
-        index,
-        store,
-        preprocess,
-        page_tokens,
-        folder / "embeddings",
-        facts,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        between=between,
-    )
+    embeddings = encode_all(by, index, store, folder / "embeddings", facts)
     seconds["encode"] = perf_counter() - started
     started = perf_counter()
     told = {**facts, "fingerprint": index.fingerprint, "mining": mining.model_dump(), "seed": seed}
@@ -116,9 +92,9 @@ def mine(
     blocks = _blocks(len(index))
     parts = folder / "parts"
     absent: list[int] = on_main_rank(world, lambda: _absent(parts, told, len(blocks)))
-    miner = BlockMiner(index, embeddings, mining, seed, world, score_pairs, moved)
+    miner = BlockMiner(index, embeddings, mining, seed, world, score_pairs, by.moved)
     for first in range(0, len(absent), world.world_size):
-        between()
+        by.between()
         of_round = absent[first : first + world.world_size]
         number = of_round[world.rank] if world.rank < len(of_round) else None
         pairs = blocks[number] if number is not None else blocks[0][:0]

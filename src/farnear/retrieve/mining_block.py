@@ -166,21 +166,27 @@ class BlockMiner:
         if score_pairs is None:
             return None, positive.similarity
         query_row_n = self._index.query_N[pairs]
-        owner = np.repeat(np.arange(len(pairs)), np.diff(positive.start_n1))
-        positive_teacher = score_pairs(query_row_n[owner], positive.rows)
-        bound_n = np.full(len(pairs), np.inf, np.float32)
-        if mining.reranker_margin is not None:
-            bound_n = positive.least(positive_teacher) - mining.reranker_margin
         teacher_nk = np.full(page_nk.shape, np.nan, np.float32)
         left_n = passes_nk.sum(axis=1)
         looked_n, found_n = np.zeros_like(left_n), np.zeros_like(left_n)
+        # The positives come with the first turn.
+        of_positive = np.repeat(np.arange(len(pairs)), np.diff(positive.start_n1))
+        positive_teacher, bound_n = np.zeros(0, np.float32), np.zeros(len(pairs), np.float32)
+        owner_p, row_p = of_positive, positive.rows
         while True:
             wanted_n = np.minimum(mining.num_negatives - found_n, left_n - looked_n).clip(min=0)
-            if agree_on_max([int(wanted_n.sum())], self._world.device)[0] == 0:
+            if agree_on_max([len(row_p) + int(wanted_n.sum())], self._world.device)[0] == 0:
                 break
             owner = np.repeat(np.arange(len(pairs)), wanted_n)
             column = order_nk[owner, ranges(looked_n, wanted_n)]
-            scores = score_pairs(query_row_n[owner], self._row_P[page_nk[owner, column]])
+            rows = np.concatenate([row_p, self._row_P[page_nk[owner, column]]])
+            scores = score_pairs(query_row_n[np.concatenate([owner_p, owner])], rows)
+            if len(row_p):
+                positive_teacher, scores = scores[: len(row_p)], scores[len(row_p) :]
+                bound_n = np.full(len(pairs), np.inf, np.float32)
+                if mining.reranker_margin is not None:
+                    bound_n = positive.least(positive_teacher) - mining.reranker_margin
+                owner_p, row_p = owner_p[:0], row_p[:0]
             teacher_nk[owner, column] = scores
             found_n += np.bincount(owner[scores <= bound_n[owner]], minlength=len(pairs))
             looked_n += wanted_n

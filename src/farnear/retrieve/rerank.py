@@ -10,8 +10,8 @@ sentence-transformers' InformationRetrievalEvaluator does.
 Shapes: Q queries, k candidates of each, n pairs.
 """
 
-from collections.abc import Callable, Generator
 from contextlib import closing
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -23,53 +23,37 @@ from farnear.data.index import Index, modality_name
 from farnear.data.list_dealing import pair_job
 from farnear.data.read import InputReader
 from farnear.data.shard_store import ShardStore
-from farnear.data.workers import Preprocess, Workers
+from farnear.data.workers import Workers
 from farnear.errors import RunStoppedError
 from farnear.model.embedder import to_device
-from farnear.model.pairs import PairPicker, image_features_of_job
+from farnear.model.pairs import image_features_of_job
 from farnear.model.reranker import images_apart
 from farnear.parallel.collectives import agree_on_max, exchange_ints, gather_together
-from farnear.parallel.strategy import Strategy
-from farnear.parallel.world import World
 from farnear.retrieve.evaluate import RetrievalTask
+from farnear.retrieve.inference import Inference
 
 Int64 = npt.NDArray[np.int64]
+Float32 = npt.NDArray[np.float32]
 
 NO_CANDIDATE = -1
 
 
 @torch.no_grad()
-def score_pairs(
-    strategy: Strategy,
-    world: World,
-    index: Index,
-    store: ShardStore,
-    preprocess: Preprocess,
-    query_n: Int64,
-    document_n: Int64,
-    *,
-    batch_size: int,
-    num_workers: int,
-    pick: PairPicker | None,
-    between: Callable[[], None] = lambda: None,
-) -> Tensor:
-    """Raw scores of pairs of input rows, the same on every rank. A collective.
+def score_pairs(by: Inference, index: Index, store: ShardStore, query_n: Int64, document_n: Int64) -> Float32:
+    """Raw scores of pairs of input rows, by all ranks together. A collective.
 
     Args:
         query_n, document_n: Input rows of the index; the same on every rank.
-        batch_size: Pairs that go through the model at once on one rank.
-        num_workers: Worker processes that read, decode and preprocess.
-        pick: Makes features of pairs anew, where pages can be seen apart from their pairs.
-        between: Called before every batch, equally often on every rank, so that it may be a collective.
 
     Returns:
-        float32 [n] on the CPU.
+        float32 [n], the same on every rank.
 
     Raises:
         RunStoppedError: On every rank, when a score is not finite.
     """
+    world = by.world
     kind_n = index.input_modality_I[query_n] | index.input_modality_I[document_n]
-    parts, places = [torch.zeros(0, device=world.device)], [torch.zeros(0, dtype=torch.int64, device=world.device)]
+    parts, places = [np.zeros(0, np.float32)], [np.zeros(0, np.int64)]
     for kind in np.unique(kind_n):
         of_kind = np.flatnonzero(kind_n == kind)
         # Entries of one page beside each other: it is read, and seen, once for all of them in a batch.
@@ -77,29 +61,32 @@ def score_pairs(
         own = np.array_split(of_kind, world.world_size)[world.rank]
         # A rank without a share still takes part in collective forwards; what it scores is cut off again.
         share = own if len(own) else of_kind[:1]
-        batches = -(-len(share) // batch_size)
-        turns = agree_on_max([batches], world.device)[0]
-        features: dict[str, Any] = {}
-        loaded = _pair_features(index, store, preprocess, query_n[share], document_n[share], batch_size, num_workers)
-        for number, features in enumerate(loaded):
-            between()
-            score = _score(strategy, world, features, pick)
-            part = share[number * batch_size : (number + 1) * batch_size][: len(own)]
-            parts.append(score[: len(part)])
-            places.append(torch.from_numpy(part).to(world.device))
-        for _ in range(turns - batches):
-            between()
-            if strategy.forward_is_collective:
-                _score(strategy, world, features, pick)
-    score_n, place_n = torch.cat(parts), torch.cat(places)
-    rows_W = [(rows, rows) for (rows,) in exchange_ints([len(score_n)], world.device)]
-    score_N, place_N = gather_together([score_n, place_n], rows_W)
-    if bad := int((~score_N.isfinite()).sum()):
-        raise RunStoppedError(
-            f"{bad} of {len(score_N)} scores are not finite, so nothing can be ranked: the weights have gone wrong; "
-            "lower training.learning_rate and continue from the checkpoint before"
-        )
-    return score_N[place_N.argsort()].cpu()
+        parts.append(_score_in_turns(by, index, store, query_n[share], document_n[share])[: len(own)])
+        places.append(own)
+    own_n = [torch.from_numpy(np.concatenate(columns)).to(world.device) for columns in (parts, places)]
+    rows_W = [(rows, rows) for (rows,) in exchange_ints([len(own_n[0])], world.device)]
+    score_N, place_N = gather_together(own_n, rows_W)
+    score_n: Float32 = score_N[place_N.argsort()].cpu().numpy()
+    _refuse_not_finite(_not_finite(score_n), len(score_n))
+    return score_n
+
+
+@torch.no_grad()
+def score_own_pairs(by: Inference, index: Index, store: ShardStore, query_n: Int64, document_n: Int64) -> Float32:
+    """Raw scores of pairs that are this rank's alone, by a model that each rank has whole. A collective all the same.
+
+    Raises:
+        RunStoppedError: On every rank, when a score of any is not finite.
+    """
+    assert not by.model.forward_is_collective
+    kind_n = index.input_modality_I[query_n] | index.input_modality_I[document_n]
+    # Pages beside each other within a kind, and kinds one after the other.
+    order = np.lexsort([document_n, kind_n])
+    score_n = np.empty(len(order), np.float32)
+    score_n[order] = _score_in_turns(by, index, store, query_n[order], document_n[order])
+    told_W = exchange_ints([_not_finite(score_n), len(order)], by.world.device)
+    _refuse_not_finite(sum(bad for bad, _ in told_W), sum(count for _, count in told_W))
+    return score_n
 
 
 def given_candidates(task: RetrievalTask, k: int) -> Int64:
@@ -122,14 +109,18 @@ def given_candidates(task: RetrievalTask, k: int) -> Int64:
     return candidate_Qk
 
 
-def pairs_of(task: RetrievalTask, candidate_Qk: Int64) -> tuple[Int64, Int64]:
-    """Input rows of query and page of each candidate, query after query."""
-    query_Q = task.index.query_N[task.query_pair_Q]
+def pairs_of(task: RetrievalTask, candidate_Qk: Int64, queries: slice = slice(None)) -> tuple[Int64, Int64]:
+    """Input rows of query and page of each candidate, query after query.
+
+    Args:
+        queries: Of the task, whose candidates they are.
+    """
+    query_Q = task.index.query_N[task.query_pair_Q[queries]]
     is_one_Qk = candidate_Qk != NO_CANDIDATE
     return np.repeat(query_Q, is_one_Qk.sum(axis=1)), task.page_row_P[candidate_Qk[is_one_Qk]]
 
 
-def reranked(candidate_Qk: Int64, score_n: npt.NDArray[np.float32]) -> Int64:
+def reranked(candidate_Qk: Int64, score_n: Float32) -> Int64:
     """Candidates by falling score, equal ones by the lower page, and the places without one last. int64 [Q, k].
 
     Args:
@@ -144,37 +135,51 @@ def reranked(candidate_Qk: Int64, score_n: npt.NDArray[np.float32]) -> Int64:
     return np.take_along_axis(candidate_Qk, np.take_along_axis(by_page_Qk, ordered_Qk, axis=1), axis=1)
 
 
-def _score(strategy: Strategy, world: World, features: dict[str, Any], pick: PairPicker | None) -> Tensor:
+def _score_in_turns(by: Inference, index: Index, store: ShardStore, query_n: Int64, document_n: Int64) -> Float32:
+    """Scores of this rank's pairs, in batches of one kind. Ranks take equally many turns, idle where a rank is done."""
+    kind_n = index.input_modality_I[query_n] | index.input_modality_I[document_n]
+    starts = np.append(np.flatnonzero(np.diff(kind_n, prepend=0)), len(kind_n))
+    jobs = [
+        pair_job(modality_name(int(kind_n[first])), query_n[part], document_n[part], needed=True)
+        for first, last in pairwise(starts.tolist())
+        for part in (slice(start, min(start + by.batch_size, last)) for start in range(first, last, by.batch_size))
+    ]
+    turns = agree_on_max([len(jobs)], by.world.device)[0]
+    parts = [torch.zeros(0)]
+    features: dict[str, Any] = {}
+    workers = Workers(InputReader(index, store), by.preprocess, min(by.num_workers, len(jobs)), 2, False)
+    with closing(workers.run(iter(jobs))) as results:
+        for features, _ in results:
+            by.between()
+            parts.append(_score(by, features).cpu())
+    for _ in range(turns - len(jobs)):
+        by.between()
+        if by.model.forward_is_collective:
+            _score(by, features)
+    score_n: Float32 = torch.cat(parts).numpy()
+    return score_n
+
+
+def _score(by: Inference, features: dict[str, Any]) -> Tensor:
     """Scores of one batch's pairs; each of its pages is seen once where the model can be run in two halves."""
-    on_device = to_device(features, world.device)
-    if pick is not None and "image_of_occurrence" in features:
-        images = images_apart(strategy.forward(image_features_of_job(on_device)), features["distinct_grid_thw"])
-        picked, occurrences = pick([features], [(0, pair) for pair in range(len(features["input_ids"]))])
-        on_device = to_device(picked, world.device)
+    device = by.world.device
+    on_device = to_device(features, device)
+    if by.pick is not None and "image_of_occurrence" in features:
+        images = images_apart(by.forward(image_features_of_job(on_device)), features["distinct_grid_thw"])
+        picked, occurrences = by.pick([features], [(0, pair) for pair in range(len(features["input_ids"]))])
+        on_device = to_device(picked, device)
         on_device["image_features"] = tuple(images[image] for _, image in occurrences)
-    score_n: Tensor = strategy.forward(on_device)
+    score_n: Tensor = by.forward(on_device)
     return score_n.float()
 
 
-def _pair_features(
-    index: Index,
-    store: ShardStore,
-    preprocess: Preprocess,
-    query_n: Int64,
-    document_n: Int64,
-    batch_size: int,
-    num_workers: int,
-) -> Generator[dict[str, Any], None, None]:
-    """The features of pairs of one kind, batch after batch.
+def _not_finite(score_n: Float32) -> int:
+    return int((~np.isfinite(score_n)).sum())
 
-    Raises ``UserError`` for an input that cannot be used, for there is no ranking without it.
-    """
-    jobs = []
-    for start in range(0, len(query_n), batch_size):
-        part = slice(start, start + batch_size)
-        kind = index.input_modality_I[query_n[start]] | index.input_modality_I[document_n[start]]
-        jobs.append(pair_job(modality_name(int(kind)), query_n[part], document_n[part], needed=True))
-    workers = Workers(InputReader(index, store), preprocess, min(num_workers, len(jobs)), 2, False)
-    with closing(workers.run(iter(jobs))) as results:
-        for features, _ in results:
-            yield features
+
+def _refuse_not_finite(bad: int, count: int) -> None:
+    if bad:
+        raise RunStoppedError(
+            f"{bad} of {count} scores are not finite, so nothing can be ranked: the weights have gone wrong; lower "
+            "training.learning_rate and continue from the checkpoint before"
+        )

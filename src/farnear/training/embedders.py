@@ -20,10 +20,10 @@ from farnear.parallel.world import World
 from farnear.retrieve.evaluate import RetrievalTask, evaluate
 from farnear.training.checkpoint import Progress
 from farnear.training.choices import Choices
-from farnear.training.engine import BuiltModel, build_step
+from farnear.training.engine import BuiltModel, build_step, inference_of
 from farnear.training.kind import Evaluated, Gradient, Outcome, Setting
 from farnear.training.scale import LearnedScale
-from farnear.training.shards import RunData, refuse_unsupported
+from farnear.training.shards import RunData, kinds_held, refuse_unsupported
 from farnear.training.step import StepFigures
 from farnear.training.watch import Watch
 
@@ -54,8 +54,11 @@ class EmbedderKind:
 
     def refuse(self, model: SentenceTransformer, data: RunData) -> None:
         """See `Kind`."""
-        refuse_unsupported(model, self._config, data)
+        refuse_unsupported(model, self._config.model.name_or_path, kinds_held(data))
         measured_dims(self._config, embedding_dimension(model))
+
+    def prepare(self, data: RunData, setting: Setting) -> None:
+        """See `Kind`: an embedder needs nothing beside itself."""
 
     def step(
         self,
@@ -94,18 +97,16 @@ class EmbedderKind:
     def evaluate(self, task: RetrievalTask, built: BuiltModel, setting: Setting) -> Evaluated:
         """See `Kind`: the measures by Matryoshka dimension, the full one decides."""
         dims = measured_dims(self._config, embedding_dimension(built.model))
-        measures = evaluate(
-            task,
+        by = inference_of(
+            self._config,
             built.strategy,
-            setting.world,
+            built.model,
             built.preprocess,
-            page_tokens(built.model),
-            dims,
-            batch_size=self._config.evaluation.per_device_eval_batch_size,
-            num_workers=self._config.data.dataloader_num_workers,
+            setting.world,
             between=setting.between,
             moved=setting.moved,
         )
+        measures = evaluate(task, by, dims)
         figures = "  ".join(f"{dim}: {of_dim['ndcg@10']:.4f}" for dim, of_dim in measures.items())
         return Evaluated(measures, str(dims[0]), f"by dim  {figures}")
 

@@ -14,10 +14,12 @@ from farnear.loss.own import OwnLoss
 from farnear.model.attention_choice import check_attention
 from farnear.model.features import FeatureMerger
 from farnear.model.frozen import FrozenOutputs, has_dropout
+from farnear.model.pairs import PairPicker
 from farnear.model.pixels import page_tokens
 from farnear.model.trainable import checkpoint_activations, choose_trainable, frozen_hash, store_frozen_in
-from farnear.parallel.strategy import Strategy, build_strategy
+from farnear.parallel.strategy import Forward, Strategy, build_strategy
 from farnear.parallel.world import World, on_main_rank
+from farnear.retrieve.inference import Inference, nothing
 from farnear.sections import TrainingConfig
 from farnear.training.cache import CachedStep
 from farnear.training.checkpoint import Progress
@@ -81,6 +83,28 @@ def build_model(
     frozen = FrozenOutputs(module)
     strategy = build_strategy(config, module, make_optimizer(module, training), world)
     return BuiltModel(model, preprocess, strategy, frozen, shapes, hash_of_frozen)
+
+
+def inference_of(
+    config: RunConfig,
+    forward: Forward,
+    model: Any,
+    preprocess: Any,
+    world: World,
+    *,
+    pick: PairPicker | None = None,
+    between: Callable[[], None] = nothing,
+    moved: Callable[[], None] = nothing,
+) -> Inference:
+    """A model as it embeds or scores, in the run file's batches.
+
+    Args:
+        forward: The strategy that trains the model, or what only computes with it.
+        model, preprocess: As `BuiltModel` has them.
+        pick, between, moved: As in `Inference`.
+    """
+    batch_size, num_workers = config.evaluation.per_device_eval_batch_size, config.data.dataloader_num_workers
+    return Inference(forward, world, preprocess, page_tokens(model), batch_size, num_workers, pick, between, moved)
 
 
 def build_step(

@@ -48,7 +48,7 @@ from farnear.training.embedders import EmbedderKind, measured_dims
 from farnear.training.engine import build_model, build_step
 from farnear.training.plain_gradient import Probe, plain_gradient
 from farnear.training.resume import first_progress
-from farnear.training.shards import RunData, refuse_unsupported
+from farnear.training.shards import RunData, kinds_held, refuse_unsupported
 from farnear.training.step import NonFiniteLossError, StepFigures
 from farnear.training.watch import Watch
 
@@ -133,7 +133,7 @@ def check_gradient(config: RunConfig, data: RunData, world: World, plans: Path) 
             "to train by; look at the loss, the frozen parts and the weights of the model"
         )
     built = build_model(config, EmbedderKind(config), world, lambda module, _: _sgd(module, training))
-    refuse_unsupported(built.model, config, data)
+    refuse_unsupported(built.model, config.model.name_or_path, kinds_held(data))
     measured_dims(config, embedding_dimension(built.model))
     step, _ = build_step(config, data, built, own_loss, first_progress(config, data, None), world, Watch())
     about = (config, data, world, plans, built.model, built.preprocess)

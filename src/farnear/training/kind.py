@@ -91,6 +91,13 @@ class Kind(Protocol):
     def refuse(self, model: Any, data: RunData) -> None:
         """Raise UserError for shards or settings that do not fit the model."""
 
+    def prepare(self, data: RunData, setting: Setting) -> None:
+        """Compute once what evaluations need beside the model. A collective.
+
+        Raises:
+            UserError: Another model that the run file names cannot be loaded, or does not take the shards' inputs.
+        """
+
     def step(
         self,
         built: Any,

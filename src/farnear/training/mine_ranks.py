@@ -7,26 +7,27 @@ copy. With ZeRO-1 and 2 the weights are whole on every rank anyway, so they are 
 import json
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from farnear.config import RunConfig
-from farnear.errors import RunInterruptedError, UserError
+from farnear.errors import RunInterruptedError
 from farnear.files import replace_text
 from farnear.mining_section import strategy_of_mining
 from farnear.model.load import embedding_dimension
-from farnear.model.pixels import page_tokens
 from farnear.parallel.world import World, on_main_rank, start_world, stop_world
 from farnear.retrieve.mine import Mined, mine, weights_fingerprint
-from farnear.retrieve.mining_block import ScorePairs
+from farnear.retrieve.rerank import score_own_pairs
 from farnear.run_folder import RunFolder, claimed
 from farnear.sections import LossConfig
 from farnear.signals import Signals
+from farnear.training.beside import reranker_beside
 from farnear.training.embedders import EmbedderKind
-from farnear.training.engine import build_model
+from farnear.training.engine import build_model, inference_of
 from farnear.training.guard import Guard, StopAskedError
 from farnear.training.opening import prepare_workers
-from farnear.training.shards import open_data, refuse_unsupported
+from farnear.training.shards import kinds_held, open_data, refuse_unsupported
 from farnear.wording import counted
 
 
@@ -78,16 +79,13 @@ def summary(mined: Mined) -> str:
 
 
 def _mine(config: RunConfig, world: World, folder: Path, between: Callable[[], None]) -> Mined:
-    if config.mining.reranker is not None:
-        raise UserError(
-            f"mining.reranker names {config.mining.reranker}, which farnear mine cannot score with yet; take it out"
-        )
     if config.data.dataloader_num_workers:
         prepare_workers()
     data = open_data(config.data, config.evaluation, world)
     between()
     built = build_model(config, EmbedderKind(config), world)
-    refuse_unsupported(built.model, config, data)
+    kinds = kinds_held(data)
+    refuse_unsupported(built.model, config.model.name_or_path, kinds)
     facts: dict[str, Any] = {
         "model": config.model.name_or_path,
         "weights": weights_fingerprint(built.strategy, world, built.frozen_hash),
@@ -97,20 +95,11 @@ def _mine(config: RunConfig, world: World, folder: Path, between: Callable[[], N
         "max_pixels": config.model.max_pixels,
         "min_pixels": config.model.min_pixels,
     }
-    score_pairs: ScorePairs | None = None
-    return mine(
-        built.strategy,
-        world,
-        data.train,
-        data.store,
-        built.preprocess,
-        page_tokens(built.model),
-        config.mining,
-        folder,
-        facts,
-        seed=config.seed,
-        batch_size=config.evaluation.per_device_eval_batch_size,
-        num_workers=config.data.dataloader_num_workers,
-        score_pairs=score_pairs,
-        between=between,
-    )
+    by = inference_of(config, built.strategy, built.model, built.preprocess, world, between=between)
+    with ExitStack() as stack:
+        judge: dict[str, Any] = {}
+        if (name := config.mining.reranker) is not None:
+            teacher, weights = stack.enter_context(reranker_beside(config, name, kinds, world, between=between))
+            judge["score_pairs"] = partial(score_own_pairs, teacher, data.train, data.store)
+            judge["reranker_facts"] = {"name": name, "weights": weights}
+        return mine(by, data.train, data.store, config.mining, folder, facts, seed=config.seed, **judge)

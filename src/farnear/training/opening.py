@@ -37,7 +37,7 @@ from farnear.training.choices import Choices
 from farnear.training.embedders import EmbedderKind
 from farnear.training.engine import BuiltModel, build_model
 from farnear.training.guard import Guard
-from farnear.training.kind import Gradient, Kind
+from farnear.training.kind import Gradient, Kind, Setting
 from farnear.training.metrics import cut_after
 from farnear.training.rerankers import RerankerKind
 from farnear.training.restoring import load_state
@@ -135,6 +135,8 @@ def open_run(
         if world.is_main:
             tell_of_other_ranks(checkpoint, config, world)
     kind.refuse(built.model, data)
+    begin("first stage")
+    kind.prepare(data, Setting(world, folder.path, guard.stop_if_asked, lambda: watch.at("first stage: search")))
     if checkpoint is not None:
         progress = with_best_that_compares(progress, config, data, folder, resume, world)
     begin("run folder")

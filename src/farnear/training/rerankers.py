@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from time import perf_counter
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,27 +16,24 @@ from farnear.model.export import export_model
 from farnear.model.load_reranker import load_reranker
 from farnear.model.pairs import PairPicker, PairPreprocessing
 from farnear.model.pixels import page_tokens
-from farnear.model.reranker import Reranker, same_scores_shared, shares_images
-from farnear.parallel.collectives import exchange_ints
-from farnear.parallel.world import World, on_main_rank
+from farnear.model.reranker import Reranker, shares_images
+from farnear.parallel.world import World
 from farnear.reranker_section import DISTILLATIONS, RerankerConfig
 from farnear.retrieve.evaluate import RetrievalTask
-from farnear.retrieve.measure import measure
-from farnear.retrieve.rerank import given_candidates, pairs_of, reranked, score_pairs
+from farnear.retrieve.two_stage import FirstStage, found_by, given, rerank
+from farnear.training.beside import embedder_beside
 from farnear.training.checkpoint import Progress
 from farnear.training.choices import Choices
-from farnear.training.engine import BuiltModel, casts_kept
+from farnear.training.engine import BuiltModel, casts_kept, inference_of
 from farnear.training.kind import Evaluated, Gradient, Setting
+from farnear.training.pages_once import settle_pages_once
 from farnear.training.rerank_step import RerankStep
 from farnear.training.scale import LearnedScale
-from farnear.training.shards import RunData, kinds_held, refuse_unsupported
+from farnear.training.shards import RunData, kinds_held, kinds_of, refuse_unsupported
 from farnear.training.watch import Watch
 
 ONE_SCORE = "1"
 """A pair's score is one number: where an embedder's measures stand by dimension, a reranker's stand here."""
-# In half precision scores from shared features are rounded otherwise than those from pixels.
-_SAME_IN_HALF = 3e-2
-_SEEN_APART = {"text", "image", "image+text"}
 
 
 class RerankerKind:
@@ -46,6 +43,7 @@ class RerankerKind:
         self._config = config
         self._reranker = reranker
         self._pick: PairPicker | None = None
+        self._found: dict[str, FirstStage] = {}
 
     def load(self, *, dtype: torch.dtype, with_weights: bool) -> CrossEncoder:
         """See `Kind`."""
@@ -67,7 +65,7 @@ class RerankerKind:
 
     def refuse(self, model: CrossEncoder, data: RunData) -> None:
         """See `Kind`."""
-        refuse_unsupported(model, self._config, data)
+        refuse_unsupported(model, self._config.model.name_or_path, kinds_held(data))
         hard = 0 if self._config.data.num_negatives == 0 else len(data.negatives.rows)
         if not hard and not self._reranker.num_negatives:
             raise UserError(
@@ -80,6 +78,16 @@ class RerankerKind:
                 "let `farnear mine` write them (mining.reranker), or set another loss"
             )
 
+    def prepare(self, data: RunData, setting: Setting) -> None:
+        """See `Kind`: the candidates that the embedder of evaluation.embedder finds, which stay the same."""
+        name, k = self._config.evaluation.embedder, self._config.evaluation.rerank_k
+        tasks = [data.whole, data.sample if self._config.evaluation.eval_steps is not None else None]
+        if name is None or data.whole is None:
+            return
+        how = {"between": setting.between, "moved": setting.moved}
+        with embedder_beside(self._config, name, kinds_of(data.whole.index), setting.world, **how) as embedder:
+            self._found = {task.fingerprint: found_by(embedder, task, k) for task in tasks if task is not None}
+
     def step(
         self,
         built: BuiltModel,
@@ -91,9 +99,15 @@ class RerankerKind:
     ) -> tuple[Gradient, Choices]:
         """See `Kind`."""
         training = self._config.training
-        if self._pick is not None and not self._seen_apart(built, data, world):
-            self._pick = None
-        built.preprocess.shares_images = self._pick is not None
+        built.strategy.train(False)
+        self._pick = settle_pages_once(
+            built.strategy.forward,
+            built.preprocess,
+            self._pick,
+            kinds_held(data),
+            world,
+            half_precision=training.precision != "fp32",
+        )
         built.strategy.train(True)
         num_tokens = {side: tokens for side, tokens in training.mini_batch_num_tokens_of.items() if tokens != "auto"}
         choices = Choices(num_tokens, float(training.keep_graphs), 1, 0)
@@ -108,23 +122,6 @@ class RerankerKind:
             watch,
         )
         return step.gradient, choices
-
-    def _seen_apart(self, built: BuiltModel, data: RunData, world: World) -> bool:
-        """Whether a page goes through the tower once for all its pairs: tried, and agreed on. A collective."""
-        if not kinds_held(data) <= _SEEN_APART:
-            return False
-        training = self._config.training
-        half = training.precision != "fp32"
-        assert self._pick is not None
-        built.strategy.train(False)
-        same = same_scores_shared(
-            built.strategy.forward,
-            built.preprocess,
-            self._pick,
-            world.device,
-            **({"tolerance": _SAME_IN_HALF} if half else {}),
-        )
-        return min(one for (one,) in exchange_ints([int(same)], world.device)) == 1
 
     def dealing(self, data: RunData, built: BuiltModel, choices: Choices, world: World) -> ListDealing:
         """See `Kind`."""
@@ -145,30 +142,24 @@ class RerankerKind:
     def evaluate(self, task: RetrievalTask, built: BuiltModel, setting: Setting) -> Evaluated:
         """See `Kind`: the measures of the reranked candidates."""
         evaluation = self._config.evaluation
-        candidate_Qk = on_main_rank(setting.world, lambda: given_candidates(task, evaluation.rerank_k))
-        query_n, document_n = pairs_of(task, candidate_Qk)
-        started = perf_counter()
-        built.strategy.train(False)
-        try:
-            score_n = score_pairs(
-                built.strategy,
-                setting.world,
-                task.index,
-                task.store,
-                built.preprocess,
-                query_n,
-                document_n,
-                batch_size=evaluation.per_device_eval_batch_size,
-                num_workers=self._config.data.dataloader_num_workers,
-                pick=self._pick,
-                between=setting.between,
-            )
-        finally:
-            built.strategy.train(True)
-        seconds = perf_counter() - started
-        measures = measure(reranked(candidate_Qk, score_n.numpy()), task.relevant)
-        more = {"pairs": len(score_n), "seconds_per_query": {"reranker": seconds / len(candidate_Qk)}}
-        return Evaluated({ONE_SCORE: measures}, ONE_SCORE, f"{measures['ndcg@10']:.4f}", more)
+        first = self._found.get(task.fingerprint) or given(task, evaluation.rerank_k)
+        by = inference_of(
+            self._config,
+            built.strategy,
+            built.model,
+            built.preprocess,
+            setting.world,
+            pick=self._pick,
+            between=setting.between,
+        )
+        second = rerank(task, first, by)
+        seconds = {"embedder": first.seconds_per_query, "reranker": second.seconds_per_query}
+        more: dict[str, Any] = {"rerank_k": evaluation.rerank_k, "pairs": second.pairs, "embedder": first.measures}
+        more["seconds_per_query"] = {stage: of_stage for stage, of_stage in seconds.items() if of_stage is not None}
+        text = f"{second.measures['ndcg@10']:.4f}"
+        if first.measures is not None:
+            text += f", by the embedder alone {first.measures['ndcg@10']:.4f}"
+        return Evaluated({ONE_SCORE: second.measures}, ONE_SCORE, text, more)
 
     def export(self, weights: Mapping[str, Tensor], folder: Path) -> None:
         """See `Kind`."""

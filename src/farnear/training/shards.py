@@ -4,12 +4,12 @@ What the scan could not use is told before the first step, and counted against `
 a shard to a broken copy must not learn so from its results.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from farnear.config import RunConfig
 from farnear.data.faults import fault_table, pairs_lost
 from farnear.data.index import Index, modality_name
 from farnear.data.index_cache import ShardSet, cache_folder, cached_index
@@ -91,17 +91,27 @@ def _negatives(data: DataConfig, index: Index, world: World) -> Negatives:
 def kinds_held(data: RunData) -> set[str]:
     """The kinds of inputs that the shards of training and evaluation hold, as `modality_name` calls them."""
     indexes = [data.train, *([data.whole.index] if data.whole else [])]
-    return {modality_name(int(bits)) for index in indexes for bits in np.unique(index.input_modality_I)}
+    return {kind for index in indexes for kind in kinds_of(index)}
 
 
-def refuse_unsupported(model: Any, config: RunConfig, data: RunData) -> None:
-    """Raise UserError for shards that hold what the model does not take, before its first batch would fail."""
-    for modality in sorted(kinds_held(data)):
-        # sentence-transformers' name: a word, or several sorted ones.
-        name = tuple(modality.split("+")) if "+" in modality else modality
-        if not model.supports(name):
+def kinds_of(index: Index) -> set[str]:
+    """The kinds of inputs that an index holds."""
+    return {modality_name(int(bits)) for bits in np.unique(index.input_modality_I)}
+
+
+def refuse_unsupported(model: Any, name: str, kinds: Collection[str]) -> None:
+    """Raise UserError for inputs that the model does not take, before its first batch would fail.
+
+    Args:
+        name: What the run file calls the model.
+        kinds: As `kinds_held` gives them.
+    """
+    for modality in sorted(kinds):
+        # sentence-transformers' word: one, or several sorted ones.
+        word = tuple(modality.split("+")) if "+" in modality else modality
+        if not model.supports(word):
             raise UserError(
-                f"the shards hold inputs of the kind {modality}, which model {config.model.name_or_path} does not "
+                f"the shards hold inputs of the kind {modality}, which model {name} does not "
                 f"take (modalities: {', '.join(map(str, model.modalities))}); take another model, or leave those "
                 "samples out"
             )

@@ -1,0 +1,89 @@
+"""A model beside the one in training, which is asked and not trained.
+
+A reranker judges what an embedder mines; an embedder finds the pages that a reranker is evaluated on. Every rank holds
+it whole, whatever the run's strategy, and only as long as it is needed. It computes in the run's precision and reads
+its inputs as its own folder says: prompts, instruction and pixels are those that it was exported with.
+"""
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from farnear.config import RunConfig
+from farnear.model.embedder import Embedder, Preprocessing
+from farnear.model.load import load_model
+from farnear.model.load_reranker import load_reranker
+from farnear.model.pairs import PairPicker, PairPreprocessing
+from farnear.model.reranker import Reranker, shares_images
+from farnear.model.trainable import frozen_hash
+from farnear.parallel.forward_only import ForwardOnly
+from farnear.parallel.world import World
+from farnear.reranker_section import RerankerConfig
+from farnear.retrieve.inference import Inference, nothing
+from farnear.sections import ModelConfig
+from farnear.training.engine import inference_of
+from farnear.training.pages_once import settle_pages_once
+from farnear.training.shards import refuse_unsupported
+
+
+def model_beside(config: RunConfig, name: str) -> ModelConfig:
+    """What is loaded of a model that the run file names in a word; all else is as its folder has it."""
+    model = config.model
+    return ModelConfig(
+        name_or_path=name, attn_implementation=model.attn_implementation, trust_remote_code=model.trust_remote_code
+    )
+
+
+@contextmanager
+def embedder_beside(
+    config: RunConfig,
+    name: str,
+    kinds: Collection[str],
+    world: World,
+    *,
+    between: Callable[[], None] = nothing,
+    moved: Callable[[], None] = nothing,
+) -> Iterator[Inference]:
+    """An embedder, held until the context ends.
+
+    Args:
+        kinds: Of the inputs that it is to embed.
+
+    Raises:
+        UserError: It cannot be loaded, or does not take such inputs.
+    """
+    model = load_model(model_beside(config, name), dtype=_stored_in(config))
+    refuse_unsupported(model, name, kinds)
+    preprocess = Preprocessing(model)
+    module = Embedder(model, bf16=config.training.precision == "bf16", fp16=config.training.fp16)
+    forward = ForwardOnly(module.to(world.device))
+    yield inference_of(config, forward, model, preprocess, world, between=between, moved=moved)
+
+
+@contextmanager
+def reranker_beside(
+    config: RunConfig, name: str, kinds: Collection[str], world: World, *, between: Callable[[], None] = nothing
+) -> Iterator[tuple[Inference, str]]:
+    """A cross-encoder, held until the context ends, and a fingerprint of its weights. A collective.
+
+    Args:
+        kinds: Of the inputs that it is to score.
+
+    Raises:
+        UserError: It cannot be loaded, or does not take such inputs.
+    """
+    model = load_reranker(model_beside(config, name), RerankerConfig(), dtype=_stored_in(config))
+    refuse_unsupported(model, name, kinds)
+    precision = config.training.precision
+    pick = PairPicker(model) if shares_images(model) else None
+    preprocess = PairPreprocessing(model, shares_images=pick is not None)
+    module = Reranker(model, bf16=precision == "bf16", fp16=precision == "fp16")
+    forward = ForwardOnly(module.to(world.device))
+    half = precision != "fp32"
+    pick = settle_pages_once(forward.forward, preprocess, pick, kinds, world, half_precision=half)
+    yield inference_of(config, forward, model, preprocess, world, pick=pick, between=between), frozen_hash(module)
+
+
+def _stored_in(config: RunConfig) -> torch.dtype:
+    return torch.bfloat16 if config.training.precision == "bf16" else torch.float32
