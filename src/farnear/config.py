@@ -224,6 +224,23 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
 
 
+def model_beside(config: RunConfig, name: str) -> ModelConfig:
+    """What is loaded of another model that the run file names in a word; all else is as its own folder has it."""
+    model = config.model
+    return ModelConfig(
+        name_or_path=name,
+        attn_implementation=model.attn_implementation,
+        allow_kernel_download=model.allow_kernel_download,
+        trust_remote_code=model.trust_remote_code,
+    )
+
+
+def models_named(config: RunConfig) -> list[ModelConfig]:
+    """The model that is trained, and those that are asked beside it."""
+    names = (config.evaluation.embedder, config.mining.reranker)
+    return [config.model, *(model_beside(config, name) for name in names if name is not None)]
+
+
 def known_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
     """Every dotted key of the run file, sections included."""
     for name, field in section.model_fields.items():

@@ -43,7 +43,7 @@ def _prefetch(arguments: argparse.Namespace) -> int:
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     from farnear.commands.index import tell_index
-    from farnear.config import load_config
+    from farnear.config import load_config, models_named
     from farnear.data.bring import ask_for_facts, refuse_more_than_the_cache_holds
     from farnear.data.index_cache import cache_folder, cached_index
     from farnear.data.prefetched import Known, add_known
@@ -55,9 +55,10 @@ def _prefetch(arguments: argparse.Namespace) -> int:
     if not sys.stderr.isatty():
         disable_progress_bars()
     config = load_config(arguments.run_file, arguments.overrides)
-    data, model = config.data, config.model
-    refuse_missing_folder(model.name_or_path)
-    on_hub, has_urls = not is_folder(model.name_or_path), names_remote_shards(data)
+    data, models = config.data, models_named(config)
+    for model in models:
+        refuse_missing_folder(model.name_or_path)
+    on_hub, has_urls = [model for model in models if not is_folder(model.name_or_path)], names_remote_shards(data)
     if has_urls and data.remote == "ranges":
         raise UserError(
             "data.remote: ranges reads every pair over the network and keeps no shard, so there is nothing to fetch "
@@ -80,10 +81,11 @@ def _prefetch(arguments: argparse.Namespace) -> int:
     facts = ask_for_facts(urls, store)
     refuse_more_than_the_cache_holds(list(facts.values()), byte_budget(data))
 
-    if on_hub:
-        _bring_model(model, look_up(model))
-    else:
-        print(f"model {model.name_or_path}: a folder, nothing to fetch", flush=True)
+    for model in models:
+        if model in on_hub:
+            _bring_model(model, look_up(model))
+        else:
+            print(f"model {model.name_or_path}: a folder, nothing to fetch", flush=True)
     store = replace(store, known=facts)
     _bring_shards(list(facts.values()), store)
     for name, shard_set in sets.items():

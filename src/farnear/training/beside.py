@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
-from farnear.config import RunConfig
+from farnear.config import RunConfig, model_beside
 from farnear.model.embedder import Embedder, Preprocessing
 from farnear.model.load import load_model
 from farnear.model.load_reranker import load_reranker
@@ -21,18 +21,9 @@ from farnear.parallel.forward_only import ForwardOnly
 from farnear.parallel.world import World
 from farnear.reranker_section import RerankerConfig
 from farnear.retrieve.inference import Inference, nothing
-from farnear.sections import ModelConfig
 from farnear.training.engine import inference_of
 from farnear.training.pages_once import settle_pages_once
 from farnear.training.shards import refuse_unsupported
-
-
-def model_beside(config: RunConfig, name: str) -> ModelConfig:
-    """What is loaded of a model that the run file names in a word; all else is as its folder has it."""
-    model = config.model
-    return ModelConfig(
-        name_or_path=name, attn_implementation=model.attn_implementation, trust_remote_code=model.trust_remote_code
-    )
 
 
 @contextmanager
