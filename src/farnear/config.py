@@ -190,7 +190,23 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         UserError: The file cannot be read, a key is unknown, or a value is out of range.
     """
-    path = Path(path)
+    tree = read_tree(Path(path))
+    if "stages" in tree:
+        raise UserError(
+            f"{path} has stages, which `farnear launch` runs one after the other; it writes a run file of each into "
+            "its output_dir: name one of these"
+        )
+    for override in overrides:
+        apply_override(tree, override)
+    return parse_config(tree, source=str(path))
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """The plain values of a run file, or of a flywheel file.
+
+    Raises:
+        UserError: It cannot be read, or holds no keys.
+    """
     try:
         tree = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -199,9 +215,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise UserError(f"run file {path} is not YAML: {error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"run file {path} holds no keys; it needs at least output_dir, model and data")
-    for override in overrides:
-        _apply_override(tree, override)
-    return parse_config(tree, source=str(path))
+    return tree
 
 
 def parse_config(tree: dict[str, Any], source: str = "the run's configuration") -> RunConfig:
@@ -249,7 +263,8 @@ def known_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterat
             yield from known_keys(part, f"{prefix}{name}.")
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set a dotted key to a value, which is read as YAML. Raises UserError where it is not that."""
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise UserError(f"'{override}' is not an override; write section.key=value, such as training.max_steps=100")

@@ -13,10 +13,12 @@ def add_launch(commands: "argparse._SubParsersAction[Parser]") -> None:
         help="train what a run file describes, on this machine",
         description="Check a run file, print the accelerate command that trains it, and run that command with as many "
         "processes as the machine has GPUs (or CPU cores, if it has none). On several machines run it on each, as "
-        "launch/node.sh does; `farnear submit` does it through SLURM.",
+        "launch/node.sh does; `farnear submit` does it through SLURM. A file with stages is run stage by stage: the "
+        "same command goes on where it stopped, and passes over what is done.",
         epilog="examples:\n"
         "  farnear launch run.yaml training.learning_rate=1e-5\n"
         "  farnear launch run.yaml --num_processes 4 --resume auto\n"
+        "  farnear launch flywheel.yaml\n"
         "  farnear launch run.yaml --num_machines 2 --machine_rank 1 --main_process_ip 10.0.0.1",
     )
     add_run_arguments(parser)
@@ -35,9 +37,12 @@ def add_launch(commands: "argparse._SubParsersAction[Parser]") -> None:
 
 
 def _launch(arguments: argparse.Namespace) -> int:
+    from farnear.flywheel_file import is_flywheel
     from farnear.launching.local import launch
     from farnear.launching.nodes import DEFAULT_PORT, Nodes
 
+    if is_flywheel(arguments.run_file):
+        return _launch_stages(arguments)
     nodes = Nodes(
         num_machines=arguments.num_machines,
         machine_rank=arguments.machine_rank,
@@ -51,5 +56,26 @@ def _launch(arguments: argparse.Namespace) -> int:
         config_file=arguments.config_file,
         num_processes=arguments.num_processes,
         nodes=nodes,
+        log_dir=arguments.log_dir,
+    )
+
+
+def _launch_stages(arguments: argparse.Namespace) -> int:
+    from farnear.errors import UserError
+    from farnear.launching.flywheel import launch_flywheel
+
+    if arguments.num_machines > 1:
+        raise UserError(
+            f"{arguments.run_file} has stages, which run on one machine; on several launch the run file of each stage "
+            "(NAME.yaml in output_dir) when those before it are done"
+        )
+    if arguments.config_file is not None:
+        raise UserError(
+            f"{arguments.run_file} has stages, each with the accelerate config of its strategy; drop --config_file"
+        )
+    return launch_flywheel(
+        arguments.run_file,
+        arguments.overrides,
+        num_processes=arguments.num_processes,
         log_dir=arguments.log_dir,
     )

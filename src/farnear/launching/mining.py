@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from farnear.config import RunConfig, load_config
-from farnear.data.index_cache import cache_folder, cached_index
-from farnear.data.run_shards import shard_sets, shard_store
 from farnear.errors import UserError
 from farnear.launching.hardware import read_hardware
 from farnear.launching.local import accelerate_command, python_command, ranks_of_machine, threads_of_a_rank
 from farnear.launching.nodes import Nodes
+from farnear.launching.run_data import fingerprints
 from farnear.launching.supervision import supervise
 from farnear.mining_section import strategy_of_mining
 from farnear.wording import counted
@@ -62,15 +61,12 @@ def mine(
 
 def inputs_of(config: RunConfig) -> str:
     """A digest of what decides which negatives are found."""
-    cache = cache_folder(config.data.cache_dir)
-    store = shard_store(config.data, cache)
-    train, _ = shard_sets(config.data, store.expand)
-    index = cached_index(train, cache, store)
+    without_eval = config.data.model_copy(update={"eval": (), "eval_corpus": ()})
     names = [name for name in (config.model.name_or_path, config.mining.reranker) if name is not None]
     decides = {
         "model": config.model.model_dump(mode="json"),
         "files": [_files_of(Path(name)) for name in names],
-        "index": index.fingerprint,
+        "shards": fingerprints(config.model_copy(update={"data": without_eval})),
         "mining": config.mining.model_dump(mode="json", exclude={"refresh_every"}),
         "seed": config.seed,
         "precision": [config.training.bf16, config.training.fp16, config.training.pure_bf16],

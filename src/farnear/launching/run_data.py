@@ -60,6 +60,18 @@ class RunData:
     faults: tuple[str, ...] = ()
 
 
+def fingerprints(config: RunConfig) -> dict[str, str]:
+    """Of what the run's shards hold, by what a person calls it. Scans those that are not scanned yet."""
+    cache = cache_folder(config.data.cache_dir)
+    store = shard_store(config.data, cache)
+    sets = zip(("data.train", "data.eval"), shard_sets(config.data, store.expand), strict=True)
+    return {
+        f"content of {name}": cached_index(shards, cache, store).fingerprint
+        for name, shards in sets
+        if shards is not None
+    }
+
+
 def run_data(config: RunConfig, page_tokens: PageTokens, most_page_tokens: int, pairs: int | None) -> RunData:
     """What is known of a run's pairs.
 

@@ -1,0 +1,172 @@
+"""The flywheel file: several trainings and minings in one YAML, each with the results of those before it.
+
+    output_dir: runs/flywheel
+    data: {train: train-*.tar, eval: eval-*.tar}            # whatever all stages share: keys of a run file
+    stages:
+      embedder:
+        train: {model: {name_or_path: Qwen/Qwen3-VL-Embedding-2B}}
+      negatives:
+        mine: {model: {name_or_path: "{embedder}"}}
+      reranker:
+        train:
+          model: {name_or_path: Qwen/Qwen3-VL-Reranker-2B}
+          data: {negatives: "{negatives}"}
+          reranker: {}
+          evaluation: {embedder: "{embedder}"}
+
+A stage is a training or a mining, and what stands below is a run file, put over what all share: sections key by key.
+``{NAME}`` as a whole value is what an earlier stage leaves: a training its export, a mining its negatives.jsonl
+(``{NAME.embeddings}``: the folder of its embeddings). So a stage can only need those before it, and the file reads as
+it runs, from top to bottom. Every stage has a folder of its name in output_dir, and its run file, complete, beside it.
+"""
+
+import copy
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from farnear.config import RunConfig, apply_override, parse_config, read_tree
+from farnear.errors import UserError
+
+Does = Literal["train", "mine"]
+
+_NAME = re.compile(r"[A-Za-z][\w-]*")
+_REFERENCE = re.compile(r"\{([A-Za-z][\w-]*)(?:\.(\w+))?\}")
+_LEAVES: Mapping[Does, Mapping[str | None, str]] = {
+    "train": {None: "export"},
+    "mine": {None: "negatives.jsonl", "embeddings": "embeddings"},
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A training or a mining.
+
+    Attributes:
+        folder: What it leaves is there.
+        config: Its run file.
+        tree: The same as it is written, references replaced.
+        needs: Names of the stages whose results it names.
+    """
+
+    name: str
+    does: Does
+    folder: Path
+    config: RunConfig
+    tree: Mapping[str, Any]
+    needs: tuple[str, ...]
+
+    @property
+    def run_file(self) -> Path:
+        """Where it is written to."""
+        return self.folder.parent / f"{self.name}.yaml"
+
+
+@dataclass(frozen=True)
+class Flywheel:
+    """All stages, in the order in which they run."""
+
+    folder: Path
+    stages: tuple[Stage, ...]
+
+
+def is_flywheel(path: Path) -> bool:
+    """Whether a file has stages. Raises UserError where it cannot be read."""
+    return "stages" in read_tree(path)
+
+
+def read_flywheel(path: Path, overrides: Sequence[str] = ()) -> Flywheel:
+    """Read a flywheel file, apply dotted overrides, and validate every stage.
+
+    Args:
+        overrides: `section.key=value` for all stages, `stages.NAME.train.section.key=value` for one.
+
+    Raises:
+        UserError: Naming the stage, and what is wrong in it.
+    """
+    tree = read_tree(path)
+    for override in overrides:
+        apply_override(tree, override)
+    stages = tree.pop("stages")
+    if not isinstance(stages, dict) or not stages:
+        raise UserError(f"{path}: stages holds none; write a name for each, and below it train or mine")
+    if not isinstance(tree.get("output_dir"), str):
+        raise UserError(f"{path}: output_dir is missing; every stage gets a folder of its name there")
+    folder = Path(tree["output_dir"])
+    read: dict[str, Stage] = {}
+    for name, body in stages.items():
+        read[name] = _stage(str(path), str(name), body, tree, folder, read, list(stages))
+    return Flywheel(folder, tuple(read.values()))
+
+
+def _stage(
+    source: str,
+    name: str,
+    body: Any,
+    shared: Mapping[str, Any],
+    folder: Path,
+    before: Mapping[str, Stage],
+    names: Sequence[str],
+) -> Stage:
+    where = f"{source}, stage {name}"
+    if not _NAME.fullmatch(name):
+        raise UserError(f"{where}: a name is a letter, then letters, digits, - and _, for it names a folder too")
+    kinds = get_args(Does)
+    if not isinstance(body, dict) or len(body) != 1 or next(iter(body)) not in kinds:
+        has = ", ".join(map(str, body)) if isinstance(body, dict) else repr(body)
+        raise UserError(f"{where}: holds {has or 'nothing'}; write one key, {' or '.join(kinds)}, and a run file below")
+    ((does, own),) = body.items()
+    if not isinstance(own, dict) and own is not None:
+        raise UserError(f"{where}: {does} is {own!r}; write the keys of a run file below it, or none")
+    if "output_dir" in (own or {}):
+        raise UserError(f"{where}: output_dir stands once, above the stages; take it out here")
+    needs: dict[str, None] = {}
+
+    def result(match: re.Match[str]) -> str:
+        other, part = match.groups()
+        if other not in before:
+            raise UserError(f"{where}: {match[0]} is {_why_none(other, name, names)}")
+        leaves = _LEAVES[before[other].does]
+        if part not in leaves:
+            have = " and ".join("{" + other + (f".{one}" if one else "") + "}" for one in leaves)
+            raise UserError(f"{where}: stage {other} leaves no {match[0]}; it leaves {have}")
+        needs[other] = None
+        return str(before[other].folder / leaves[part])
+
+    merged = _replaced(_merged(shared, own or {}), result)
+    merged["output_dir"] = str(folder / name)
+    config = parse_config(merged, source=where)
+    if does == "mine" and config.reranker is not None:
+        raise UserError(f"{where}: section reranker is a training's; the teacher of a mining is mining.reranker")
+    return Stage(name, does, folder / name, config, merged, tuple(needs))
+
+
+def _why_none(other: str, name: str, names: Sequence[str]) -> str:
+    if other == name:
+        return "this stage itself; name one above it"
+    if other in names:
+        return "a stage below this one; stages run from top to bottom, so move it up"
+    near = difflib.get_close_matches(other, names, 1)
+    return "no stage" + (f"; did you mean {{{near[0]}}}?" if near else f"; there are {', '.join(names)}")
+
+
+def _merged(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """A run file over what all stages share; sections key by key."""
+    merged = copy.deepcopy(dict(shared))
+    for key, value in own.items():
+        below = merged.get(key)
+        merged[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _replaced(value: Any, result: Any) -> Any:
+    """A tree in which every string that is a reference as a whole is what it refers to."""
+    if isinstance(value, dict):
+        return {key: _replaced(one, result) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_replaced(one, result) for one in value]
+    match = _REFERENCE.fullmatch(value) if isinstance(value, str) else None
+    return value if match is None else result(match)
