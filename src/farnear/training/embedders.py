@@ -23,7 +23,7 @@ from farnear.training.choices import Choices
 from farnear.training.engine import BuiltModel, build_step
 from farnear.training.kind import Evaluated, Gradient, Outcome, Setting
 from farnear.training.scale import LearnedScale
-from farnear.training.shards import RunData, refuse_unsupported
+from farnear.training.shards import RunData, refuse_unsupported, refuse_without_teacher
 from farnear.training.step import StepFigures
 from farnear.training.watch import Watch
 
@@ -56,6 +56,10 @@ class EmbedderKind:
         """See `Kind`."""
         refuse_unsupported(model, self._config, data)
         measured_dims(self._config, embedding_dimension(model))
+        if self._config.loss.distillation is not None:
+            refuse_without_teacher(
+                f"loss.distillation {self._config.loss.distillation}", data, self._config.data.num_negatives
+            )
 
     def step(
         self,

@@ -168,6 +168,7 @@ def train_step(parts: Parts, batch: RankBatch | ListBatch) -> dict[str, Any]:
         "step": batch.step + 1,
         "epoch": batch.epoch,
         "loss": figures.loss if math.isfinite(figures.loss) else None,
+        **_distillation(figures),
         "lr": learning_rate,
         "grad_norm": grad_norm,
         "left_out": left_out,
@@ -190,6 +191,14 @@ def train_step(parts: Parts, batch: RankBatch | ListBatch) -> dict[str, Any]:
         "peak_memory_bytes": peak_memory_bytes(parts.world.device),
         "seconds": {phase: round(value, 4) for phase, value in seconds.items()},
     }
+
+
+def _distillation(figures: StepFigures) -> dict[str, Any]:
+    """The term alone, where there is one."""
+    if figures.distillation is None:
+        return {}
+    finite = math.isfinite(figures.distillation)
+    return {"distillation": figures.distillation if finite else None, "distilled": figures.distilled}
 
 
 def _is_due(step: int, interval: int | None) -> bool:
