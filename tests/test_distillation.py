@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dense_loss import dense_distillation
+from dense_loss import dense_distillation, dense_loss
 from mined_shards import page_tokens, write_shards
 from pair_makers import one_thread  # noqa: F401
 from ranks import run_ranks
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import farnear
 from farnear.config import RunConfig
+from farnear.data.batch import RankBatch
 from farnear.data.dealing import SIDES, Dealing
 from farnear.data.document_names import DocumentNames, shard_names
 from farnear.data.negatives_file import read_negatives
@@ -34,6 +35,7 @@ from farnear.loss.false_negatives import BatchFacts
 from farnear.parallel.world import World, start_world, stop_world
 from farnear.sections import LossConfig
 from farnear.training.gradient_check import check_gradient
+from farnear.training.objective import Sizes, embedding_gradient, gathered_facts, taught_lists
 from farnear.training.run import train_in
 from farnear.training.shards import open_data
 
@@ -136,6 +138,61 @@ def test_nothing_to_learn_from_and_an_embedding_of_zeros_give_zeros_and_not_nan(
     q_bD[0] = k_pD[1] = 0.0
     mine = distillation_gradient(q_bD, k_pD, TaughtLists(owner_p, valid_p, teacher_p, 2), loss, weight=1.0, scale=20.0)
     assert all(x.isfinite().all() for x in vars(mine).values())
+
+
+@pytest.mark.parametrize("contrastive_weight", [0.0, 0.5])
+def test_both_terms_add_up(contrastive_weight: float) -> None:
+    pairs, owner_p = 6, np.array([*range(6), 0, 1, 1, 3, 5])
+    q_bD, k_pD, teacher_p = drawn(4, pairs, len(owner_p))
+    teacher_p[6] = float("nan")
+    # Pair 5 is quarantined, which its documents need not repeat.
+    valid_b, page_valid_p = np.arange(pairs) != 5, np.arange(len(owner_p)) != 8
+    row_b, row_p = np.arange(pairs), np.arange(len(owner_p))
+    batch = RankBatch(
+        step=0,
+        epoch=0,
+        pairs_b=row_b,
+        valid_b=valid_b,
+        query_hash_b=row_b,
+        page_hash_p=row_p,
+        owner_p=owner_p,
+        page_valid_p=page_valid_p,
+        teacher_p=teacher_p.numpy(),
+        answers_bm=row_b[:, None],
+        mini_batches=(),
+        quarantined=(),
+        seconds_waited=0.0,
+    )
+    loss = LossConfig(
+        distillation="margin_mse",
+        distillation_weight=0.7,
+        contrastive_weight=contrastive_weight,
+        learn_scale=True,
+        matryoshka_dims=(24, 8),
+    )
+    world = World(0, 1, torch.device("cpu"))
+    lists = int(taught_lists(batch, world.device).counts(loss).sum())
+    assert lists == 2  # of pairs 1 and 3
+    sizes = Sizes([pairs], [len(owner_p)], [1], [lists])
+    mine = embedding_gradient({"query": q_bD, "document": k_pD}, batch, sizes, loss, world, scale=8.0)
+
+    facts, _ = gathered_facts([k_pD], batch, sizes, world)
+    leaves = q_bD.double().requires_grad_(), k_pD.double().requires_grad_()
+    log_scale = torch.tensor(8.0, dtype=torch.float64).log().requires_grad_()
+    distilled = dense_distillation(*leaves, facts, teacher_p.double(), loss, log_scale.exp())
+    weight_b = torch.from_numpy(valid_b).double() / valid_b.sum()
+    contrastive = dense_loss(*leaves, facts, slice(0, pairs), weight_b, loss, log_scale.exp())
+    total = contrastive_weight * contrastive + 0.7 * distilled
+    total.backward()
+    assert mine.loss == pytest.approx(total.item(), rel=1e-5)
+    assert mine.distillation == pytest.approx(distilled.item(), rel=1e-5) and mine.lists == lists
+    assert log_scale.grad is not None
+    assert mine.dlog_scale == pytest.approx(log_scale.grad.item(), rel=1e-5)
+    for ours, leaf in ((mine.of_side["query"], leaves[0]), (mine.of_side["document"], leaves[1])):
+        assert leaf.grad is not None and leaf.grad.norm() > 1e-2
+        assert torch.linalg.vector_norm(ours - leaf.grad) <= 5e-6 * leaf.grad.norm()
+    without = embedding_gradient({"query": q_bD, "document": k_pD}, batch, sizes, LossConfig(), world, scale=8.0)
+    assert without.distillation is None
 
 
 def test_scores_go_with_the_documents_that_they_are_of(tmp_path: Path) -> None:
@@ -250,15 +307,6 @@ def test_a_run_learns_what_the_teacher_says(folder: Path, capsys: pytest.Capture
     assert last < 0.8 * first, "an epoch apart"
     assert all(step["loss"] == step["distillation"] and step["masked"] == 0 for step in steps)
     assert "1 of margin_mse, from a teacher's scores, scale 20, fixed" in capsys.readouterr().out
-
-
-def test_the_terms_of_a_step_add_up(folder: Path) -> None:
-    one_step = {"max_steps": 1}
-    farnear.train(taught(folder, "both", LEARNED, training=one_step))
-    farnear.train(taught(folder, "none", {"learn_scale": True}, training=one_step))
-    (both,), (none,) = metrics(folder, "both"), metrics(folder, "none")
-    assert both["loss"] == pytest.approx(none["loss"] + 5.0 * both["distillation"], rel=1e-6)
-    assert "distillation" not in none and "distilled" not in none
 
 
 def test_the_doctor_compares_it_too(folder: Path, tmp_path: Path) -> None:
