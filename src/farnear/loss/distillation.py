@@ -95,7 +95,7 @@ def distillation_gradient(
         _as_of_reranker(loss),
         num_lists=len(dims) * lists.pairs,
     ).view(len(dims), lists.pairs)
-    loss_b = q_bD.new_tensor(weights) @ loss_db
+    loss_b = (q_bD.new_tensor(weights)[:, None] * loss_db).sum(0)
     dq_bD, dk_pD, dscore_dp = torch.autograd.grad(weight * loss_b.sum(), (q_bD, k_pD, score_dp))
     return DistillationGradient(loss_b.detach(), dq_bD, dk_pD, (dscore_dp * score_dp.detach()).sum())
 

@@ -151,7 +151,7 @@ class CachedStep:
         groups = groups_of(batch.mini_batches)
         # Ranks have the same groups where it matters, and then they take the same number of turns in each.
         counts = [len(group) for group in groups] if self.strategy.forward_is_collective else []
-        # A list of a pair's own, from which the teacher's scores are learnt.
+        # The mean over lists with a teacher's scores is one of all ranks' lists: how many, all know before the loss.
         lists = int(taught_lists(batch, torch.device("cpu")).counts(self.loss).sum()) if self.loss.distillation else 0
         held = [len(batch.pairs_b), len(batch.page_hash_p), batch.answers_bm.shape[1], lists, len(batch.quarantined)]
         of_rank = exchange_ints(

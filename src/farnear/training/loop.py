@@ -168,7 +168,11 @@ def train_step(parts: Parts, batch: RankBatch | ListBatch) -> dict[str, Any]:
         "step": batch.step + 1,
         "epoch": batch.epoch,
         "loss": figures.loss if math.isfinite(figures.loss) else None,
-        **_distillation(figures),
+        **(
+            {"distillation": figures.distillation, "distilled": figures.distilled}
+            if figures.distillation is not None
+            else {}
+        ),
         "lr": learning_rate,
         "grad_norm": grad_norm,
         "left_out": left_out,
@@ -191,14 +195,6 @@ def train_step(parts: Parts, batch: RankBatch | ListBatch) -> dict[str, Any]:
         "peak_memory_bytes": peak_memory_bytes(parts.world.device),
         "seconds": {phase: round(value, 4) for phase, value in seconds.items()},
     }
-
-
-def _distillation(figures: StepFigures) -> dict[str, Any]:
-    """The term alone, where there is one."""
-    if figures.distillation is None:
-        return {}
-    finite = math.isfinite(figures.distillation)
-    return {"distillation": figures.distillation if finite else None, "distilled": figures.distilled}
 
 
 def _is_due(step: int, interval: int | None) -> bool:

@@ -37,7 +37,7 @@ _DIGIT = 2**16
 class Sizes:
     """What each rank holds of a step's batch, in rank order: pairs, documents, answers kept of a query.
 
-    ``lists_W`` are the lists that a teacher's scores are learnt from, without which none are.
+    ``lists_W`` are the lists with a teacher's scores that count; only distillation asks.
     """
 
     pairs_W: Sequence[int]
