@@ -1,8 +1,8 @@
-"""The contrastive objective from its definition, place by place and by autograd: the slow reference."""
+"""The contrastive objective and distillation from their definitions, by autograd: the slow reference."""
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import cosine_similarity, kl_div, mse_loss, normalize
 
 from farnear.loss.false_negatives import BatchFacts
 from farnear.sections import LossConfig
@@ -70,3 +70,28 @@ def dense_loss(
                 log_partition = torch.stack([part.logsumexp(0) for part in logits]).mean()
             total = total + dim_weight * weight_b[place] * (log_partition - own_score)
     return total
+
+
+def dense_distillation(
+    q_BD: Tensor, k_ND: Tensor, facts: BatchFacts, teacher_N: Tensor, loss: LossConfig, scale: Tensor
+) -> Tensor:
+    """Mean over the lists that count: a pair's positive, then its hard negatives, as far as a teacher knows them."""
+    dims = loss.matryoshka_dims or (q_BD.shape[1],)
+    weights = loss.matryoshka_weights or (1.0,) * len(dims)
+    of_lists = []
+    for i, positive in enumerate(facts.positive_B.tolist()):
+        own = [n for n in range(len(k_ND)) if int(facts.owner_N[n]) == i and n != positive]
+        usable = [n for n in (positive, *own) if facts.page_valid_N[n] and teacher_N[n].isfinite()]
+        if not facts.pair_valid_B[i] or positive not in usable or len(usable) < 2:
+            continue
+        teacher = teacher_N[usable]
+        total = q_BD.new_zeros(())
+        for dim, weight in zip(dims, weights, strict=True):
+            student = scale * cosine_similarity(q_BD[i, :dim], k_ND[usable][:, :dim], dim=-1)
+            if loss.distillation == "margin_mse":
+                total = total + weight * mse_loss(student[0] - student[1:], teacher[0] - teacher[1:])
+            else:
+                p, t = (x / loss.distillation_temperature for x in (student, teacher))
+                total = total + weight * kl_div(p.log_softmax(0), t.softmax(0), reduction="sum")
+        of_lists.append(total)
+    return torch.stack(of_lists).mean() if of_lists else q_BD.new_zeros(())

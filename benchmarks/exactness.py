@@ -33,7 +33,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from dense_loss import dense_loss
+from dense_loss import dense_distillation, dense_loss
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
@@ -170,6 +170,27 @@ ENGINE_CASES = (
     ),
     Case("learned_scale", loss=LossConfig(learn_scale=True, matryoshka_dims=(64, 16)), invalid_rank=True),
     Case("own_loss", own_loss=True, pairs=7),
+    # Ranks have unequal numbers of lists: none where its pairs are invalid.
+    Case(
+        "distillation",
+        pairs=7,
+        loss=LossConfig(
+            distillation="listwise_distillation",
+            distillation_weight=3.0,
+            distillation_temperature=2.0,
+            learn_scale=True,
+            matryoshka_dims=(64, 16),
+            matryoshka_weights=(1.0, 0.5),
+        ),
+        hard_negatives=True,
+        invalid_rank=True,
+    ),
+    Case(
+        "distillation_alone",
+        loss=LossConfig(distillation="margin_mse", contrastive_weight=0.0),
+        hard_negatives=True,
+        uneven_pages=True,
+    ),
 )
 ENGINE_WORLD_SIZES = (1, 2)
 # Of each number of ranks: the cases that run in `make test`.
@@ -184,7 +205,10 @@ SLICE_OF_VARIANTS = ("last_without_images",)
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """The whole batch as inputs: pages are the positives of all pairs; negatives[i] are pair i's hard negatives."""
+    """The whole batch as inputs: pages are the positives of all pairs; negatives[i] are pair i's hard negatives.
+
+    ``teacher_2G`` are a teacher's scores of the positives and of the negatives, for the first pair nan.
+    """
 
     queries: list[str]
     pages: list[Any]
@@ -192,6 +216,7 @@ class GlobalBatch:
     query_hash_G: np.ndarray
     page_hash_G: np.ndarray
     valid_G: np.ndarray
+    teacher_2G: np.ndarray
 
 
 def make_batch(case: Case, world_size: int) -> GlobalBatch:
@@ -217,7 +242,10 @@ def make_batch(case: Case, world_size: int) -> GlobalBatch:
                 pages[i] = f"a page of text number {i}"
         if case.invalid_rank and rank == world_size - 1:
             valid_G[mine if world_size > 1 else mine[-1:]] = False
-    return GlobalBatch(queries, pages, negatives, np.arange(case.pairs, dtype=np.int64) + 100, page_hash_G, valid_G)
+    teacher_2G = np.random.default_rng(SEED).normal(size=(2, case.pairs)).astype(np.float32)
+    teacher_2G[1, 0] = np.nan
+    query_hash_G = np.arange(case.pairs, dtype=np.int64) + 100
+    return GlobalBatch(queries, pages, negatives, query_hash_G, page_hash_G, valid_G, teacher_2G)
 
 
 def reference_gradient(model: SentenceTransformer, case: Case, batch: GlobalBatch) -> dict[str, Tensor]:
@@ -256,7 +284,13 @@ def reference_gradient(model: SentenceTransformer, case: Case, batch: GlobalBatc
     if case.own_loss:
         softmax_loss(q, k, facts).backward()
     else:
-        dense_loss(q, k, facts, slice(0, len(q)), weight_B, case.loss, log_scale.exp()).backward()
+        total = dense_loss(q, k, facts, slice(0, len(q)), weight_B, case.loss, log_scale.exp())
+        if case.loss.distillation:
+            own_N = torch.arange(len(k)) >= len(q)
+            teacher_N = torch.from_numpy(batch.teacher_2G)[own_N.long(), facts.owner_N]
+            distilled = dense_distillation(q, k, facts, teacher_N, case.loss, log_scale.exp())
+            total = case.loss.contrastive_weight * total + case.loss.distillation_weight * distilled
+        total.backward()
     gradient = {f"model.{name}": p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     return {**gradient, SCALE: log_scale.grad} if case.loss.learn_scale else gradient
@@ -328,6 +362,7 @@ def rank_batch(case: Case, batch: GlobalBatch, model: SentenceTransformer, world
         page_hash_p=page_hash_p,
         owner_p=np.concatenate([np.arange(len(mine)), np.array(owner_of_negatives, dtype=np.int64)]),
         page_valid_p=np.concatenate([valid_b, np.ones(len(negatives), dtype=bool)]),
+        teacher_p=np.concatenate([batch.teacher_2G[0, mine], batch.teacher_2G[1, mine[owner_of_negatives]]]),
         answers_bm=batch.page_hash_G[mine, None],
         mini_batches=tuple(mini_batches),
         quarantined=(),

@@ -108,6 +108,7 @@ class Inputs:
             page_hash_p=row_b,
             owner_p=row_b,
             page_valid_p=valid_b,
+            teacher_p=np.full(pairs, np.nan, np.float32),
             answers_bm=row_b[:, None],
             mini_batches=tuple(mini_batches),
             quarantined=(),

@@ -213,6 +213,7 @@ def _count_main(rank: int, port: int, out: str) -> None:
                 page_hash_p=np.arange(2 * pairs) + 10**6 * rank,
                 owner_p=np.arange(2 * pairs) % pairs,
                 page_valid_p=np.ones(2 * pairs, dtype=bool),
+                teacher_p=np.full(2 * pairs, np.nan, np.float32),
                 answers_bm=np.arange(pairs)[:, None] + 10**6 * rank,
                 mini_batches=(),
                 quarantined=(),

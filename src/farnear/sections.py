@@ -41,17 +41,10 @@ class Section(BaseModel):
         return value
 
 
-# Keys of the loss section that a user's own function does not read; it gets what it needs from its own code.
-_OF_INFONCE = (
-    "scale",
-    "learn_scale",
-    "max_scale",
-    "directions",
-    "partition_mode",
-    "hardness_mode",
-    "margin",
-    "margin_strategy",
-)
+# Keys of the loss section that say which places of the score matrix InfoNCE takes, and how.
+_OF_SOFTMAX = ("directions", "partition_mode", "hardness_mode", "margin", "margin_strategy")
+# Those that a user's own function does not read; it gets what it needs from its own code.
+_OF_INFONCE = ("scale", "learn_scale", "max_scale", *_OF_SOFTMAX)
 
 
 def interval(steps: float | None) -> Any:
@@ -229,6 +222,14 @@ class LossConfig(Section):
     """Leave out negatives more similar than the positive less this margin, as likely false negatives; unset: none."""
     margin_strategy: Literal["absolute", "relative"] = "absolute"
     """Whether the margin is taken from the positive's cosine or is a share of it."""
+    distillation: Literal["margin_mse", "listwise_distillation"] | None = None
+    """Adds a term that holds a pair's scores to those of a teacher, which data.negatives names; unset: none."""
+    distillation_weight: float = Field(default=1.0, gt=0)
+    """Factor on that term."""
+    distillation_temperature: float = Field(default=1.0, gt=0)
+    """Of both softmaxes in listwise_distillation."""
+    contrastive_weight: float = Field(default=1.0, ge=0)
+    """Factor on InfoNCE beside distillation; 0 trains by distillation alone."""
     matryoshka_dims: tuple[int, ...] | None = Field(default=None, min_length=1)
     """Prefixes of the embedding that are trained to work alone. The losses of all dims are summed."""
     matryoshka_weights: tuple[float, ...] | None = None
@@ -261,6 +262,29 @@ class LossConfig(Section):
         for name in ("scale_learning_rate", "max_scale"):
             if not self.learn_scale and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} is set, but learn_scale is not")
+        return self
+
+    @model_validator(mode="after")
+    def _distillation_has_its_options(self) -> "LossConfig":
+        defaults = type(self).model_fields
+
+        def first_set(*names: str) -> str | None:
+            return next((name for name in names if getattr(self, name) != defaults[name].default), None)
+
+        if self.distillation is None:
+            if odd := first_set("distillation_weight", "distillation_temperature", "contrastive_weight"):
+                raise ValueError(f"{odd} is set, but distillation is not")
+            return self
+        if self.function is not None:
+            raise ValueError(
+                f"distillation is added to InfoNCE, but function {self.function} takes its place; take one out"
+            )
+        if self.distillation != "listwise_distillation" and first_set("distillation_temperature"):
+            raise ValueError(
+                f"distillation_temperature belongs to listwise_distillation, not to {self.distillation}; take it out"
+            )
+        if self.contrastive_weight == 0 and (odd := first_set(*_OF_SOFTMAX)):
+            raise ValueError(f"{odd} belongs to InfoNCE, which contrastive_weight: 0 leaves out; take one out")
         return self
 
     @model_validator(mode="after")

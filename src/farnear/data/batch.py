@@ -16,6 +16,7 @@ from farnear.data.index import Index
 from farnear.data.remote import shown
 
 Int64 = npt.NDArray[np.int64]
+Float32 = npt.NDArray[np.float32]
 Bool = npt.NDArray[np.bool_]
 
 
@@ -62,6 +63,7 @@ class RankBatch:
     page_hash_p: Int64  # the b positives in the order of the pairs, then all hard negatives
     owner_p: Int64  # position in pairs_b of each document's pair
     page_valid_p: Bool  # False for a document that must not count in the loss
+    teacher_p: Float32  # a teacher's scores of the documents for their pair's query, nan where there is none
     answers_bm: Int64  # hashes of the batch's documents that answer each query, filled up with the row's own positive
     mini_batches: tuple[MiniBatch, ...]  # the document ones first
     quarantined: tuple[Quarantined, ...]

@@ -19,6 +19,7 @@ from farnear.data.order import Order
 from farnear.data.workers import Job, Result
 
 Int64 = npt.NDArray[np.int64]
+Float32 = npt.NDArray[np.float32]
 
 SIDES = ("document", "query")
 
@@ -31,6 +32,7 @@ class RankSlice:
         pairs_b: Pair rows.
         documents_p: Input rows: the positives in the order of the pairs, then all hard negatives.
         owner_p: Position in ``pairs_b`` of each document's pair.
+        teacher_p: A teacher's scores of the documents, nan where there is none.
         hashes_in_batch: Content of every document of the global batch, sorted.
         borrowed: Whether the rank has no pair of its own and only keeps step, with a pair of another rank.
         jobs: The mini-batches, documents first, each with the positions of its inputs in ``documents_p`` or
@@ -40,6 +42,7 @@ class RankSlice:
     pairs_b: Int64
     documents_p: Int64
     owner_p: Int64
+    teacher_p: Float32
     hashes_in_batch: Int64
     borrowed: bool
     jobs: tuple[tuple[Job, Int64], ...]
@@ -71,7 +74,8 @@ class Dealing:
     def slice_of(self, order: Order, step: int) -> RankSlice:
         """The rank's part of a step, counted over all epochs."""
         index, pairs_G = order.index, order.global_batch(step)
-        positives_G = order.positives(pairs_G, order.schedule.epoch_of(step))
+        places_G = order.places_of_positives(pairs_G, order.schedule.epoch_of(step))
+        positives_G = index.positives[places_G]
         negatives_of = index.negatives_of if self.negatives is None else self.negatives.of
         negatives_G = [negatives_of(pair)[: self.num_negatives] for pair in pairs_G]
         all_negatives = np.concatenate(negatives_G)
@@ -93,8 +97,9 @@ class Dealing:
             *self._cut(index, "query", index.query_N[pairs_G[own]], index.query_N[pairs_G]),
         ]
         owner_p = np.concatenate([np.arange(len(own)), np.repeat(np.arange(len(own)), counts_b)])
+        teacher_p = self._teacher(pairs_G[own], places_G[own], counts_b)
         hashes = np.unique(index.input_hash_I[np.concatenate([positives_G, all_negatives])])
-        return RankSlice(pairs_G[own], documents_p, owner_p, hashes, borrowed, tuple(jobs))
+        return RankSlice(pairs_G[own], documents_p, owner_p, teacher_p, hashes, borrowed, tuple(jobs))
 
     def batch(self, order: Order, step: int, share: RankSlice, done: Sequence[Result], waited: float) -> RankBatch:
         """The rank's batch of a step, from the result of each job; ``waited`` are seconds."""
@@ -128,11 +133,19 @@ class Dealing:
             page_hash_p=index.input_hash_I[share.documents_p],
             owner_p=share.owner_p,
             page_valid_p=page_valid_p,
+            teacher_p=share.teacher_p,
             answers_bm=_answers(index, share),
             mini_batches=mini_batches,
             quarantined=tuple(quarantined),
             seconds_waited=waited,
         )
+
+    def _teacher(self, pairs_b: Int64, places_b: Int64, counts_b: Sequence[int]) -> Float32:
+        """Scores of the pairs' positives, which stand at some places of `Index.positives`, then of their negatives."""
+        if self.negatives is None:
+            return np.full(len(pairs_b) + sum(counts_b), np.nan, np.float32)
+        hard = [self.negatives.teacher_of(pair)[:count] for pair, count in zip(pairs_b, counts_b, strict=True)]
+        return np.concatenate([self.negatives.positive_teacher[places_b], *hard])
 
     def _cut(self, index: Index, side: str, own: Int64, of_all_ranks: Int64) -> Iterator[tuple[Job, Int64]]:
         """Mini-batches of one modality each, modalities in the same order on every rank."""

@@ -57,6 +57,10 @@ class Negatives:
         """Input rows of a pair's negatives."""
         return self.rows[self.start_N1[pair] : self.start_N1[pair + 1]]
 
+    def teacher_of(self, pair: int) -> Float32:
+        """The teacher's scores of a pair's negatives."""
+        return self.teacher[self.start_N1[pair] : self.start_N1[pair + 1]]
+
     def counts(self, most: int | None = None) -> Int64:
         """How many each pair has, ``most`` at most. [N]"""
         counts_N = np.diff(self.start_N1)

@@ -48,9 +48,13 @@ class Order:
 
     def positives(self, pairs: Int64, epoch: int) -> Int64:
         """Input rows of the positive documents that an epoch draws for some pairs, one each."""
-        start, stop = self.index.positive_start_N1[pairs], self.index.positive_start_N1[pairs + 1]
-        drawn: Int64 = self.index.positives[start + drawn_positive(self.settings.seed, epoch, pairs, stop - start)]
+        drawn: Int64 = self.index.positives[self.places_of_positives(pairs, epoch)]
         return drawn
+
+    def places_of_positives(self, pairs: Int64, epoch: int) -> Int64:
+        """Where those stand in `Index.positives`."""
+        start, stop = self.index.positive_start_N1[pairs], self.index.positive_start_N1[pairs + 1]
+        return start + drawn_positive(self.settings.seed, epoch, pairs, stop - start)
 
 
 def pair_facts(index: Index) -> PairFacts:

@@ -81,6 +81,7 @@ def _facts(forecast: Forecast) -> list[tuple[str, str]]:
         (
             "loss",
             f"{config.loss.function or 'InfoNCE, ' + ', '.join(config.loss.directions)}"
+            + (f", with {config.loss.distillation}" if config.loss.distillation else "")
             + (f", dims {', '.join(map(str, dims))}" if dims else ""),
         ),
         (

@@ -80,6 +80,14 @@ def needs_all_queries(loss: LossConfig) -> bool:
     return any(direction.endswith("_to_query") for direction in loss.directions)
 
 
+def dims_and_weights(loss: LossConfig, width: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """The prefixes of embeddings of some width, smallest first, whatever order the run file has, and their weights."""
+    dims = loss.matryoshka_dims or (width,)
+    weights = loss.matryoshka_weights or (1.0,) * len(dims)
+    dims, weights = zip(*sorted(zip(dims, weights, strict=True)), strict=True)
+    return dims, weights
+
+
 def tile_rows(loss: LossConfig, documents: int, pairs: int, tile_bytes: int = TILE_BYTES) -> int:
     """Rows of a tile: its buffers are the dot products, one product, and a gradient for each dimension."""
     columns = sum(pairs if direction.endswith("_to_query") else documents for direction in loss.directions)
@@ -111,10 +119,7 @@ def contrastive_gradient(
         scale: Factor on the cosine similarities.
         tile_bytes: Bound of a tile's buffers; one row is taken at least.
     """
-    dims = loss.matryoshka_dims or (q_bD.shape[1],)
-    weights = loss.matryoshka_weights or (1.0,) * len(dims)
-    # From the smallest prefix to the largest, whatever order the run file has.
-    dims, weights = zip(*sorted(zip(dims, weights, strict=True)), strict=True)
+    dims, weights = dims_and_weights(loss, q_bD.shape[1])
     spans = list(zip((0, *dims[:-1]), dims, strict=True))
     own_b = facts.positive_B[rows]
     query, document = _Side(q_bD, spans), _Side(k_ND, spans)

@@ -46,7 +46,7 @@ from farnear.parallel.collectives import exchange_ints
 from farnear.parallel.strategy import Strategy
 from farnear.parallel.world import World
 from farnear.sections import LossConfig
-from farnear.training.objective import EmbeddingGradient, Sizes, embedding_gradient, own_loss_gradient
+from farnear.training.objective import EmbeddingGradient, Sizes, embedding_gradient, own_loss_gradient, taught_lists
 from farnear.training.step import (
     NonFiniteLossError,
     StepFigures,
@@ -151,17 +151,21 @@ class CachedStep:
         groups = groups_of(batch.mini_batches)
         # Ranks have the same groups where it matters, and then they take the same number of turns in each.
         counts = [len(group) for group in groups] if self.strategy.forward_is_collective else []
-        held = [len(batch.pairs_b), len(batch.page_hash_p), batch.answers_bm.shape[1], len(batch.quarantined)]
+        # The mean over lists with a teacher's scores is one of all ranks' lists: how many, all know before the loss.
+        lists = int(taught_lists(batch, torch.device("cpu")).counts(self.loss).sum()) if self.loss.distillation else 0
+        held = [len(batch.pairs_b), len(batch.page_hash_p), batch.answers_bm.shape[1], lists, len(batch.quarantined)]
         of_rank = exchange_ints(
             [*held, *count_tokens([mini_batch.features for mini_batch in batch.mini_batches]), *counts],
             self.world.device,
         )
-        pairs_W, documents_W, answers_W, quarantined_W, tokens_W, padding_W, *counts_W = zip(*of_rank, strict=True)
+        pairs_W, documents_W, answers_W, lists_W, quarantined_W, tokens_W, padding_W, *counts_W = zip(
+            *of_rank, strict=True
+        )
         figures.quarantined, figures.tokens, figures.padding = sum(quarantined_W), sum(tokens_W), sum(padding_W)
         turns_of_groups = [max(of_group) for of_group in counts_W] or [len(group) for group in groups]
         scope = (self.seed, batch.step, self.world.rank)
         turns = list(turns_of(batch, groups, turns_of_groups, self.keep_graphs, scope))
-        return turns, Sizes(pairs_W, documents_W, answers_W)
+        return turns, Sizes(pairs_W, documents_W, answers_W, lists_W)
 
     def _look_at(self, turn: Turn) -> None:
         """See in a forward of its own what has a gradient: a step must do the same whether or not it is the first."""
@@ -259,6 +263,7 @@ class CachedStep:
         else:
             outcome = own_loss_gradient(self.own_loss, embedding, batch, sizes, self.loss, self.world, told=told)
         figures.loss, figures.pairs = outcome.loss, outcome.pairs
+        figures.distillation, figures.distilled = outcome.distillation, outcome.lists
         figures.masked, figures.beyond_margin = outcome.masked, outcome.beyond_margin
         seconds_W, _, _ = zip(*outcome.told_Wn, strict=True)
         figures.longest_rank = longest_over_mean(seconds_W)

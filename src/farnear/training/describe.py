@@ -130,7 +130,14 @@ def _loss(loss: LossConfig) -> str:
     softmax = "" if len(loss.directions) == 1 else f" in {loss.partition_mode} softmax"
     hardness = f", {loss.hardness_mode} by {loss.hardness_strength:g}" if loss.hardness_mode else ""
     margin = f", without what is within {loss.margin:g} ({loss.margin_strategy})" if loss.margin is not None else ""
-    return f"InfoNCE, {', '.join(loss.directions)}{softmax}, {scale}{hardness}{margin}{dims}"
+    infonce = f"InfoNCE, {', '.join(loss.directions)}{softmax}, {scale}{hardness}{margin}{dims}"
+    if loss.distillation is None:
+        return infonce
+    temperature = f" at {loss.distillation_temperature:g}" if loss.distillation == "listwise_distillation" else ""
+    distillation = f"{loss.distillation_weight:g} of {loss.distillation}{temperature}, from a teacher's scores"
+    if loss.contrastive_weight == 0:
+        return f"{distillation}, {scale}{dims}"
+    return f"{loss.contrastive_weight:g} of {infonce}; and {distillation}"
 
 
 def _parameters(model: Any) -> str:

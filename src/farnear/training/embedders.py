@@ -23,7 +23,7 @@ from farnear.training.choices import Choices
 from farnear.training.engine import BuiltModel, build_step, inference_of
 from farnear.training.kind import Evaluated, Gradient, Outcome, Setting
 from farnear.training.scale import LearnedScale
-from farnear.training.shards import RunData, kinds_held, refuse_unsupported
+from farnear.training.shards import RunData, kinds_held, refuse_unsupported, refuse_without_teacher
 from farnear.training.step import StepFigures
 from farnear.training.watch import Watch
 
@@ -56,6 +56,10 @@ class EmbedderKind:
         """See `Kind`."""
         refuse_unsupported(model, self._config.model.name_or_path, kinds_held(data))
         measured_dims(self._config, embedding_dimension(model))
+        if self._config.loss.distillation is not None:
+            refuse_without_teacher(
+                f"loss.distillation {self._config.loss.distillation}", data, self._config.data.num_negatives
+            )
 
     def prepare(self, data: RunData, setting: Setting) -> None:
         """See `Kind`: an embedder needs nothing beside itself."""

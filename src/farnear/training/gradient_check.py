@@ -37,18 +37,18 @@ from farnear.errors import UserError
 from farnear.loss.own import load_own_loss
 from farnear.model.embedder import Embedder, Preprocessing
 from farnear.model.frozen import has_dropout
-from farnear.model.load import cast_weights, embedding_dimension, load_model
+from farnear.model.load import cast_weights, load_model
 from farnear.model.pixels import page_tokens
 from farnear.model.trainable import checkpoint_activations, choose_trainable
 from farnear.parallel.strategy import NonFiniteGradientError, Strategy
 from farnear.parallel.world import World, on_main_rank
 from farnear.sections import TrainingConfig
 from farnear.training.cache import CachedStep
-from farnear.training.embedders import EmbedderKind, measured_dims
+from farnear.training.embedders import EmbedderKind
 from farnear.training.engine import build_model, build_step
 from farnear.training.plain_gradient import Probe, plain_gradient
 from farnear.training.resume import first_progress
-from farnear.training.shards import RunData, kinds_held, refuse_unsupported
+from farnear.training.shards import RunData
 from farnear.training.step import NonFiniteLossError, StepFigures
 from farnear.training.watch import Watch
 
@@ -132,9 +132,9 @@ def check_gradient(config: RunConfig, data: RunData, world: World, plans: Path) 
             f"the plain gradient of {pairs_per_rank * world.world_size} pairs has norm {norm:g}, so there is nothing "
             "to train by; look at the loss, the frozen parts and the weights of the model"
         )
-    built = build_model(config, EmbedderKind(config), world, lambda module, _: _sgd(module, training))
-    refuse_unsupported(built.model, config.model.name_or_path, kinds_held(data))
-    measured_dims(config, embedding_dimension(built.model))
+    kind = EmbedderKind(config)
+    built = build_model(config, kind, world, lambda module, _: _sgd(module, training))
+    kind.refuse(built.model, data)
     step, _ = build_step(config, data, built, own_loss, first_progress(config, data, None), world, Watch())
     about = (config, data, world, plans, built.model, built.preprocess)
     inputs = _inputs_at_once(training)

@@ -168,6 +168,11 @@ def train_step(parts: Parts, batch: RankBatch | ListBatch) -> dict[str, Any]:
         "step": batch.step + 1,
         "epoch": batch.epoch,
         "loss": figures.loss if math.isfinite(figures.loss) else None,
+        **(
+            {"distillation": figures.distillation, "distilled": figures.distilled}
+            if figures.distillation is not None
+            else {}
+        ),
         "lr": learning_rate,
         "grad_norm": grad_norm,
         "left_out": left_out,

@@ -5,6 +5,9 @@ with: the documents of all ranks (and the queries, where a direction has them as
 negatives are known. Between the two every rank computes its rows of the loss. The second hands what all ranks said
 about a document to the rank that owns it, and sums the figures of the step on the way.
 
+A teacher's scores are about a pair's own documents, which lie on its rank: that term of the loss needs no exchange of
+its own, only the number of lists that count, which ranks agreed on with the step.
+
 The scale of the gradient is decided in `farnear.parallel.collectives`.
 
 Shapes: b pairs and p documents of this rank, B and N of all ranks, D embedding width, m answers of a query.
@@ -19,6 +22,7 @@ from torch import Tensor
 
 from farnear.data.batch import RankBatch
 from farnear.loss.contrastive import contrastive_gradient, needs_all_queries
+from farnear.loss.distillation import TaughtLists, distillation_gradient
 from farnear.loss.false_negatives import BatchFacts
 from farnear.loss.own import OwnLoss, own_gradient
 from farnear.parallel.collectives import all_reduce_sum, gather_together, reduce_to_owners, row_weight
@@ -31,11 +35,15 @@ _DIGIT = 2**16
 
 @dataclass(frozen=True)
 class Sizes:
-    """What each rank holds of a step's batch, in rank order: pairs, documents, answers kept of a query."""
+    """What each rank holds of a step's batch, in rank order: pairs, documents, answers kept of a query.
+
+    ``lists_W`` are the lists with a teacher's scores that count; only distillation asks.
+    """
 
     pairs_W: Sequence[int]
     documents_W: Sequence[int]
     answers_W: Sequence[int]
+    lists_W: Sequence[int] = ()
 
     def of_rank(self, rank: int) -> "Sizes":
         """As if there were no other."""
@@ -48,11 +56,14 @@ class EmbeddingGradient:
 
     Attributes:
         of_side: "query" and "document": float32 gradients of this rank's embeddings.
-        loss: Mean over the valid rows of the global batch; not finite where any row's is not.
+        loss: Mean over the valid rows of the global batch, with what distillation adds; not finite where any row's is
+            not.
         pairs: Valid rows of the global batch.
         masked: Places of the score matrix that were left out as false negatives, by content.
         beyond_margin: Places left out by loss.margin, at the largest dimension.
         dlog_scale: With respect to the logarithm of the scale.
+        distillation: Mean over the lists that count, without its weight; None where there is no such term.
+        lists: How many those are.
         told_Wn: What each rank told of itself: seconds of pass one, whether a gradient reaches its weights, turns whose
             frozen outputs it keeps.
     """
@@ -64,6 +75,8 @@ class EmbeddingGradient:
     beyond_margin: int
     dlog_scale: float
     told_Wn: list[list[float]]
+    distillation: float | None = None
+    lists: int = 0
 
     @property
     def reaches_weights(self) -> bool:
@@ -95,27 +108,54 @@ def embedding_gradient(
     facts, (k_ND, *others) = gathered_facts(columns, batch, sizes, world)
     rows = _rows_of(sizes.pairs_W, world.rank)
     valid_pairs = int(facts.pair_valid_B.sum())
-    weight_b = facts.pair_valid_B[rows].float() * row_weight(valid_pairs)
+    weight_b = facts.pair_valid_B[rows].float() * (row_weight(valid_pairs) * loss.contrastive_weight)
     outcome = contrastive_gradient(
         query_bD, k_ND, others[0] if others else None, facts, rows, weight_b, loss, scale=scale
     )
-    sums = torch.zeros(6 + len(told) * world.world_size, device=world.device)
+    distilled, lists = None, sum(sizes.lists_W)
+    if loss.distillation is not None:
+        weight = row_weight(lists) * loss.distillation_weight
+        taught = taught_lists(batch, world.device)
+        distilled = distillation_gradient(query_bD, document_pD, taught, loss, weight=weight, scale=scale)
+    dlog_scale = outcome.dlog_scale if distilled is None else outcome.dlog_scale + distilled.dlog_scale
+    told_at = 6 if distilled is None else 7
+    sums = torch.zeros(told_at + len(told) * world.world_size, device=world.device)
     # A row that does not count must not show its nan.
-    sums[0], sums[1] = torch.where(weight_b > 0, outcome.loss_b, 0.0).sum(), outcome.dlog_scale / world.world_size
+    sums[0], sums[1] = torch.where(weight_b > 0, outcome.loss_b, 0.0).sum(), dlog_scale / world.world_size
     sums[2:4], sums[4:6] = _digits(outcome.masked), _digits(outcome.beyond_margin)
-    sums[6:].view(world.world_size, -1)[world.rank] = torch.tensor(told)
+    if distilled is not None:
+        sums[6] = distilled.loss_b.sum()
+    sums[told_at:].view(world.world_size, -1)[world.rank] = torch.tensor(told)
     said = [outcome.dk_ND] if outcome.dq_BD is None else [outcome.dk_ND, outcome.dq_BD]
     own, sums = reduce_to_owners(said, list(zip(sizes.documents_W, sizes.pairs_W, strict=True)), sums)
-    figures = sums[:6].tolist()
+    figures = sums[:told_at].tolist()
+    of_side = {"document": own[0], "query": outcome.dq_bD + own[1] if len(own) > 1 else outcome.dq_bD}
+    of_loss, distillation = figures[0] / max(valid_pairs, 1), None
+    if distilled is not None:
+        # They are about this rank's own rows.
+        of_side = {"document": of_side["document"] + distilled.dk_pD, "query": of_side["query"] + distilled.dq_bD}
+        distillation = figures[6] / max(lists, 1)
+        of_loss = loss.contrastive_weight * of_loss + loss.distillation_weight * distillation
     return EmbeddingGradient(
-        of_side={"document": own[0], "query": outcome.dq_bD + own[1] if len(own) > 1 else outcome.dq_bD},
-        loss=figures[0] / max(valid_pairs, 1),
+        of_side=of_side,
+        loss=of_loss,
         pairs=valid_pairs,
         masked=_number(figures[2:4]),
         beyond_margin=_number(figures[4:6]),
         dlog_scale=figures[1],
-        told_Wn=sums[6:].view(world.world_size, -1).tolist(),
+        told_Wn=sums[told_at:].view(world.world_size, -1).tolist(),
+        distillation=distillation,
+        lists=lists,
     )
+
+
+def taught_lists(batch: RankBatch, device: torch.device) -> TaughtLists:
+    """This rank's documents as lists with a teacher's scores. What is quarantined is no part of them."""
+    owner_p, valid_p, teacher_p = (
+        torch.from_numpy(x).to(device)
+        for x in (batch.owner_p, batch.page_valid_p & batch.valid_b[batch.owner_p], batch.teacher_p)
+    )
+    return TaughtLists(owner_p, valid_p, teacher_p, len(batch.pairs_b))
 
 
 def own_loss_gradient(

@@ -22,11 +22,12 @@ from farnear.data.order import Order
 from farnear.data.shard_store import ShardStore
 from farnear.data.workers import Preprocess
 from farnear.loss.contrastive import contrastive_gradient, needs_all_queries
+from farnear.loss.distillation import distillation_gradient
 from farnear.loss.own import OwnLoss, own_gradient
 from farnear.model.embedder import Embedder, to_device
 from farnear.parallel.world import World
 from farnear.training.cache import groups_of, turns_of
-from farnear.training.objective import Sizes, gathered_facts
+from farnear.training.objective import Sizes, gathered_facts, taught_lists
 
 
 @dataclass(frozen=True)
@@ -104,14 +105,21 @@ def _of_whole(
     if own_loss is not None:
         _, dq_BD, dk_ND = own_gradient(own_loss, query_BD, document_ND, facts, config.loss)
         return {"query": dq_BD, "document": dk_ND}
-    weight_B = facts.pair_valid_B.float() / facts.pair_valid_B.sum().clamp_min(1)
+    weight_B = config.loss.contrastive_weight * facts.pair_valid_B.float() / facts.pair_valid_B.sum().clamp_min(1)
     columns = query_BD if needs_all_queries(config.loss) else None
     rows = slice(0, len(query_BD))
     outcome = contrastive_gradient(
         query_BD, document_ND, columns, facts, rows, weight_B, config.loss, scale=config.loss.scale
     )
     dq_BD = outcome.dq_bD if outcome.dq_BD is None else outcome.dq_bD + outcome.dq_BD
-    return {"query": dq_BD, "document": outcome.dk_ND}
+    if config.loss.distillation is None:
+        return {"query": dq_BD, "document": outcome.dk_ND}
+    taught = taught_lists(batch, world.device)
+    weight = config.loss.distillation_weight / max(int(taught.counts(config.loss).sum()), 1)
+    distilled = distillation_gradient(
+        query_BD, document_ND, taught, config.loss, weight=weight, scale=config.loss.scale
+    )
+    return {"query": dq_BD + distilled.dq_bD, "document": outcome.dk_ND + distilled.dk_pD}
 
 
 def _mean_over_ranks(

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from sentence_transformers import CrossEncoder
 from torch import Tensor, nn
@@ -29,7 +28,7 @@ from farnear.training.kind import Evaluated, Gradient, Setting
 from farnear.training.pages_once import settle_pages_once
 from farnear.training.rerank_step import RerankStep
 from farnear.training.scale import LearnedScale
-from farnear.training.shards import RunData, kinds_held, kinds_of, refuse_unsupported
+from farnear.training.shards import RunData, kinds_held, kinds_of, refuse_unsupported, refuse_without_teacher
 from farnear.training.watch import Watch
 
 ONE_SCORE = "1"
@@ -72,11 +71,8 @@ class RerankerKind:
                 "every list would hold its positive alone: there are no hard negatives (data.negatives, "
                 "data.num_negatives) and reranker.num_negatives is 0; give it some of either"
             )
-        if self._reranker.loss in DISTILLATIONS and not np.isfinite(data.negatives.teacher).any():
-            raise UserError(
-                f"reranker.loss {self._reranker.loss} learns from a teacher's scores, and data.negatives holds none; "
-                "let `farnear mine` write them (mining.reranker), or set another loss"
-            )
+        if self._reranker.loss in DISTILLATIONS:
+            refuse_without_teacher(f"reranker.loss {self._reranker.loss}", data, self._config.data.num_negatives)
 
     def prepare(self, data: RunData, setting: Setting) -> None:
         """See `Kind`: the candidates that the embedder of evaluation.embedder finds, which stay the same."""

@@ -117,6 +117,20 @@ def refuse_unsupported(model: Any, name: str, kinds: Collection[str]) -> None:
             )
 
 
+def refuse_without_teacher(setting: str, data: RunData, num_negatives: int | None) -> None:
+    """Raise UserError where an objective, by the name of its ``setting``, has no scores of a teacher to learn from."""
+    if num_negatives == 0:
+        raise UserError(
+            f"{setting} learns from a teacher's scores of hard negatives, and data.num_negatives: 0 leaves all out; "
+            "take it out"
+        )
+    if not (np.isfinite(data.negatives.teacher).any() and np.isfinite(data.negatives.positive_teacher).any()):
+        raise UserError(
+            f"{setting} learns from a teacher's scores, and data.negatives holds none; let `farnear mine` write them "
+            "(mining.reranker), or take another loss"
+        )
+
+
 def check_index(index: Index, what: str, max_bad_fraction: float) -> None:
     """``tell_faults``, and whether anything is left.
 

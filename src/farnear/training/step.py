@@ -22,7 +22,9 @@ class StepFigures:
     """What one step tells about itself; counts are of all ranks.
 
     Attributes:
-        loss: Mean over the valid rows (a reranker's lists) of the global batch.
+        loss: Mean over the valid rows (a reranker's lists) of the global batch, with what distillation adds.
+        distillation: Mean over the lists with a teacher's scores, before its weight; None where there is no such term.
+        distilled: How many those lists are.
         pairs: Valid rows of the global batch.
         scored: Entries of a reranker's lists.
         masked: Places of the score matrix, or hard negatives of lists, that were left out as false negatives.
@@ -40,6 +42,8 @@ class StepFigures:
     """
 
     loss: float = float("nan")
+    distillation: float | None = None
+    distilled: int = 0
     pairs: int = 0
     scored: int = 0
     masked: int = 0
