@@ -7,14 +7,20 @@ from typing import Any
 
 import pytest
 import yaml
-from pair_makers import TEMPLATE, YES_NO
+from pair_makers import TEMPLATE, YES_NO, one_thread  # noqa: F401
 from tiny_runs import make_inputs
 
+import farnear
 from farnear.cli import main
 from farnear.config import load_config
 from farnear.errors import UserError
 from farnear.flywheel_file import read_flywheel
+from farnear.launching import flywheel
+from farnear.launching.mining import inputs_of, is_done
 from farnear.model.tiny import save_tiny_model
+from farnear.training.mine_ranks import mine_on_ranks, mining_config
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tree(folder: Path) -> dict[str, Any]:
@@ -72,16 +78,16 @@ def written(folder: Path, of: dict[str, Any]) -> Path:
 
 def test_stages_have_what_those_before_them_leave(folder: Path) -> None:
     words = ["training.max_steps=5", "stages.reranker.train.training.max_steps=7"]
-    flywheel = read_flywheel(written(folder, tree(folder)), words)
-    embedder, negatives, reranker, judged, distilled = flywheel.stages
+    stages = read_flywheel(written(folder, tree(folder)), words).stages
+    embedder, negatives, reranker, judged, distilled = stages
     wheel = folder / "wheel"
-    assert [stage.does for stage in flywheel.stages] == ["train", "mine", "train", "mine", "train"]
+    assert [stage.does for stage in stages] == ["train", "mine", "train", "mine", "train"]
     assert negatives.config.model.name_or_path == distilled.config.model.name_or_path == str(wheel / "embedder/export")
     assert reranker.config.data.negatives == (str(wheel / "negatives/negatives.jsonl"),)
     assert judged.config.mining.reranker == str(wheel / "reranker/export")
-    needs = [set(stage.needs) for stage in flywheel.stages]
+    needs = [set(stage.needs) for stage in stages]
     assert needs == [set(), {"embedder"}, {"negatives", "embedder"}, {"embedder", "reranker"}, {"embedder", "judged"}]
-    assert [stage.config.training.max_steps for stage in flywheel.stages] == [5, 5, 7, 5, 5]
+    assert [stage.config.training.max_steps for stage in stages] == [5, 5, 7, 5, 5]
     assert embedder.config.output_dir == str(wheel / "embedder")
     assert reranker.config.evaluation.eval_on_start is False
 
@@ -128,9 +134,32 @@ def test_other_commands_say_what_to_do(folder: Path) -> None:
         assert main(["launch", str(folder / "flywheel.yaml"), *words]) == 2, message
 
 
-def test_the_wheel_turns_and_goes_on_where_it_stopped(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    file = written(folder, tree(folder))
-    wheel = folder / "wheel"
+def launch_here(run_file: Path, overrides: Any, *, resume: Any, **_: Any) -> int:
+    farnear.train(load_config(run_file, overrides), resume=resume)
+    return 0
+
+
+def mine_here(run_file: Path, overrides: Any, *, out: Path, **_: Any) -> int:
+    config = load_config(run_file, overrides)
+    if not is_done(out, inputs_of(config)):
+        mine_on_ranks(mining_config(config), out, inputs_of(config))
+    return 0
+
+
+@pytest.mark.parametrize("launches", [False, pytest.param(True, marks=pytest.mark.soak)])
+def test_the_wheel_turns_and_goes_on_where_it_stopped(
+    folder: Path,
+    tmp_path: Path,
+    launches: bool,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not launches:
+        # Launches are tested elsewhere: here processes would take most of the time.
+        monkeypatch.setattr(flywheel, "launch", launch_here)
+        monkeypatch.setattr(flywheel, "mine", mine_here)
+    wheel = tmp_path / "wheel"
+    file = written(folder, tree(folder) | {"output_dir": str(wheel)})
     # The third stage fails: what it needs is broken. The two before it are done and stay so.
     (folder / "template.jinja").rename(folder / "away.jinja")
     assert main(["launch", str(file)]) == 2
