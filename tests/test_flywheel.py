@@ -189,3 +189,9 @@ def test_the_wheel_turns_and_goes_on_where_it_stopped(
     assert main(["launch", str(file), "stages.embedder.train.training.max_steps=3"]) == 2
     told = capfd.readouterr().err
     assert "stage embedder is done, but was made with another training.max_steps" in told
+
+
+def test_the_examples_are_valid() -> None:
+    stages = read_flywheel(Path("examples/flywheel.yaml")).stages
+    assert [stage.does for stage in stages] == ["train", "mine", "train", "mine", "train", "mine"]
+    assert load_config("examples/qwen3-vl-reranker-2b.yaml").reranker is not None
