@@ -410,3 +410,18 @@ def test_numbers_as_people_write_them() -> None:
     assert number(-1.5) == "-1.5"
     assert number(math.nan) == number(math.inf) == "not finite"
     assert [duration(value) for value in (0.5, 59, 153.2, 11_100)] == ["0.5 s", "59 s", "2 min 33 s", "3 h 5 min"]
+
+
+def test_a_rerankers_measures_are_not_said_to_be_of_a_dimension(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.yaml").write_text("output_dir: run\n")
+    measures = {"1": {"ndcg@10": 0.75}}
+    lines = [
+        {"step": step, "kind": kind, "queries": 3, "pages": 9, "metrics": measures, "embedder": {"ndcg@10": 0.5}}
+        for step, kind in ((0, "before"), (4, "after"))
+    ]
+    (run / "eval.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = write_report(run).read_text()
+    assert "nDCG@10 of the reranked pages" in text
+    assert "1 dimensions" not in text

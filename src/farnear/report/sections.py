@@ -48,7 +48,7 @@ class Chart:
 class ChangeRow:
     """nDCG@10 at one dimension, before training and at the newest evaluation since."""
 
-    dim: int
+    dim: str
     before: str
     after: str
     change: str
@@ -70,7 +70,7 @@ class Measures:
 
     title: str
     names: list[str]
-    rows: list[tuple[int, list[str]]]
+    rows: list[tuple[str, list[str]]]
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,10 @@ class TimeByPhase:
     rows: list[PhaseRow]
 
 
+ONE_SCORE = 1
+"""The number of dimensions of a reranker's score, by which its measures stand in the records."""
+
+
 def tiles(run: Run) -> list[Tile]:
     """The figures that a reader looks for first; each only where the run has written it."""
     before, newest = _before_and_newest(run.evaluations)
@@ -105,7 +109,8 @@ def tiles(run: Run) -> list[Tile]:
         dim = max(shown.measures_by_dim)
         after, earlier = _headline(shown, dim), _headline(before, dim)
         value = f"{_score(earlier)} \N{RIGHTWARDS ARROW} {_score(after)}" if newest and before else _score(after)
-        found.append(Tile(f"nDCG@10 with {dim:,} dimensions", value, _when(shown), hero=True))
+        what = "of the reranked pages" if dim == ONE_SCORE else f"with {dim:,} dimensions"
+        found.append(Tile(f"nDCG@10 {what}", value, _when(shown), hero=True))
     if run.steps:
         last = run.steps[-1]
         found.append(Tile("Optimizer steps", f"{last.step:,}", f"epoch {number(last.epoch)}"))
@@ -144,7 +149,7 @@ def change(evaluations: Sequence[Evaluation]) -> Change | None:
         earlier, later = _headline(before, dim), _headline(newest, dim)
         difference = ABSENT if earlier is None or later is None else _signed(later - earlier)
         bar = bars.change_bar(nan if earlier is None else earlier, nan if later is None else later)
-        rows.append(ChangeRow(dim, _score(earlier), _score(later), difference, bar))
+        rows.append(ChangeRow(_dim_name(dim), _score(earlier), _score(later), difference, bar))
     warning = ""
     if before and newest and _corpus(before) != _corpus(newest):
         warning = (
@@ -171,12 +176,17 @@ def ndcg_chart(evaluations: Sequence[Evaluation]) -> Chart | None:
                     Series(
                         [found.step for found in points],
                         [found.measures_by_dim[dim][HEADLINE] for found in points],
-                        label=f"{dim:,}",
+                        label=_dim_name(dim),
                         strength=1.0 if dim == dims[-1] else 0.35 + 0.5 * place / len(dims),
                         joined=corpus == joined_corpus,
                     )
                 )
-    note = f"A line for each number of dimensions; {_in_words(joined_corpus)}."
+    note = f"{_in_words(joined_corpus)}."
+    note = (
+        f"A reranker's order of its candidates; {note}"
+        if dims == [ONE_SCORE]
+        else f"A line for each number of dimensions; {note}"
+    )
     others = [corpus for corpus in evaluations_of_corpus if corpus != joined_corpus]
     if others:
         note += f" Rings apart from the lines: {'; '.join(map(_in_words, others))}, not to be compared with them."
@@ -185,13 +195,17 @@ def ndcg_chart(evaluations: Sequence[Evaluation]) -> Chart | None:
     return Chart("nDCG@10 over steps", f"{_score(_headline(newest, dims[-1]))} {_when(newest)}", drawing, note)
 
 
+def _dim_name(dim: int) -> str:
+    return "reranked" if dim == ONE_SCORE else f"{dim:,}"
+
+
 def measures(evaluations: Sequence[Evaluation]) -> Measures | None:
     if not evaluations:
         return None
     shown = evaluations[-1]
     names = list(dict.fromkeys(name for found in shown.measures_by_dim.values() for name in found))
     rows = [
-        (dim, [_score(shown.measures_by_dim[dim].get(name)) for name in names])
+        (_dim_name(dim), [_score(shown.measures_by_dim[dim].get(name)) for name in names])
         for dim in sorted(shown.measures_by_dim, reverse=True)
     ]
     return Measures(f"All measures, {_when(shown)}", [_measure_name(name) for name in names], rows)
