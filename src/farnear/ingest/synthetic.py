@@ -6,12 +6,13 @@ pages share no combination, yet each side shows every single value once it has s
 well on the evaluation pages has learnt to read the attributes and to join them, not to remember pages.
 
 Combinations are ordered by a hash of the seed; the evaluation side takes the first ones, the training side the next.
-With ``siblings`` the set is harder: pages come in families that are drawn alike, to the pixel, but for the attributes
-themselves, and evaluation holds whole families. For every query the corpus then holds pages that differ from the right
-one in its kind, its colour, its topic or its year alone.
-
 Nothing depends on the clock, on the number of processes or on a library's random streams: equal arguments give equal
 shards, as long as Pillow encodes alike.
+
+With ``siblings`` the set is harder. Pages then come in families that share paper, layout, shift and, within a kind of
+chart, data: pages that differ in their colour, topic or year are the same to the pixel wherever these do not show.
+Evaluation holds whole families, so every query finds pages that differ from the right one in one attribute alone, for
+each of the four.
 
 PNG, not JPEG: at this size both decode in about 0.15 ms, and PNG keeps the colours that queries ask for.
 """
@@ -68,8 +69,8 @@ def synthesise(
         seed: settles which combinations go where, and every drawing.
         size: (width, height) of a page in pixels.
         pairs_per_shard: the last shard of a side may hold fewer.
-        siblings: draw the pages of a family alike. A family holds every kind of chart with two colours, two topics and
-            two years; the last one of a side may be cut short.
+        siblings: take combinations family by family, and draw a family's pages alike. A family has 24 pages: every kind
+            of chart with two colours, two topics and two years. The last one of a side may be cut short.
 
     Returns:
         The training shards and the evaluation shards.
@@ -141,13 +142,13 @@ def _families_together(combinations: Sequence[Combination]) -> list[Combination]
 
 
 def _family(combination: Combination) -> Family:
-    """Two neighbours of each attribute's values but the kind, of which there are too few."""
+    """Which two colours, topics and years it is among; of the kinds, which are three, a family has all."""
     _, colour, topic, year = combination
     return list(COLOURS).index(colour) // 2, TOPICS.index(topic) // 2, YEARS.index(year) // 2
 
 
 def _pages(combinations: Sequence[Combination], count: int, prefix: str, seed: int, siblings: bool) -> list[Page]:
-    """Pages of the combinations in turn, and of the first again, drawn anew."""
+    """Pages of the combinations in turn, again and again, drawn anew in each round."""
     pages = []
     for number, combination in enumerate(islice(cycle(combinations), count)):
         alike = (number // len(combinations), *_family(combination)) if siblings else (number, *combination)
