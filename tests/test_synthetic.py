@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from farnear.errors import UserError
-from farnear.ingest.page_drawing import CHARTS, COLOURS, LAYOUTS, Page, draw_page
+from farnear.ingest.page_drawing import CHARTS, COLOURS, LAYOUTS, TOPIC, YEAR, Page, draw_page
 from farnear.ingest.synthetic import TEMPLATES, TOPICS, YEARS, query_for, synthesise
 
 COMBINATIONS = len(CHARTS) * len(COLOURS) * len(TOPICS) * len(YEARS)
@@ -111,14 +111,37 @@ def test_pages_of_one_combination_have_one_query() -> None:
     assert len({query_for(Page("table", "red", "costs", 2018, seed)) for seed in range(20)}) == 1
 
 
-def test_repeated_combinations_are_announced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("siblings", [False, True])
+def test_repeated_combinations_are_announced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, siblings: bool) -> None:
     monkeypatch.setattr("farnear.ingest.synthetic.TOPICS", ("sales",))
     monkeypatch.setattr("farnear.ingest.synthetic.YEARS", (2019,))
     with pytest.warns(UserWarning, match="50 training pages show only 8 different combinations"):
-        train, _ = synthesise(tmp_path, train_pairs=50, eval_pairs=4, seed=0)
+        train, _ = synthesise(tmp_path, train_pairs=50, eval_pairs=4, seed=0, siblings=siblings)
     pairs = contents(train)
     assert len({attributes(query) for query, _ in pairs}) == 8
     assert len({image for _, image in pairs}) == 50
+
+
+def test_siblings_differ_in_one_attribute_and_nowhere_else(tmp_path: Path) -> None:
+    train, evaluation = synthesise(tmp_path, train_pairs=72, eval_pairs=48, seed=1, siblings=True)
+    on_train = [attributes(query) for query, _ in contents(train)]
+    assert len(set(on_train)) == 72
+    page_of = {
+        attributes(query): np.asarray(Image.open(io.BytesIO(image)), dtype=int) for query, image in contents(evaluation)
+    }
+    assert len(page_of) == 48 and not set(on_train) & page_of.keys()
+    # Where kind, colour, topic and year show, in fractions of the height. A "p" hangs into the year.
+    shows = ((YEAR[3], 1), (YEAR[3], 1), (0, YEAR[1] + 0.05), (TOPIC[3], YEAR[3]))
+    for combination, page in page_of.items():
+        found = set()
+        for other, sibling in page_of.items():
+            odd = [place for place in range(4) if combination[place] != other[place]]
+            if len(odd) != 1:
+                continue
+            height = (np.flatnonzero((page != sibling).any(axis=(1, 2))) + 0.5) / len(page)
+            if shows[odd[0]][0] < height[0] and height[-1] < shows[odd[0]][1]:
+                found.add(odd[0])
+        assert found == {0, 1, 2, 3}, combination
 
 
 @pytest.mark.parametrize(

@@ -211,6 +211,7 @@ def _add_synth(sources: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument("--pairs", type=positive, default=2000, help="training pairs (default: %(default)s)")
     parser.add_argument("--eval-pairs", type=int, default=200, help="evaluation pairs (default: %(default)s)")
     parser.add_argument("--size", type=size, default=(128, 160), help="of a page, in pixels (default: 128x160)")
+    parser.add_argument("--siblings", action="store_true", help="draw families of pages that differ in one attribute")
     parser.set_defaults(command=_synth)
 
 
@@ -225,6 +226,7 @@ def _synth(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         size=arguments.size,
         pairs_per_shard=arguments.pairs_per_shard,
+        siblings=arguments.siblings,
     )
     return tell_import(ImportReport(tuple(train), tuple(evaluation), arguments.pairs, arguments.eval_pairs, ()))
 
