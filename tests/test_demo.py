@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from pair_makers import one_thread  # noqa: F401
+from stages_here import run_stages_here
 
-from farnear import demo
+from farnear import demo, demo_reranker
 from farnear.cli import main
 
 
@@ -32,11 +34,41 @@ def test_a_small_demo_ends_with_lines_that_work(
     assert answer.stdout.count(",") == 2
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_a_small_demo_of_the_reranker_ends_with_lines_that_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo_reranker, "TRAIN_PAIRS", 160)
+    monkeypatch.setattr(demo_reranker, "EVAL_PAIRS", 12)
+    monkeypatch.setattr(demo_reranker, "STEPS", {"embedder": 2, "reranker": 2, "distilled": 2})
+    run_stages_here(monkeypatch)
+    assert main(["demo", "--reranker", "--out", str(tmp_path / "demo"), "--strategy", "single"]) == 0
+    printed = capfd.readouterr().out.splitlines()
+    figures = json.loads(printed[-1])
+    wanted = {"ndcg@10_embedder", "ndcg@10_reranked", "ndcg@10_after_flywheel"}
+    assert all(0 < figures[name] <= 1 for name in wanted)
+    assert figures["seconds_per_query"].keys() == {"embedder", "reranker"}
+    assert list(figures["seconds_of_stage"]) == ["embedder", "negatives", "reranker", "judged", "distilled"]
+    program = "\n".join(line.strip() for line in printed[-5:-2])
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert len(answer.stdout.strip("[]\n").split()) == 3
+
+
 def test_a_folder_that_is_no_demo_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     assert main(["demo", "--out", str(tmp_path)]) == 2
     assert "holds something that is not a demo" in capsys.readouterr().err
     assert (tmp_path / "thesis.txt").exists()
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_wheel_gains_by_both_models(tmp_path: Path, capfd: pytest.CaptureFixture[str], seed: int) -> None:
+    assert main(["demo", "--reranker", "--out", str(tmp_path / "demo"), "--seed", str(seed)]) == 0
+    figures = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert figures["ndcg@10_reranked"] > figures["ndcg@10_embedder"] + 0.05
+    assert figures["ndcg@10_after_flywheel"] > figures["ndcg@10_embedder"] + 0.02
 
 
 @pytest.mark.soak

@@ -8,17 +8,14 @@ from typing import Any
 import pytest
 import yaml
 from pair_makers import TEMPLATE, YES_NO, one_thread  # noqa: F401
+from stages_here import run_stages_here
 from tiny_runs import make_inputs
 
-import farnear
 from farnear.cli import main
 from farnear.config import load_config
 from farnear.errors import UserError
 from farnear.flywheel_file import read_flywheel
-from farnear.launching import flywheel
-from farnear.launching.mining import inputs_of, is_done
 from farnear.model.tiny import save_tiny_model
-from farnear.training.mine_ranks import mine_on_ranks, mining_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -134,18 +131,6 @@ def test_other_commands_say_what_to_do(folder: Path) -> None:
         assert main(["launch", str(folder / "flywheel.yaml"), *words]) == 2, message
 
 
-def launch_here(run_file: Path, overrides: Any, *, resume: Any, **_: Any) -> int:
-    farnear.train(load_config(run_file, overrides), resume=resume)
-    return 0
-
-
-def mine_here(run_file: Path, overrides: Any, *, out: Path, **_: Any) -> int:
-    config = load_config(run_file, overrides)
-    if not is_done(out, inputs_of(config)):
-        mine_on_ranks(mining_config(config), out, inputs_of(config))
-    return 0
-
-
 @pytest.mark.parametrize("launches", [False, pytest.param(True, marks=pytest.mark.soak)])
 def test_the_wheel_turns_and_goes_on_where_it_stopped(
     folder: Path,
@@ -155,9 +140,7 @@ def test_the_wheel_turns_and_goes_on_where_it_stopped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if not launches:
-        # Launches are tested elsewhere: here processes would take most of the time.
-        monkeypatch.setattr(flywheel, "launch", launch_here)
-        monkeypatch.setattr(flywheel, "mine", mine_here)
+        run_stages_here(monkeypatch)
     wheel = tmp_path / "wheel"
     file = written(folder, tree(folder) | {"output_dir": str(wheel)})
     # The third stage fails: what it needs is broken. The two before it are done and stay so.

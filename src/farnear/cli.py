@@ -102,9 +102,16 @@ def _add_demo(commands: "argparse._SubParsersAction[Parser]") -> None:
         help="train a tiny model on drawn pages, in minutes, on any machine",
         description="Draw pages with charts, train a tiny model to find them with several processes, and show nDCG "
         "before and after on pages that it has not seen.",
-        epilog="example:\n  farnear demo --strategy zero2 --ranks 2",
+        epilog="examples:\n  farnear demo --strategy zero2 --ranks 2\n  farnear demo --reranker",
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="the run folder (default: %(default)s)")
+    parser.add_argument(
+        "--reranker",
+        action="store_true",
+        help="train a reranker too, on harder pages, and a better embedder from its judgement; the last line is JSON",
+    )
+    parser.add_argument(
+        "--out", type=Path, help="the run folder (default: runs/demo, with --reranker runs/demo-reranker)"
+    )
     parser.add_argument(
         "--strategy", default="ddp", help="single, ddp, zero1, zero2, zero3 or fsdp2 (default: %(default)s)"
     )
@@ -114,9 +121,13 @@ def _add_demo(commands: "argparse._SubParsersAction[Parser]") -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
+    prepare_environment()
+    if arguments.reranker:
+        from farnear.demo_reranker import run_reranker_demo
+
+        return run_reranker_demo(arguments)
     from farnear.demo import run_demo
 
-    prepare_environment()
     return run_demo(arguments)
 
 

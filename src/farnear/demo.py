@@ -33,21 +33,13 @@ def run_demo(arguments: argparse.Namespace) -> int:
     """Draw, train, measure, and say how to use the result. Returns the exit code.
 
     Args:
-        arguments: out (the run folder), strategy, ranks (or None), seed.
+        arguments: out (the run folder, or None), strategy, ranks (or None), seed.
 
     Raises:
         UserError: The folder holds something else, or the launch met a user's mistake.
     """
     started = time.monotonic()
-    out: Path = arguments.out
-    if out.exists():
-        if any(out.iterdir()) and not (out / RUN_FILE).exists():
-            raise UserError(
-                f"{out} holds something that is not a demo, which would be lost; name another folder with --out"
-            )
-        print(f"replacing the demo in {out}; --out names another folder", flush=True)
-        shutil.rmtree(out)
-    out.mkdir(parents=True)
+    out = empty_folder(arguments.out or Path("runs/demo"))
     run_file = out / RUN_FILE
     run_file.write_text(yaml.safe_dump(demo_run(arguments, out), sort_keys=False), encoding="utf-8")
     print(f"drawing {TRAIN_PAIRS} training and {EVAL_PAIRS} evaluation pages", flush=True)
@@ -58,13 +50,34 @@ def run_demo(arguments: argparse.Namespace) -> int:
     return code
 
 
+def empty_folder(out: Path) -> Path:
+    """The folder, empty; a demo that is in it goes.
+
+    Raises:
+        UserError: It holds something else.
+    """
+    if out.exists():
+        if any(out.iterdir()) and not (out / RUN_FILE).exists():
+            raise UserError(
+                f"{out} holds something that is not a demo, which would be lost; name another folder with --out"
+            )
+        print(f"replacing the demo in {out}; --out names another folder", flush=True)
+        shutil.rmtree(out)
+    out.mkdir(parents=True)
+    return out
+
+
+def of_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the command line says in a run file's words."""
+    ranks = arguments.ranks or (1 if arguments.strategy == "single" else 2)
+    return {"strategy": arguments.strategy, "num_processes": ranks, "seed": arguments.seed}
+
+
 def demo_run(arguments: argparse.Namespace, out: Path) -> dict[str, Any]:
     """The run file, as a user would write it."""
     return {
         "output_dir": str(out),
-        "strategy": arguments.strategy,
-        "num_processes": arguments.ranks or (1 if arguments.strategy == "single" else 2),
-        "seed": arguments.seed,
+        **of_arguments(arguments),
         "model": {"name_or_path": str(out / "base")},
         "data": {
             "train": str(out / "data" / "train-*.tar"),

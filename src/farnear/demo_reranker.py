@@ -1,4 +1,4 @@
-"""What `farnear demo --reranker` trains on, and its flywheel file: how both models make each other better, in minutes.
+"""`farnear demo --reranker`: how both models make each other better, in minutes, by a flywheel file like any other.
 
     embedder -> the pages that it takes for answers -> reranker -> its judgement of such pages -> a better embedder
 
@@ -12,13 +12,24 @@ a random model understands no instruction, and that is a third of the tokens; an
 hundred nearest pages, since the nearest few dozen show one and the same combination, drawn anew.
 """
 
+import argparse
+import json
+import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import yaml
+
+from farnear.demo import RUN_FILE, empty_folder, of_arguments, read_shards, save_examples
+from farnear.flywheel_file import read_flywheel
+from farnear.launching.flywheel import launch_flywheel, results
 
 TRAIN_PAIRS = 6400
 EVAL_PAIRS = 240
 PAGE_SIZE = (96, 128)
+STEPS = {"embedder": 40, "reranker": 200, "distilled": 50}
 
 TEMPLATE = """\
 {%- macro content(message) -%}
@@ -35,19 +46,72 @@ TEMPLATE = """\
 """
 
 
-def flywheel(out: Path, *, strategy: str, ranks: int, seed: int) -> dict[str, Any]:
+def run_reranker_demo(arguments: argparse.Namespace) -> int:
+    """Draw, turn the flywheel once, and say what came of it, in a table and in JSON. Returns the exit code.
+
+    Args:
+        arguments: As `farnear.demo.run_demo` takes them.
+
+    Raises:
+        UserError: The folder holds something else, or a launch met a user's mistake.
+    """
+    started = time.monotonic()
+    out = empty_folder(arguments.out or Path("runs/demo-reranker"))
+    file = out / RUN_FILE
+    file.write_text(yaml.safe_dump(flywheel(out, of_arguments(arguments)), sort_keys=False), encoding="utf-8")
+    print(f"drawing {TRAIN_PAIRS} training and {EVAL_PAIRS} evaluation pages, in families", flush=True)
+    prepare(out, arguments.seed)
+    code = launch_flywheel(file, [])
+    if code == 0:
+        print(closing_words(out, results(read_flywheel(file)), time.monotonic() - started), flush=True)
+    return code
+
+
+def closing_words(out: Path, of_stage: Mapping[str, Mapping[str, Any]], seconds: float) -> str:
+    """How to use both models, in lines that work as they stand, and the figures as JSON, on the last line."""
+    query, pages = save_examples(out)
+    first, reranker, last = (of_stage[name] for name in ("embedder", "reranker", "distilled"))
+    return "\n".join(
+        [
+            "",
+            f"nDCG@10 on {EVAL_PAIRS} pages never seen, in families that differ in one attribute ({seconds:.0f} s)",
+            f"{first['ndcg@10']:>8.3f}  the embedder",
+            f"{reranker['ndcg@10']:>8.3f}  the pages that it finds, in the reranker's order",
+            f"{last['ndcg@10']:>8.3f}  the embedder that has learnt from the reranker",
+            "",
+            f"the models are in {out / 'distilled' / 'export'} and {out / 'reranker' / 'export'}; which of three",
+            "unseen pages answers a query? The first one:",
+            "",
+            "    from sentence_transformers import CrossEncoder",
+            f"    model = CrossEncoder({str(out / 'reranker' / 'export')!r})",
+            f"    print(model.predict([({query!r}, page) for page in {pages}]))",
+            "",
+            json.dumps(
+                {
+                    "ndcg@10_embedder": first["ndcg@10"],
+                    "ndcg@10_reranked": reranker["ndcg@10"],
+                    "ndcg@10_after_flywheel": last["ndcg@10"],
+                    "seconds_per_query": reranker["seconds_per_query"],
+                    "seconds_of_stage": {name: result["seconds"] for name, result in of_stage.items()},
+                    "seconds": round(seconds, 1),
+                }
+            ),
+        ]
+    )
+
+
+def flywheel(out: Path, shared: Mapping[str, Any]) -> dict[str, Any]:
     """The flywheel file, as a user would write it.
 
     Args:
         out: Its output_dir, where `prepare` has put the base model, the shards and the template.
+        shared: Keys that all stages share.
     """
     schedule = {"lr_scheduler_type": "cosine", "warmup_ratio": 0.05, "save_steps": 0}
     mining = {"num_negatives": 3, "range_max": 100, "sampling_strategy": "random"}
     return {
         "output_dir": str(out),
-        "strategy": strategy,
-        "num_processes": ranks,
-        "seed": seed,
+        **shared,
         "data": {
             "train": str(out / "data" / "train-*.tar"),
             "eval": str(out / "data" / "eval-*.tar"),
@@ -63,7 +127,7 @@ def flywheel(out: Path, *, strategy: str, ranks: int, seed: int) -> dict[str, An
                         "global_batch_size": 128,
                         "mini_batch_size": 16,
                         "learning_rate": 1e-3,
-                        "max_steps": 40,
+                        "max_steps": STEPS["embedder"],
                     },
                 },
             },
@@ -82,7 +146,7 @@ def flywheel(out: Path, *, strategy: str, ranks: int, seed: int) -> dict[str, An
                         "global_batch_size": 32,
                         "mini_batch_size": {"pair": 64, "document": 32},
                         "learning_rate": 7e-4,
-                        "max_steps": 200,
+                        "max_steps": STEPS["reranker"],
                     },
                     "evaluation": {"embedder": "{embedder}", "rerank_k": 20},
                 },
@@ -103,7 +167,7 @@ def flywheel(out: Path, *, strategy: str, ranks: int, seed: int) -> dict[str, An
                         "global_batch_size": 64,
                         "mini_batch_size": 16,
                         "learning_rate": 5e-4,
-                        "max_steps": 50,
+                        "max_steps": STEPS["distilled"],
                     },
                 },
             },
@@ -114,7 +178,6 @@ def flywheel(out: Path, *, strategy: str, ranks: int, seed: int) -> dict[str, An
 def prepare(out: Path, seed: int) -> None:
     """Draw the shards, make the base model, whose tokenizer knows the training queries, and write the template."""
     # Imported here: torch and transformers take seconds, which `farnear --help` should not.
-    from farnear.demo import read_shards
     from farnear.ingest.synthetic import synthesise
     from farnear.model.tiny import save_tiny_model
 
