@@ -149,7 +149,6 @@ class RunConfig(Section):
         for name, is_set in (
             ("mining.refresh_every", self.mining.refresh_every is not None),
             ("evaluation.embedder", self.evaluation.embedder is not None),
-            ("reranker.sampling_strategy: top", self.reranker is not None and self.reranker.embeddings is not None),
         ):
             if is_set:
                 raise ValueError(f"{name} is not there yet, so it would change nothing; take it out")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from farnear.config import RunConfig
 from farnear.data.list_dealing import ListDealing
+from farnear.data.lists import Similarity
 from farnear.errors import UserError
 from farnear.model.export import export_model
 from farnear.model.load_reranker import load_reranker
@@ -20,6 +21,7 @@ from farnear.model.reranker import Reranker, same_scores_shared, shares_images
 from farnear.parallel.collectives import exchange_ints
 from farnear.parallel.world import World, on_main_rank
 from farnear.reranker_section import DISTILLATIONS, RerankerConfig
+from farnear.retrieve.embeddings import Embeddings
 from farnear.retrieve.evaluate import RetrievalTask
 from farnear.retrieve.measure import measure
 from farnear.retrieve.rerank import given_candidates, pairs_of, reranked, score_pairs
@@ -46,6 +48,7 @@ class RerankerKind:
         self._config = config
         self._reranker = reranker
         self._pick: PairPicker | None = None
+        self._similarity: Similarity | None = None
 
     def load(self, *, dtype: torch.dtype, with_weights: bool) -> CrossEncoder:
         """See `Kind`."""
@@ -79,6 +82,12 @@ class RerankerKind:
                 f"reranker.loss {self._reranker.loss} learns from a teacher's scores, and data.negatives holds none; "
                 "let `farnear mine` write them (mining.reranker), or set another loss"
             )
+        if self._reranker.embeddings is not None:
+            try:
+                embeddings = Embeddings.open(Path(self._reranker.embeddings).expanduser())
+                self._similarity = embeddings.similarity_in(data.train)
+            except UserError as error:
+                raise UserError(f"reranker.embeddings: {error}") from None
 
     def step(
         self,
@@ -138,6 +147,7 @@ class RerankerKind:
             negatives=data.negatives,
             num_hard=self._config.data.num_negatives,
             num_in_batch=self._reranker.num_negatives,
+            similarity=self._similarity,
             shares_images=self._pick is not None,
             same_modalities=built.strategy.forward_is_collective,
         )
