@@ -47,8 +47,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("data", "others"):
         data = open_data(config_of(folder, "unused", data=name).data, config_of(folder, "unused").evaluation, ONE)
         options: dict[str, Any] = {"seed": 1, "batch_size": 8, "num_workers": 0}
-        mining, of = MiningConfig(num_negatives=2, range_max=5), {"model": "colours"}
-        mine(Colours(), ONE, data.train, data.store, preprocess, page_tokens, mining, folder / f"of-{name}", of, **options)  # type: ignore[arg-type]  # fmt: skip
+        mining, strategy, to = MiningConfig(num_negatives=2, range_max=5), Colours(), folder / f"of-{name}"
+        mine(
+            strategy, ONE, data.train, data.store, preprocess, page_tokens, mining, to, {"model": "colours"}, **options
+        )
     return folder
 
 

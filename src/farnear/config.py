@@ -145,11 +145,37 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _refresh_has_a_use(self) -> "RunConfig":
+        if self.mining.refresh_every is None:
+            return self
+        if self.reranker is not None:
+            raise ValueError(
+                "mining.refresh_every has an embedder mine with its own weights, which a reranker cannot; take it out, "
+                "and mine for it with `farnear mine`"
+            )
+        if self.mining.reranker is not None:
+            raise ValueError(
+                "mining.refresh_every and mining.reranker do not go together yet: take one out, or mine between two "
+                "runs with `farnear mine`"
+            )
+        if self.data.num_negatives == 0:
+            raise ValueError(
+                "mining.refresh_every mines hard negatives, and data.num_negatives: 0 has none of them used; take one "
+                "of the two out"
+            )
+        return self
+
+    @property
+    def negatives_of_refresh(self) -> int:
+        """Most hard negatives of a pair once the run has mined again; 0 where it never does."""
+        if self.mining.refresh_every is None:
+            return 0
+        most = self.data.num_negatives
+        return self.mining.num_negatives if most is None else min(most, self.mining.num_negatives)
+
+    @model_validator(mode="after")
     def _one_kind(self) -> "RunConfig":
-        for name, is_set in (
-            ("mining.refresh_every", self.mining.refresh_every is not None),
-            ("evaluation.embedder", self.evaluation.embedder is not None),
-        ):
+        for name, is_set in (("evaluation.embedder", self.evaluation.embedder is not None),):
             if is_set:
                 raise ValueError(f"{name} is not there yet, so it would change nothing; take it out")
         training = self.training

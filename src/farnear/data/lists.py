@@ -150,7 +150,7 @@ def _next_on_ring(lists: int) -> Iterator[Iterable[int]]:
 
 
 def _nearest(similarity: Similarity, pair_G: Int64, positive_G: Int64, most: int) -> Iterator[Iterable[int]]:
-    """Of each list all places, the most similar first and of equals the first; beyond ``most`` sorted when asked for."""
+    """Of each list all places, the most similar first, of equals the first; beyond ``most`` sorted when asked for."""
     k = min(most, len(pair_G))
     rows = max(1, _MOST_SIMILARITIES // len(pair_G))
     for first in range(0, len(pair_G), rows):

@@ -202,9 +202,9 @@ def encode_all(
 
 def _in_whole_numbers(e_nD: Float32) -> Tensor:
     """Unit vectors in whole numbers of 1/4000. The norm in float64, so that none is rounded otherwise elsewhere."""
-    e_nD = torch.from_numpy(e_nD)
-    norm_n = torch.linalg.vector_norm(e_nD, dim=1, dtype=torch.float64).clamp(min=1e-12)
-    return (e_nD * (_WHOLE / norm_n).float()[:, None]).round()
+    x_nD = torch.from_numpy(e_nD)
+    norm_n = torch.linalg.vector_norm(x_nD, dim=1, dtype=torch.float64).clamp(min=1e-12)
+    return (x_nD * (_WHOLE / norm_n).float()[:, None]).round()
 
 
 def rows_of_a_part(rows: int) -> int:

@@ -8,21 +8,19 @@ import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from farnear.config import RunConfig
 from farnear.errors import RunInterruptedError, UserError
 from farnear.files import replace_text
 from farnear.mining_section import strategy_of_mining
-from farnear.model.load import embedding_dimension
 from farnear.model.pixels import page_tokens
 from farnear.parallel.world import World, on_main_rank, start_world, stop_world
-from farnear.retrieve.mine import Mined, mine, weights_fingerprint
+from farnear.retrieve.mine import Mined, mine
 from farnear.retrieve.mining_block import ScorePairs
 from farnear.run_folder import RunFolder, claimed
 from farnear.sections import LossConfig
 from farnear.signals import Signals
-from farnear.training.embedders import EmbedderKind
+from farnear.training.embedders import EmbedderKind, embedder_facts
 from farnear.training.engine import build_model
 from farnear.training.guard import Guard, StopAskedError
 from farnear.training.opening import prepare_workers
@@ -88,15 +86,7 @@ def _mine(config: RunConfig, world: World, folder: Path, between: Callable[[], N
     between()
     built = build_model(config, EmbedderKind(config), world)
     refuse_unsupported(built.model, config, data)
-    facts: dict[str, Any] = {
-        "model": config.model.name_or_path,
-        "weights": weights_fingerprint(built.strategy, world, built.frozen_hash),
-        "dim": embedding_dimension(built.model),
-        "prompts": dict(built.model.prompts),
-        "precision": config.training.precision,
-        "max_pixels": config.model.max_pixels,
-        "min_pixels": config.model.min_pixels,
-    }
+    facts = embedder_facts(config, built, world)
     score_pairs: ScorePairs | None = None
     return mine(
         built.strategy,
