@@ -91,6 +91,7 @@ def read_negatives(
         UserError: A file is missing or none of these, or too many lines are of no use.
     """
     files = [Path(os.path.expanduser(path)) for path in paths]
+    name = ", ".join(map(str, files))
     digest = hashlib.blake2b(json.dumps([index.fingerprint, *map(_digest_of, files)]).encode(), digest_size=16)
     kept_in = kept_in or (index.path.parent if index.path else None)
     if kept_in is None:
@@ -107,13 +108,12 @@ def read_negatives(
                         found = open_columns(path, CACHE_FORMAT, check=False)
             except OSError as error:
                 raise UserError(
-                    f"what {', '.join(map(str, files))} names cannot be kept in {kept_in} ({error.strerror or error}), where "
+                    f"what {name} names cannot be kept in {kept_in} ({error.strerror or error}), where "
                     "all ranks would find it; make the folder one that can be written to, with space on its disk"
                 ) from None
         columns, header = found
-    name = ", ".join(map(str, files))
     _judge(header["counts"], name, max_bad_fraction, tell)
-    return Negatives(**{name: columns[name] for name in _COLUMNS}, origin=name)
+    return Negatives(**{column: columns[column] for column in _COLUMNS}, origin=name)
 
 
 def _opened(path: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
