@@ -157,7 +157,7 @@ def test_another_file_than_the_checkpoint_knew_is_refused(folder: Path, batches:
     text = (run / FIRST).read_text()
     (run / FIRST).unlink()
     if is_there:
-        head, first, *rest = text.splitlines(keepends=True)
+        head, _, *rest = text.splitlines(keepends=True)
         (run / FIRST).write_text("".join([head, *rest]))
     before = (run / "metrics.jsonl").read_text()
     why = "is not what it was" if is_there else "is missing"
@@ -221,7 +221,7 @@ def test_a_signal_in_the_middle_stops_the_run_in_good_order(folder: Path, batche
 
     with (
         at_mining(4, 5, come),
-        pytest.raises(RunInterruptedError, match="SIGTERM at rank 0 after step 4, saved in step-00000004; .*--resume"),
+        pytest.raises(RunInterruptedError, match=r"SIGTERM at rank 0 after step 4, saved in step-00000004; .*--resume"),
     ):
         train_in(ALONE, config, None, signals)
     run = folder / "signalled"
