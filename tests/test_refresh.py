@@ -14,7 +14,7 @@ from pair_makers import one_thread  # noqa: F401
 from ranks import run_ranks
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
-from tar_makers import STORE
+from tar_makers import STORE, image_bytes, write_tar
 from tiny_runs import make_inputs, run_config
 
 from farnear.config import RunConfig
@@ -29,6 +29,7 @@ from farnear.training import engine
 from farnear.training.choices import choose
 from farnear.training.loop import train_step
 from farnear.training.opening import open_run
+from farnear.training.quarantine import Quarantine
 from farnear.training.run import train_in
 from farnear.training.shards import open_data
 from farnear.training.watch import Watch
@@ -284,3 +285,32 @@ def test_memory_is_shared_out_for_the_negatives_to_come(folder: Path) -> None:
 def test_what_it_cannot_do_is_said(folder: Path, keys: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         config_of(folder, "unused", **keys)
+
+
+def test_an_input_that_cannot_be_read_is_left_out_as_in_the_training(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A page whose pair the training quarantines when its turn comes."""
+    broken = folder / "broken.tar"
+    members = [("a.json", b'{"query": "where"}'), ("a.png", image_bytes(1)[:60] + bytes(900))]
+    members += [("b.json", b'{"query": "who"}'), ("b.png", image_bytes(2))]
+    write_tar(broken, members)
+    data = {"train": [str(folder / "data" / "train-*.tar"), str(broken)], "max_bad_fraction": 0.1}
+    keys: dict[str, Any] = {"data": data, "mining": {"num_negatives": 30, "range_max": 40}}
+    config = config_of(folder, "broken", **keys)
+    train_in(ALONE, config)
+    run = folder / "broken"
+    assert [one["input"] for one in lines(run / "quarantine.jsonl")] == ["broken.tar/a.png"]
+    for path in (FIRST, SECOND):
+        assert json.loads((run / path).with_name("report.json").read_text())["unusable"] == ["broken.tar/a.png"]
+    assert "left out that cannot be used" in capsys.readouterr().out
+    found = lines(run / FIRST)[1:]
+    # All that may be a negative is one here.
+    named = {name.split("/")[-1] for one in found for name in one["neg_ids"]}
+    assert named == {f"{one['key']}.png" for one in found} - {"a.png"}
+    data["max_bad_fraction"] = 0.01
+    with (
+        patch.object(Quarantine, "stop_if_too_many"),
+        pytest.raises(UserError, match=r"1 of 24 documents cannot be read .*, above data.max_bad_fraction \(0.01\)"),
+    ):
+        train_in(ALONE, config_of(folder, "too-broken", **keys))

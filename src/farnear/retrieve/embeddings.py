@@ -158,6 +158,7 @@ def encode_all(
     *,
     batch_size: int,
     num_workers: int,
+    needed: bool = True,
     between: Callable[[], None] = lambda: None,
 ) -> Embeddings:
     """Embed every distinct query and document of an index, as far as a folder does not hold them. A collective.
@@ -167,7 +168,7 @@ def encode_all(
     Args:
         folder: Of all ranks.
         facts: What the embeddings are of beside the index, the weights above all; in words and numbers for JSON.
-        batch_size, num_workers, between: As in `farnear.retrieve.encode.encode`.
+        batch_size, num_workers, needed, between: As in `farnear.retrieve.encode.encode_parts`.
     """
     inputs = distinct_inputs(index)
     counts = {SIDES[side]: len(rows) for side, (_, rows) in inputs.items()}
@@ -190,6 +191,7 @@ def encode_all(
                 [parts[place] for place in absent],
                 batch_size=batch_size,
                 num_workers=num_workers,
+                needed=needed,
                 between=between,
             ):
                 with published(paths[absent[number]]) as file:
@@ -205,6 +207,13 @@ def _in_whole_numbers(e_nD: Float32) -> Tensor:
     x_nD = torch.from_numpy(e_nD)
     norm_n = torch.linalg.vector_norm(x_nD, dim=1, dtype=torch.float64).clamp(min=1e-12)
     return (x_nD * (_WHOLE / norm_n).float()[:, None]).round()
+
+
+def empty_rows(rows: StoredRows) -> Int64:
+    """Which are zero: of inputs that could not be used."""
+    starts = range(0, len(rows), _MOST_ROWS_OF_A_PART)
+    found = [start + np.flatnonzero(~rows[start : start + _MOST_ROWS_OF_A_PART].any(axis=1)) for start in starts]
+    return np.concatenate(found) if found else np.zeros(0, np.int64)
 
 
 def rows_of_a_part(rows: int) -> int:

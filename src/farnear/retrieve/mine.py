@@ -32,11 +32,12 @@ from farnear.data.index import Index
 from farnear.data.negatives_file import write_header
 from farnear.data.shard_store import ShardStore
 from farnear.data.workers import Preprocess
+from farnear.errors import UserError
 from farnear.files import published, remove_drafts, replace_text
 from farnear.mining_section import MiningConfig
 from farnear.parallel.strategy import Strategy
 from farnear.parallel.world import World, on_main_rank
-from farnear.retrieve.embeddings import encode_all
+from farnear.retrieve.embeddings import SIDES, Embeddings, distinct_inputs, empty_rows, encode_all
 from farnear.retrieve.mining_block import BINS, FILTERS, BlockMiner, ScorePairs
 from farnear.retrieve.mining_page import write_examples
 
@@ -73,6 +74,7 @@ def mine(
     seed: int,
     batch_size: int,
     num_workers: int,
+    max_bad_fraction: float = 0.0,
     score_pairs: ScorePairs | None = None,
     reranker_facts: Mapping[str, Any] | None = None,
     between: Callable[[], None] = lambda: None,
@@ -85,12 +87,13 @@ def mine(
         seed: Of sampling_strategy random.
         batch_size: Inputs that go through the model at once on one rank.
         num_workers: Worker processes a rank that prepare them.
+        max_bad_fraction: Share of the queries, or of the documents, that may be left out because they cannot be used.
         score_pairs: The reranker of ``mining.reranker``, whose weights ``reranker_facts`` tell.
         between: Called before every batch and every block, equally often on every rank.
         moved: Called as a rank's search goes on.
 
     Raises:
-        UserError: The folder cannot be written, or FAISS is asked for and not there.
+        UserError: The folder cannot be written, FAISS is asked for and not there, or too many inputs cannot be used.
         RunStoppedError: On every rank, when an embedding is not finite.
     """
     seconds = {}
@@ -106,8 +109,10 @@ def mine(
         facts,
         batch_size=batch_size,
         num_workers=num_workers,
+        needed=max_bad_fraction == 0,
         between=between,
     )
+    unusable = _unusable(embeddings, max_bad_fraction)
     seconds["encode"] = perf_counter() - started
     started = perf_counter()
     told = {**facts, "fingerprint": index.fingerprint, "mining": mining.model_dump(), "seed": seed}
@@ -116,7 +121,7 @@ def mine(
     blocks = _blocks(len(index))
     parts = folder / "parts"
     absent: list[int] = on_main_rank(world, lambda: _absent(parts, told, len(blocks)))
-    miner = BlockMiner(index, embeddings, mining, seed, world, score_pairs, moved)
+    miner = BlockMiner(index, embeddings, mining, seed, world, score_pairs, moved, unusable)
     for first in range(0, len(absent), world.world_size):
         between()
         of_round = absent[first : first + world.world_size]
@@ -139,6 +144,8 @@ def mine(
                     shutil.copyfileobj(part, file)
         counts = [json.loads(_counts_of(parts, n).read_text(encoding="utf-8")) for n in range(len(blocks))]
         report = _report(index, mining, counts)
+        inputs = distinct_inputs(index)
+        report["unusable"] = [index.input_id(int(row)) for side in SIDES for row in inputs[side][1][unusable[side]]]
         write_examples(index, store, path, folder / "examples.html", told)
         seconds["write"] = perf_counter() - started
         report["seconds"] = {name: round(value, 2) for name, value in seconds.items()}
@@ -165,6 +172,20 @@ def weights_fingerprint(strategy: Strategy, world: World, frozen_hash: str) -> s
         return str(found.hexdigest())
 
     return on_main_rank(world, digest)
+
+
+def _unusable(embeddings: Embeddings, max_bad_fraction: float) -> dict[str, Int64]:
+    """The embeddings of each side that stand for no input; the same on every rank."""
+    if max_bad_fraction == 0:
+        return dict.fromkeys(SIDES, np.zeros(0, np.int64))
+    found = {"query": empty_rows(embeddings.queries), "document": empty_rows(embeddings.documents)}
+    for side, total in (("query", len(embeddings.queries)), ("document", len(embeddings.documents))):
+        if (bad := len(found[side])) > max_bad_fraction * total:
+            raise UserError(
+                f"{bad} of {total} {SIDES[side]} cannot be read or prepared for the model, above data.max_bad_fraction "
+                f"({max_bad_fraction:g}), so too little would be mined of; mend the shards, or raise it"
+            )
+    return found
 
 
 def _blocks(pairs: int) -> list[Int64]:

@@ -36,7 +36,7 @@ def mine_again(run: Run, progress: Progress) -> tuple[Negatives, Progress]:
 
     Raises:
         StopAskedError: On every rank, when a signal has come. What is embedded is kept.
-        UserError: An input cannot be read, or the folder not be written.
+        UserError: Too many inputs cannot be used, or the folder not be written.
         RunStoppedError: On every rank, when an embedding is not finite.
     """
     config, world, step, started = run.config, run.world, progress.step, perf_counter()
@@ -62,6 +62,7 @@ def mine_again(run: Run, progress: Progress) -> tuple[Negatives, Progress]:
         seed=config.seed,
         batch_size=config.evaluation.per_device_eval_batch_size,
         num_workers=config.data.dataloader_num_workers,
+        max_bad_fraction=config.data.max_bad_fraction,
         between=between,
         moved=lambda: run.watch.at("mining: search", step=step),
     )
@@ -87,6 +88,8 @@ def _tell(folder: RunFolder, step: int, report: Mapping[str, Any], seconds: floa
     record = {name: report[name] for name in ("pairs", "negatives", "pairs_with_fewer")}
     append_line(folder.minings, {"step": step, **record, "seconds": round(seconds, 2), "phases": report["seconds"]})
     fewer = f", {counted(report['pairs_with_fewer'], 'pair')} with fewer" if report["pairs_with_fewer"] else ""
+    if report["unusable"]:
+        fewer += f", {counted(len(report['unusable']), 'input')} left out that cannot be used"
     print(
         f"step {step}: mined {counted(report['negatives'], 'hard negative')} of {counted(report['pairs'], 'pair')} "
         f"({report['num_negatives']} each{fewer}) in {seconds:.1f} s",
