@@ -117,8 +117,7 @@ def mine_when_due(parts: Parts, progress: Progress) -> Progress:
     Raises:
         RunInterruptedError: On every rank, after a signal, when the step is saved.
     """
-    step = progress.step
-    if not step or not _is_due(step, parts.refresh_steps) or progress.mined_step == step:
+    if not progress.step or not _is_due(progress.step, parts.refresh_steps):
         return progress
     try:
         return parts.mine_again(progress)
