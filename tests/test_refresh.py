@@ -295,7 +295,7 @@ def test_an_input_that_cannot_be_read_is_left_out_as_in_the_training(
     members = [("a.json", b'{"query": "where"}'), ("a.png", image_bytes(1)[:60] + bytes(900))]
     members += [("b.json", b'{"query": "who"}'), ("b.png", image_bytes(2))]
     write_tar(broken, members)
-    data = {"train": [str(folder / "data" / "train-*.tar"), str(broken)], "max_bad_fraction": 0.1}
+    data = {"train": [str(folder / "data" / "train-*.tar"), str(broken)], "max_bad_fraction": 0.1, "num_negatives": 1}
     keys: dict[str, Any] = {"data": data, "mining": {"num_negatives": 30, "range_max": 40}}
     config = config_of(folder, "broken", **keys)
     train_in(ALONE, config)
