@@ -4,12 +4,14 @@ import io
 import json
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from farnear.data import lists as lists_module
 from farnear.data.index import Index
 from farnear.data.index_cache import ShardSet, SourceShards, cached_index
 from farnear.data.list_dealing import ListDealing
@@ -52,8 +54,9 @@ def test_no_negative_is_ever_an_answer_and_no_content_comes_twice(
 ) -> None:
     order = order_of(index, batch, seed, tmp_path_factory.getbasetemp())
 
-    def similarity(queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
-        return np.cos(queries[:, None] * 1.7 + documents[None]).astype(np.float32)
+    def similarity(pairs: np.ndarray, documents: np.ndarray) -> np.ndarray:
+        # Many are equal.
+        return np.round(2 * np.cos(pairs[:, None] * 1.7 + documents[None])).astype(np.float32)
 
     lists = lists_of_step(
         order,
@@ -71,6 +74,46 @@ def test_no_negative_is_ever_an_answer_and_no_content_comes_twice(
         assert contents[0] in answers and not answers & set(contents[1:])
         assert len(set(contents)) == len(contents)
         assert int(lists.in_batch_E[entries].sum()) <= in_batch
+        if top:
+            assert lists.document_E[entries][lists.in_batch_E[entries]].tolist() == nearest(
+                lists, order, place, similarity, in_batch
+            )
+
+
+def nearest(lists: Any, order: Order, place: int, similarity: Any, most: int) -> list[int]:
+    """The negatives of the batch of one list, by sorting them all."""
+    index, found, pair_G = order.index, [], lists.pair_G
+    positives = order.positives(pair_G, 0)
+    entries = slice(*lists.start_G1[place : place + 2].tolist())
+    is_hard = ~lists.in_batch_E[entries]
+    used = set(index.input_hash_I[lists.document_E[entries][is_hard]].tolist())
+    used |= set(index.positive_hashes_of_query(int(pair_G[place])).tolist())
+    score = similarity(pair_G[[place]], positives)[0]
+    for other in sorted(range(len(pair_G)), key=lambda one: (-score[one], one)):
+        content = int(index.input_hash_I[positives[other]])
+        if content not in used and len(found) < most:
+            used.add(content)
+            found.append(int(positives[other]))
+    return found
+
+
+def test_far_more_than_are_wanted_may_be_answers(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looked at in blocks of one row, of which the nearest alone is known at first."""
+    order = order_of(index, 40, 1, tmp_path)
+
+    def similarity(pairs: np.ndarray, documents: np.ndarray) -> np.ndarray:
+        answers = [index.positive_hashes_of_query(int(pair)) for pair in pairs]
+        return np.stack([np.isin(index.input_hash_I[documents], own) for own in answers]).astype(np.float32)
+
+    def found() -> Any:
+        return lists_of_step(order, 0, Negatives.of_index(index), num_hard=0, num_in_batch=5, similarity=similarity)
+
+    whole = found()
+    assert int(whole.in_batch_E.sum()) == 5 * 40
+    monkeypatch.setattr(lists_module, "_MOST_SIMILARITIES", 1)
+    real = lists_module._nearest
+    monkeypatch.setattr(lists_module, "_nearest", lambda *of: real(*of[:3], 1))
+    np.testing.assert_array_equal(found().document_E, whole.document_E)
 
 
 @pytest.mark.parametrize("whole", [True, False])

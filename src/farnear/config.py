@@ -147,13 +147,36 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _refresh_has_a_use(self) -> "RunConfig":
+        if self.mining.refresh_every is None:
+            return self
+        if self.reranker is not None:
+            raise ValueError(
+                "mining.refresh_every has an embedder mine with its own weights, which a reranker cannot; take it out, "
+                "and mine for it with `farnear mine`"
+            )
+        if self.loss.distillation is not None and self.mining.reranker is None:
+            raise ValueError(
+                "loss.distillation learns from a teacher's scores, which what mining.refresh_every finds has none of "
+                "without mining.reranker; name one, or take one of the two out"
+            )
+        if self.data.num_negatives == 0:
+            raise ValueError(
+                "mining.refresh_every mines hard negatives, and data.num_negatives: 0 has none of them used; take one "
+                "of the two out"
+            )
+        return self
+
+    @property
+    def negatives_of_refresh(self) -> int:
+        """Most hard negatives of a pair once the run has mined again; 0 where it never does."""
+        if self.mining.refresh_every is None:
+            return 0
+        most = self.data.num_negatives
+        return self.mining.num_negatives if most is None else min(most, self.mining.num_negatives)
+
+    @model_validator(mode="after")
     def _one_kind(self) -> "RunConfig":
-        for name, is_set in (
-            ("mining.refresh_every", self.mining.refresh_every is not None),
-            ("reranker.sampling_strategy: top", self.reranker is not None and self.reranker.embeddings is not None),
-        ):
-            if is_set:
-                raise ValueError(f"{name} is not there yet, so it would change nothing; take it out")
         training = self.training
         asked = {side for value in (training.mini_batch_size, training.mini_batch_num_tokens) for side in _keys(value)}
         if self.reranker is None:

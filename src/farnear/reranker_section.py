@@ -41,9 +41,9 @@ class RerankerConfig(Section):
     num_negatives: int = Field(default=4, ge=0)
     """Negatives of each list that are other pairs' positives in the global batch, beside the hard ones."""
     sampling_strategy: Literal["random", "top"] = "random"
-    """Which of the batch they are: any, or those that an embedder finds nearest to the query (`embeddings`)."""
+    """Any of the batch; or those nearest to the query by `embeddings`, for which a rank reads pages all over it."""
     embeddings: str | None = None
-    """Folder of `farnear mine` with embeddings of the training queries and pages, for sampling_strategy top."""
+    """The folder `embeddings` that `farnear mine` has written of the same shards, for sampling_strategy top."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> "RerankerConfig":

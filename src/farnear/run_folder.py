@@ -55,6 +55,16 @@ class RunFolder:
         return self.path / "saves.jsonl"
 
     @property
+    def mined(self) -> Path:
+        """Hard negatives that the run has mined on its way, a folder `step-NNNNNNNN` each time."""
+        return self.path / "mined"
+
+    @property
+    def minings(self) -> Path:
+        """One JSON object each time: step, pairs, negatives, pairs_with_fewer, seconds, those by phase."""
+        return self.path / "mined.jsonl"
+
+    @property
     def latest(self) -> Path:
         """The name of the newest checkpoint."""
         return self.path / "latest"
@@ -125,6 +135,7 @@ class RunFolder:
             self.metrics,
             self.evaluations,
             self.saves,
+            self.minings,
             self.faults,
             self.quarantine,
             self.bad_steps,

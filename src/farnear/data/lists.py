@@ -9,17 +9,23 @@ order drawn anew for each step, and a list takes the pages of the pairs that fol
 likely as any other, no list has a page twice, and a rank, whose lists are an arc of the ring, meets but a few pages
 beside its own. The ring knows nothing of ranks, so the lists do not depend on their number.
 
+Where an embedder's similarities are given, a list takes the nearest pages of the batch, which may be anywhere: a rank
+then reads and encodes up to one more page for each negative of its lists. All ranks work out the lists of all, and must
+find the same, so the similarities have to be the same to the last bit.
+
 A page that answers the query is never a negative of it, by content: not the pair's own positives, and not those of
 other pairs that ask the same. Nor does a list hold the same content twice.
 
 Shapes: G lists in the global batch, E entries of them all, laid end to end.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from farnear.data.negatives import Negatives
 from farnear.data.order import Order
@@ -30,7 +36,10 @@ Float32 = npt.NDArray[np.float32]
 Bool = npt.NDArray[np.bool_]
 
 Similarity = Callable[[Int64, Int64], Float32]
-"""(rows of queries [n], rows of documents [m]) in the index -> how like they are, to an embedder. float32 [n, m]."""
+"""(pairs [n], input rows of documents [m]) -> how like each pair's query they are to an embedder: float32 [n, m], and
+the same numbers on every rank, whatever else is asked for beside them."""
+
+_MOST_SIMILARITIES = 1 << 24  # at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,15 +83,15 @@ def lists_of_step(
     pair_G = ring_of(order, step)
     positive_G = order.positives(pair_G, order.schedule.epoch_of(step))
     hash_G = index.input_hash_I[positive_G]
-    nearest_GG = None
-    if similarity is not None:
-        nearest_GG = np.argsort(-similarity(index.query_N[pair_G], positive_G), axis=1, kind="stable")
+    # Of the nearest some are answers, copies, or hard negatives of the list already.
+    looked_at = 2 * num_in_batch + 16
+    others_G = _next_on_ring(len(pair_G)) if similarity is None else _nearest(similarity, pair_G, positive_G, looked_at)
     documents: list[int] = []
     teachers: list[float] = []
     in_batch: list[bool] = []
     start_G1 = np.zeros(len(pair_G) + 1, np.int64)
     left_out = 0
-    for place, pair in enumerate(pair_G.tolist()):
+    for place, (pair, others) in enumerate(zip(pair_G.tolist(), others_G, strict=True)):
         taken = set(index.positive_hashes_of_query(pair).tolist())
         documents.append(int(positive_G[place]))
         place_of_positive = int(np.flatnonzero(index.positives_of(pair) == documents[-1])[0])
@@ -96,8 +105,7 @@ def lists_of_step(
             taken.add(content)
             documents.append(row)
             teachers.append(teacher)
-        others = nearest_GG[place] if nearest_GG is not None else np.arange(place + 1, place + len(pair_G))
-        found = _first_new(others % len(pair_G), hash_G, taken, num_in_batch)
+        found = _first_new(others, hash_G, taken, num_in_batch)
         in_batch += [False] * (len(documents) - len(in_batch)) + [True] * len(found)
         documents += positive_G[found].tolist()
         teachers += [np.nan] * len(found)
@@ -133,6 +141,29 @@ def arc_of_rank(cost_G: Int64, rank: int, world_size: int) -> Int64:
     cost_tw = before[first_tw + sizes] - before[first_tw]
     turn = int(np.argmin(cost_tw.max(axis=1)))
     return (turn + starts[rank] + np.arange(sizes[rank])) % max(lists, 1)
+
+
+def _next_on_ring(lists: int) -> Iterator[Iterable[int]]:
+    """Of each list the places of the others, as they follow."""
+    for place in range(lists):
+        yield chain(range(place + 1, lists), range(place))
+
+
+def _nearest(similarity: Similarity, pair_G: Int64, positive_G: Int64, most: int) -> Iterator[Iterable[int]]:
+    """Of each list all places, the most similar first, of equals the first; beyond ``most`` sorted when asked for."""
+    k = min(most, len(pair_G))
+    rows = max(1, _MOST_SIMILARITIES // len(pair_G))
+    for first in range(0, len(pair_G), rows):
+        score_nG = similarity(pair_G[first : first + rows], positive_G)
+        least_n = torch.topk(torch.from_numpy(score_nG), k, dim=1, sorted=False).values.amin(dim=1).numpy()
+        owner, place = np.nonzero(score_nG >= least_n[:, None])
+        place = place[np.lexsort((place, -score_nG[owner, place], owner))]
+        for score_G, near in zip(score_nG, np.split(place, np.flatnonzero(np.diff(owner)) + 1), strict=True):
+            yield chain(near.tolist(), _further(score_G, len(near)))
+
+
+def _further(score_G: Float32, nearer: int) -> Iterator[int]:
+    yield from np.argsort(-score_G, kind="stable")[nearer:].tolist()
 
 
 def _first_new(others: Iterable[int], hash_G: Int64, taken: set[int], most: int) -> list[int]:

@@ -83,6 +83,10 @@ class TrainLoader(Generic[Share, Batch]):
         self._prefetch_shards = prefetch_shards
         self._workers = Workers(InputReader(order.index, store), preprocess, num_workers, prefetch_factor, pin_memory)
 
+    def deal_by(self, dealing: Deals[Share, Batch]) -> None:
+        """What the next `batches` are dealt by."""
+        self._dealing = dealing
+
     def keys_of_batch(self, step: int) -> list[str]:
         """The pairs of the whole global batch of ``step`` as ``"shard name/KEY"``, for messages."""
         return [self.index.pair_id(int(pair)) for pair in self.order.global_batch(step)]

@@ -65,8 +65,11 @@ def write_line(
     neg_ids: Sequence[str],
     scores: Mapping[str, npt.NDArray[np.float32]],
 ) -> None:
-    """Append a pair. ``scores`` are by the name of their column."""
-    lists = {name: [round(float(value), 6) for value in values] for name, values in scores.items()}
+    """Append a pair. ``scores`` are by the name of their column; NaN where there is none."""
+    lists = {
+        name: [None if np.isnan(value) else round(float(value), 6) for value in values]
+        for name, values in scores.items()
+    }
     record = {"shard": shard, "key": key, "neg_ids": list(neg_ids), **lists}
     file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
 
@@ -76,40 +79,44 @@ def write_header(file: BinaryIO, facts: Mapping[str, Any]) -> None:
     file.write(json.dumps({"format": FORMAT, **facts}, ensure_ascii=False).encode() + b"\n")
 
 
-def read_negatives(paths: Sequence[str], index: Index, max_bad_fraction: float, *, tell: bool = False) -> Negatives:
+def read_negatives(
+    paths: Sequence[str], index: Index, max_bad_fraction: float, *, tell: bool = False, kept_in: Path | None = None
+) -> Negatives:
     """The negatives that the files name. A pair that no file names has none, one that is named twice has both lists.
 
     Args:
         paths: As `data.negatives` has them.
         max_bad_fraction: Share of the lines that may be of no use.
         tell: Whether to print what was left out.
+        kept_in: Where what came of it is kept; beside the index if no folder is given.
 
     Raises:
         UserError: A file is missing or none of these, or too many lines are of no use.
     """
     files = [Path(os.path.expanduser(path)) for path in paths]
+    name = ", ".join(map(str, files))
     digest = hashlib.blake2b(json.dumps([index.fingerprint, *map(_digest_of, files)]).encode(), digest_size=16)
-    if index.path is None:
+    kept_in = kept_in or (index.path.parent if index.path else None)
+    if kept_in is None:
         columns, header = _read(files, index)
     else:
-        path = index.path.parent / f"negatives-{digest.hexdigest()}.arrow"
+        path = kept_in / f"negatives-{digest.hexdigest()}.arrow"
         found = _opened(path)
         if found is None:
             try:
-                with locked(index.path.parent / "negatives.lock"):
+                with locked(kept_in / "negatives.lock"):
                     found = _opened(path)
                     if found is None:
                         write_columns(path, *_read(files, index), CACHE_FORMAT)
                         found = open_columns(path, CACHE_FORMAT, check=False)
             except OSError as error:
                 raise UserError(
-                    f"what data.negatives names cannot be kept in {path.parent} ({error.strerror or error}), where all "
-                    "ranks would find it; make the folder one that can be written to, with space on its disk"
+                    f"what {name} names cannot be kept in {kept_in} ({error.strerror or error}), where "
+                    "all ranks would find it; make the folder one that can be written to, with space on its disk"
                 ) from None
         columns, header = found
-    name = ", ".join(map(str, files))
     _judge(header["counts"], name, max_bad_fraction, tell)
-    return Negatives(**{name: columns[name] for name in _COLUMNS}, origin=name)
+    return Negatives(**{column: columns[column] for column in _COLUMNS}, origin=name)
 
 
 def _opened(path: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:

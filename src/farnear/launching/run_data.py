@@ -122,6 +122,8 @@ def _of_index(config: RunConfig, index: Index, page_tokens: PageTokens) -> RunDa
             faults.append(str(error))
     negatives = float(hard.counts(config.data.num_negatives).mean())
     documents = np.unique(np.concatenate([index.positives, hard.rows] if negatives else [index.positives]))
+    if config.mining.refresh_every is not None:
+        negatives, documents = max(negatives, float(config.negatives_of_refresh)), index.documents()
     return RunData(
         pairs=len(index),
         steps=steps,
@@ -154,7 +156,7 @@ def _without_index(config: RunConfig, most_page_tokens: int, pairs: int | None, 
         pairs=pairs,
         steps=steps,
         steps_of_epoch=steps_of_epoch,
-        negatives=float(config.data.num_negatives or 0),
+        negatives=float(max(config.data.num_negatives or 0, config.negatives_of_refresh)),
         query=Tokens(QUERY_TOKENS_ASSUMED, QUERY_TOKENS_ASSUMED),
         page=Tokens(most_page_tokens, most_page_tokens),
         pages=None,

@@ -78,7 +78,13 @@ def encode(by: Inference, index: Index, store: ShardStore, side: str, rows: npt.
 
 @torch.no_grad()
 def encode_parts(
-    by: Inference, index: Index, store: ShardStore, side: str, parts: Sequence[npt.NDArray[np.int64]]
+    by: Inference,
+    index: Index,
+    store: ShardStore,
+    side: str,
+    parts: Sequence[npt.NDArray[np.int64]],
+    *,
+    needed: bool = True,
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield (number, embeddings) of this rank's parts: every ``world_size``-th, in rounds. A collective to its end.
 
@@ -86,6 +92,7 @@ def encode_parts(
 
     Args:
         parts: Input rows of each part, the same on every rank.
+        needed: Whether an input that cannot be used is an error; else its embedding is zero.
 
     Yields:
         float32 [n, D] on the CPU, in the order of the part's rows.
@@ -97,7 +104,8 @@ def encode_parts(
     rounds = [parts[first : first + world.world_size] for first in range(0, len(parts), world.world_size)]
     turns = [list(_turns(index, by.page_tokens, of_round, world.rank, by.batch_size)) for of_round in rounds]
     is_collective = by.model.forward_is_collective
-    jobs = [turn.job(side) for of_round in turns for turn in of_round if turn.is_own or is_collective]
+    own = [turn for of_round in turns for turn in of_round if turn.is_own or is_collective]
+    jobs = [Job(side, turn.modality, turn.rows, needed) for turn in own]
     workers = Workers(InputReader(index, store), by.preprocess, min(by.num_workers, len(jobs)), 2, False)
     with closing(workers.run(iter(jobs))) as results:
         for number, of_round in enumerate(turns):
@@ -106,14 +114,15 @@ def encode_parts(
                 by.between()
                 if not turn.is_own and not is_collective:
                     continue
-                features, _ = next(results)
+                features, bad = next(results)
                 e_nD = by.forward(to_device(features, world.device)).float()
                 if turn.is_own:
+                    e_nD[[place for place, _ in bad]] = 0.0
                     embedded.append(e_nD.cpu())
                     places.append(torch.from_numpy(turn.places))
             e_nD = torch.cat(embedded)[torch.cat(places).argsort()] if embedded else torch.zeros(0, 0)
-            bad = agree_on_max([int((~e_nD.isfinite().all(dim=1)).sum())], world.device)[0]
-            _refuse_not_finite(bad, sum(map(len, rounds[number])), side)
+            not_finite = agree_on_max([int((~e_nD.isfinite().all(dim=1)).sum())], world.device)[0]
+            _refuse_not_finite(not_finite, sum(map(len, rounds[number])), side)
             if embedded:
                 yield number * world.world_size + world.rank, e_nD
 
@@ -126,9 +135,6 @@ class _Turn:
     places: npt.NDArray[np.int64]  # in the part
     rows: npt.NDArray[np.int64]
     is_own: bool
-
-    def job(self, side: str) -> Job:
-        return Job(side, self.modality, self.rows, needed=True)
 
 
 def _turns(

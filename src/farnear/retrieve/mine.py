@@ -30,11 +30,12 @@ import xxhash
 from farnear.data.index import Index
 from farnear.data.negatives_file import write_header
 from farnear.data.shard_store import ShardStore
+from farnear.errors import UserError
 from farnear.files import published, remove_drafts, replace_text
 from farnear.mining_section import MiningConfig
 from farnear.parallel.strategy import Strategy
 from farnear.parallel.world import World, on_main_rank
-from farnear.retrieve.embeddings import encode_all
+from farnear.retrieve.embeddings import SIDES, Embeddings, distinct_inputs, empty_rows, encode_all
 from farnear.retrieve.inference import Inference
 from farnear.retrieve.mining_block import BINS, FILTERS, BlockMiner, ScorePairs
 from farnear.retrieve.mining_page import write_examples
@@ -67,6 +68,7 @@ def mine(
     facts: Mapping[str, Any],
     *,
     seed: int,
+    max_bad_fraction: float = 0.0,
     score_pairs: ScorePairs | None = None,
     reranker_facts: Mapping[str, Any] | None = None,
 ) -> Mined:
@@ -75,15 +77,17 @@ def mine(
     Args:
         facts: What the embeddings are of: the model and a fingerprint of its weights above all.
         seed: Of sampling_strategy random.
+        max_bad_fraction: Share of the queries, or of the documents, that may be left out because they cannot be used.
         score_pairs: The reranker of ``mining.reranker``, whose weights ``reranker_facts`` tell.
 
     Raises:
-        UserError: The folder cannot be written, or FAISS is asked for and not there.
+        UserError: The folder cannot be written, FAISS is asked for and not there, or too many inputs cannot be used.
         RunStoppedError: On every rank, when an embedding is not finite.
     """
     world, seconds = by.world, {}
     started = perf_counter()
-    embeddings = encode_all(by, index, store, folder / "embeddings", facts)
+    embeddings = encode_all(by, index, store, folder / "embeddings", facts, needed=max_bad_fraction == 0)
+    unusable = _unusable(embeddings, max_bad_fraction)
     seconds["encode"] = perf_counter() - started
     started = perf_counter()
     told = {**facts, "fingerprint": index.fingerprint, "mining": mining.model_dump(), "seed": seed}
@@ -92,7 +96,7 @@ def mine(
     blocks = _blocks(len(index))
     parts = folder / "parts"
     absent: list[int] = on_main_rank(world, lambda: _absent(parts, told, len(blocks)))
-    miner = BlockMiner(index, embeddings, mining, seed, world, score_pairs, by.moved)
+    miner = BlockMiner(index, embeddings, mining, seed, world, score_pairs, by.moved, unusable)
     for first in range(0, len(absent), world.world_size):
         by.between()
         of_round = absent[first : first + world.world_size]
@@ -115,6 +119,8 @@ def mine(
                     shutil.copyfileobj(part, file)
         counts = [json.loads(_counts_of(parts, n).read_text(encoding="utf-8")) for n in range(len(blocks))]
         report = _report(index, mining, counts)
+        inputs = distinct_inputs(index)
+        report["unusable"] = [index.input_id(int(row)) for side in SIDES for row in inputs[side][1][unusable[side]]]
         write_examples(index, store, path, folder / "examples.html", told)
         seconds["write"] = perf_counter() - started
         report["seconds"] = {name: round(value, 2) for name, value in seconds.items()}
@@ -141,6 +147,20 @@ def weights_fingerprint(strategy: Strategy, world: World, frozen_hash: str) -> s
         return str(found.hexdigest())
 
     return on_main_rank(world, digest)
+
+
+def _unusable(embeddings: Embeddings, max_bad_fraction: float) -> dict[str, Int64]:
+    """The embeddings of each side that stand for no input; the same on every rank."""
+    if max_bad_fraction == 0:
+        return dict.fromkeys(SIDES, np.zeros(0, np.int64))
+    found = {"query": empty_rows(embeddings.queries), "document": empty_rows(embeddings.documents)}
+    for side, total in (("query", len(embeddings.queries)), ("document", len(embeddings.documents))):
+        if (bad := len(found[side])) > max_bad_fraction * total:
+            raise UserError(
+                f"{bad} of {total} {SIDES[side]} cannot be read or prepared for the model, above data.max_bad_fraction "
+                f"({max_bad_fraction:g}), so too little would be mined of; mend the shards, or raise it"
+            )
+    return found
 
 
 def _blocks(pairs: int) -> list[Int64]:

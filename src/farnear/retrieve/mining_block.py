@@ -40,7 +40,8 @@ ScorePairs = Callable[[Int64, Int64], Float32]
 nothing to score where a rank has nothing, so it may be a collective."""
 
 _MOST_ANSWERS = 1024
-"""Answers of a query that its ranking is made longer by; a query of more, which names no page, gets fewer negatives."""
+"""Answers of a query, and documents that cannot be used, that its ranking is made longer by; a query of more, which
+names no page, gets fewer negatives."""
 _TILE = (256, 25600)
 BINS = np.linspace(-1, 1, 2001)
 """Of the histograms of similarities."""
@@ -59,7 +60,9 @@ class BlockMiner:
         world: World,
         score_pairs: ScorePairs | None,
         moved: Callable[[], None],
+        unusable: Mapping[str, Int64] | None = None,
     ) -> None:
+        """``unusable``: the places of embeddings, of each side, that stand for no input."""
         self._index, self._embeddings, self._mining, self._seed = index, embeddings, mining, seed
         self._world, self._score_pairs, self._moved = world, score_pairs, moved
         self._answers = AnswersOfQueries(index)
@@ -71,6 +74,10 @@ class BlockMiner:
         documents = documents[np.argsort(~np.isin(documents, index.corpus_C), kind="stable")]
         _, first_P = np.unique(index.input_hash_I[documents], return_index=True)
         self._row_P = documents[first_P]
+        none = np.zeros(0, np.int64)
+        self._unusable = {"query": none, "document": none} if unusable is None else unusable
+        self._unusable_P = np.zeros(len(self._row_P), np.bool_)
+        self._unusable_P[self._unusable["document"]] = True
         self._search: Search = self._exact
         if mining.use_faiss:
             self._search = faiss_search(embeddings.documents)
@@ -133,17 +140,20 @@ class BlockMiner:
         if len(pairs) == 0:
             return np.zeros((0, 1), np.int64), np.zeros((0, 1), np.float32)
         hash_q, query_n = np.unique(self._index.query_hash_N[pairs], return_inverse=True)
-        k = self._mining.range_max + min(int(self._answers_N[pairs].max()), _MOST_ANSWERS)
+        others = int(self._answers_N[pairs].max()) + len(self._unusable["document"])
+        k = self._mining.range_max + min(others, _MOST_ANSWERS)
         score_qk, page_qk = self._search(self._embeddings.query(hash_q), min(k, len(self._row_P)))
         return page_qk.numpy()[query_n], score_qk.numpy()[query_n]
 
     def _window(self, pairs: Int64, page_nk: Int64) -> tuple[Bool, Int64]:
-        """Which are no answers and in the window of ranks, and the rank of each among those that are no answers."""
+        """Which may be negatives and are in the window of ranks, and the rank of each among those that may be."""
         k = page_nk.shape[1]
         query_hash_n = np.repeat(self._index.query_hash_N[pairs], k)
         hash_n = self._embeddings.document_hash_P[page_nk.ravel()]
-        is_answer_nk = self._answers.of_hashes(query_hash_n, hash_n).reshape(page_nk.shape)
-        nth_nk = np.where(is_answer_nk, -1, (~is_answer_nk).cumsum(axis=1) - 1)
+        is_none_nk = self._answers.of_hashes(query_hash_n, hash_n).reshape(page_nk.shape) | self._unusable_P[page_nk]
+        unusable_hash = self._embeddings.query_hash_Q[self._unusable["query"]]
+        is_none_nk |= np.isin(self._index.query_hash_N[pairs], unusable_hash)[:, None]
+        nth_nk = np.where(is_none_nk, -1, (~is_none_nk).cumsum(axis=1) - 1)
         return (nth_nk >= self._mining.range_min) & (nth_nk < self._mining.range_max), nth_nk
 
     def _order(self, pairs: Int64, passes_nk: Bool, nth_nk: Int64) -> Int64:
@@ -186,6 +196,8 @@ class BlockMiner:
                 bound_n = np.full(len(pairs), np.inf, np.float32)
                 if mining.reranker_margin is not None:
                     bound_n = positive.least(positive_teacher) - mining.reranker_margin
+                    # A positive that cannot be used has no score, and nothing to compare with.
+                    left_n[np.isnan(bound_n)] = 0
                 owner_p, row_p = owner_p[:0], row_p[:0]
             teacher_nk[owner, column] = scores
             found_n += np.bincount(owner[scores <= bound_n[owner]], minlength=len(pairs))

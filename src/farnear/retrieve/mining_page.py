@@ -106,7 +106,8 @@ def _pages(
 ) -> Iterator[dict[str, Any]]:
     for place, row in enumerate(rows):
         scores = f" {line[f'{prefix}_similarity'][place]:.3f}"
-        if teacher := line.get(f"{prefix}_teacher"):
+        teacher = line.get(f"{prefix}_teacher")
+        if teacher and teacher[place] is not None:
             scores += f", reranker {teacher[place]:.2f}"
         yield {"kind": kind, "scores": scores, "name": reader.index.input_id(row), **_shown(reader, row)}
 

@@ -34,6 +34,7 @@ from farnear.retrieve.inference import Inference
 
 Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
+Bool = npt.NDArray[np.bool_]
 
 NO_CANDIDATE = -1
 
@@ -61,31 +62,45 @@ def score_pairs(by: Inference, index: Index, store: ShardStore, query_n: Int64, 
         own = np.array_split(of_kind, world.world_size)[world.rank]
         # A rank without a share still takes part in collective forwards; what it scores is cut off again.
         share = own if len(own) else of_kind[:1]
-        parts.append(_score_in_turns(by, index, store, query_n[share], document_n[share])[: len(own)])
+        score_n, _ = _score_in_turns(by, index, store, query_n[share], document_n[share])
+        parts.append(score_n[: len(own)])
         places.append(own)
     own_n = [torch.from_numpy(np.concatenate(columns)).to(world.device) for columns in (parts, places)]
     rows_W = [(rows, rows) for (rows,) in exchange_ints([len(own_n[0])], world.device)]
     score_N, place_N = gather_together(own_n, rows_W)
-    score_n: Float32 = score_N[place_N.argsort()].cpu().numpy()
-    _refuse_not_finite(_not_finite(score_n), len(score_n))
-    return score_n
+    in_order_N: Float32 = score_N[place_N.argsort()].cpu().numpy()
+    _refuse_not_finite(_not_finite(in_order_N), len(in_order_N))
+    return in_order_N
 
 
 @torch.no_grad()
-def score_own_pairs(by: Inference, index: Index, store: ShardStore, query_n: Int64, document_n: Int64) -> Float32:
+def score_own_pairs(
+    by: Inference,
+    index: Index,
+    store: ShardStore,
+    query_n: Int64,
+    document_n: Int64,
+    *,
+    needed: bool = True,
+) -> Float32:
     """Raw scores of pairs that are this rank's alone, by a model that each rank has whole. A collective all the same.
 
+    Args:
+        needed: Whether an input that cannot be used is an error; else its pairs' scores are NaN.
+
     Raises:
+        UserError: Such an input is needed.
         RunStoppedError: On every rank, when a score of any is not finite.
     """
     assert not by.model.forward_is_collective
     kind_n = index.input_modality_I[query_n] | index.input_modality_I[document_n]
     # Pages beside each other within a kind, and kinds one after the other.
     order = np.lexsort([document_n, kind_n])
-    score_n = np.empty(len(order), np.float32)
-    score_n[order] = _score_in_turns(by, index, store, query_n[order], document_n[order])
-    told_W = exchange_ints([_not_finite(score_n), len(order)], by.world.device)
+    in_turn_n, is_usable_n = _score_in_turns(by, index, store, query_n[order], document_n[order], needed=needed)
+    told_W = exchange_ints([_not_finite(in_turn_n), len(order)], by.world.device)
     _refuse_not_finite(sum(bad for bad, _ in told_W), sum(count for _, count in told_W))
+    score_n = np.empty(len(order), np.float32)
+    score_n[order] = np.where(is_usable_n, in_turn_n, np.float32(np.nan))
     return score_n
 
 
@@ -135,29 +150,36 @@ def reranked(candidate_Qk: Int64, score_n: Float32) -> Int64:
     return np.take_along_axis(candidate_Qk, np.take_along_axis(by_page_Qk, ordered_Qk, axis=1), axis=1)
 
 
-def _score_in_turns(by: Inference, index: Index, store: ShardStore, query_n: Int64, document_n: Int64) -> Float32:
-    """Scores of this rank's pairs, in batches of one kind. Ranks take equally many turns, idle where a rank is done."""
+def _score_in_turns(
+    by: Inference, index: Index, store: ShardStore, query_n: Int64, document_n: Int64, *, needed: bool = True
+) -> tuple[Float32, Bool]:
+    """Scores of this rank's pairs, in batches of one kind, and which are of inputs that can be used.
+
+    Ranks take equally many turns, idle where a rank is done.
+    """
     kind_n = index.input_modality_I[query_n] | index.input_modality_I[document_n]
     starts = np.append(np.flatnonzero(np.diff(kind_n, prepend=0)), len(kind_n))
     jobs = [
-        pair_job(modality_name(int(kind_n[first])), query_n[part], document_n[part], needed=True)
+        pair_job(modality_name(int(kind_n[first])), query_n[part], document_n[part], needed=needed)
         for first, last in pairwise(starts.tolist())
         for part in (slice(start, min(start + by.batch_size, last)) for start in range(first, last, by.batch_size))
     ]
     turns = agree_on_max([len(jobs)], by.world.device)[0]
-    parts = [torch.zeros(0)]
+    parts, usable = [torch.zeros(0)], [np.zeros(0, np.bool_)]
     features: dict[str, Any] = {}
     workers = Workers(InputReader(index, store), by.preprocess, min(by.num_workers, len(jobs)), 2, False)
     with closing(workers.run(iter(jobs))) as results:
-        for features, _ in results:
+        for job, (features, bad) in zip(jobs, results, strict=True):
             by.between()
             parts.append(_score(by, features).cpu())
+            assert job.pair_n2 is not None
+            is_bad_n2 = np.isin(job.pair_n2, [place for place, _ in bad])
+            usable.append(~(is_bad_n2[:, 0] | is_bad_n2[:, 1]))
     for _ in range(turns - len(jobs)):
         by.between()
         if by.model.forward_is_collective:
             _score(by, features)
-    score_n: Float32 = torch.cat(parts).numpy()
-    return score_n
+    return torch.cat(parts).numpy(), np.concatenate(usable)
 
 
 def _score(by: Inference, features: dict[str, Any]) -> Tensor:

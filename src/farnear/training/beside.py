@@ -7,6 +7,8 @@ its inputs as its own folder says: prompts, instruction and pixels are those tha
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -21,9 +23,10 @@ from farnear.parallel.forward_only import ForwardOnly
 from farnear.parallel.world import World
 from farnear.reranker_section import RerankerConfig
 from farnear.retrieve.inference import Inference, nothing
+from farnear.retrieve.rerank import score_own_pairs
 from farnear.training.engine import inference_of
 from farnear.training.pages_once import settle_pages_once
-from farnear.training.shards import refuse_unsupported
+from farnear.training.shards import RunData, kinds_of, refuse_unsupported
 
 
 @contextmanager
@@ -74,6 +77,26 @@ def reranker_beside(
     half = precision != "fp32"
     pick = settle_pages_once(forward.forward, preprocess, pick, kinds, world, half_precision=half)
     yield inference_of(config, forward, model, preprocess, world, pick=pick, between=between), frozen_hash(module)
+
+
+@contextmanager
+def judge_beside(
+    config: RunConfig, data: RunData, world: World, *, needed: bool = True, between: Callable[[], None] = nothing
+) -> Iterator[dict[str, Any]]:
+    """What `farnear.retrieve.mine.mine` takes of the reranker of mining.reranker; nothing where there is none.
+
+    Args:
+        needed: As in `farnear.retrieve.rerank.score_own_pairs`.
+    """
+    name = config.mining.reranker
+    if name is None:
+        yield {}
+        return
+    with reranker_beside(config, name, kinds_of(data.train), world, between=between) as (by, weights):
+        yield {
+            "score_pairs": partial(score_own_pairs, by, data.train, data.store, needed=needed),
+            "reranker_facts": {"name": name, "weights": weights},
+        }
 
 
 def _stored_in(config: RunConfig) -> torch.dtype:

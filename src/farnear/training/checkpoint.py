@@ -57,6 +57,7 @@ class Progress:
         loss_scale: Under training.fp16, the fields of `LossScale`.
         measured_by: What `best_metric` is a value of: another measure or another sample does not compare with it.
         numbers: The losses that the next ones are held against.
+        mined_step, mined_hash: When the run has mined hard negatives last, if it has, and the hash of their file.
     """
 
     step: Annotated[int, Ge(0)]
@@ -74,6 +75,8 @@ class Progress:
     choices: Mapping[str, Any] = field(default_factory=dict)
     loss_scale: Mapping[str, Any] | None = None
     numbers: Numbers = field(default_factory=Numbers)
+    mined_step: int | None = None
+    mined_hash: str = ""
 
 
 class _Facts(BaseModel):

@@ -21,6 +21,7 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import psutil
 import torch
 from PIL import Image
@@ -36,7 +37,8 @@ from farnear.parallel.collectives import exchange_ints
 from farnear.parallel.strategy import Strategy
 from farnear.parallel.world import World
 from farnear.sections import TrainingConfig
-from farnear.training.shards import RunData
+
+Int64 = npt.NDArray[np.int64]
 
 # Of the free device memory: what graphs may take in all, and what one mini-batch may.
 _SHARE_OF_GRAPHS = 0.6
@@ -73,7 +75,8 @@ def choose(
     strategy: Strategy,
     preprocess: Preprocess,
     merger: FeatureMerger,
-    data: RunData,
+    index: Index,
+    documents: Int64,
     page_tokens: PageTokens,
     world: World,
     *,
@@ -84,6 +87,7 @@ def choose(
     """What the run file says, and what it leaves open as measured or as ``saved`` in a checkpoint. A collective.
 
     Args:
+        documents: Input rows of all that a step may hold.
         inputs_per_rank: Of each side, about the most in a step.
         has_dropout: Whether the model draws random numbers when it trains.
         has_frozen_parts: Whether there is anything to keep outputs of.
@@ -103,7 +107,7 @@ def choose(
         saved_asked = saved.get("asked", {})
         return saved[name] if all(key in saved_asked and saved_asked[key] == asked[key] for key in keys) else None
 
-    trial = _Trial(strategy, preprocess, data, page_tokens, world)
+    trial = _Trial(strategy, preprocess, index, documents, page_tokens, world)
     num_tokens: dict[str, int | None] = {}
     for side in SIDES:
         wanted = training.mini_batch_num_tokens_of[side]
@@ -141,10 +145,16 @@ class _Trial:
     """Forwards with graph of made-up inputs, as large as the largest of the index. Every method is a collective."""
 
     def __init__(
-        self, strategy: Strategy, preprocess: Preprocess, data: RunData, page_tokens: PageTokens, world: World
+        self,
+        strategy: Strategy,
+        preprocess: Preprocess,
+        index: Index,
+        documents: Int64,
+        page_tokens: PageTokens,
+        world: World,
     ) -> None:
         self._strategy, self._preprocess, self._world = strategy, preprocess, world
-        self._index, self._negatives, self._page_tokens = data.train, data.negatives, page_tokens
+        self._index, self._documents, self._page_tokens = index, documents, page_tokens
         self._largest_of: dict[str, tuple[Any, int]] = {}
 
     def _largest(self, side: str) -> tuple[Any, int]:
@@ -159,7 +169,7 @@ class _Trial:
 
     def _look_for_largest(self, side: str) -> tuple[Any, int]:
         index = self._index
-        rows = np.unique(index.query_N if side == "query" else np.concatenate([index.positives, self._negatives.rows]))
+        rows = np.unique(index.query_N if side == "query" else self._documents)
         cost_n = input_cost(index, rows, self._page_tokens)
         for place in np.argsort(-cost_n, kind="stable"):
             row = int(rows[place])

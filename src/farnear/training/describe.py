@@ -8,6 +8,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from farnear.config import RunConfig
 from farnear.data.faults import pairs_lost
 from farnear.data.index import modality_name
+from farnear.data.negatives import Negatives
 from farnear.data.scan_rows import MODALITY_BITS
 from farnear.data.summary import ignored_members
 from farnear.model.heads import head_of
@@ -31,7 +32,7 @@ def derived_numbers(parts: Parts, data: RunData, built: BuiltModel) -> str:
     precision = "bf16 weights" if training.pure_bf16 else f"fp32 weights, {training.precision} compute"
     prompts = ", ".join(f"{name}: {text!r}" for name, text in model.prompts.items() if text) or "none"
     hard = int(data.negatives.counts(config.data.num_negatives).sum())
-    of_files = f" of {data.negatives.origin}" if config.data.negatives else ""
+    of_files = f" of {data.negatives.origin}" if data.negatives.origin != Negatives.origin else ""
     all_there_are = f" (all there are, training.global_batch_size is {training.global_batch_size})"
     lines = [
         ("model", f"{config.model.name_or_path}: {_parameters(model)}, {precision}"),
@@ -69,6 +70,7 @@ def derived_numbers(parts: Parts, data: RunData, built: BuiltModel) -> str:
         ),
         ("saves", _saves(parts)),
         ("evaluates", _evaluation(parts, data)),
+        *([("mines", f"again {_refresh(parts)}")] if parts.refresh_steps else []),
     ]
     return "\n".join(f"{name:>10}  {text}" for name, text in lines)
 
@@ -179,6 +181,14 @@ def _order(parts: Parts, data: RunData) -> str:
 def _saves(parts: Parts) -> str:
     when = f"every {counted(parts.save_steps, 'step')} and at the end" if parts.save_steps else "at the end"
     return f"{when}; the best of the evaluations is kept too" if parts.eval_steps else when
+
+
+def _refresh(parts: Parts) -> str:
+    mining = parts.config.mining
+    return (
+        f"every {counted(parts.refresh_steps or 0, 'step')}, {counted(mining.num_negatives, 'negative')} a pair of "
+        f"ranks {mining.range_min} to {mining.range_max}, of which {parts.config.negatives_of_refresh} are used"
+    )
 
 
 def _evaluation(parts: Parts, data: RunData) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -18,6 +19,7 @@ from farnear.model.load import embedding_dimension, load_model
 from farnear.model.pixels import page_tokens
 from farnear.parallel.world import World
 from farnear.retrieve.evaluate import RetrievalTask, evaluate
+from farnear.retrieve.mine import weights_fingerprint
 from farnear.training.checkpoint import Progress
 from farnear.training.choices import Choices
 from farnear.training.engine import BuiltModel, build_step, inference_of
@@ -56,7 +58,8 @@ class EmbedderKind:
         """See `Kind`."""
         refuse_unsupported(model, self._config.model.name_or_path, kinds_held(data))
         measured_dims(self._config, embedding_dimension(model))
-        if self._config.loss.distillation is not None:
+        # What the run mines on its way has scores.
+        if self._config.loss.distillation is not None and self._config.mining.refresh_every is None:
             refuse_without_teacher(
                 f"loss.distillation {self._config.loss.distillation}", data, self._config.data.num_negatives
             )
@@ -117,6 +120,19 @@ class EmbedderKind:
     def export(self, weights: Mapping[str, Tensor], folder: Path) -> None:
         """See `Kind`."""
         export_model(self._config.model, weights, folder)
+
+
+def embedder_facts(config: RunConfig, built: BuiltModel, world: World) -> dict[str, Any]:
+    """What embeddings by the model as it is are known by. A collective."""
+    return {
+        "model": config.model.name_or_path,
+        "weights": weights_fingerprint(built.strategy, world, built.frozen_hash),
+        "dim": embedding_dimension(built.model),
+        "prompts": dict(built.model.prompts),
+        "precision": config.training.precision,
+        "max_pixels": config.model.max_pixels,
+        "min_pixels": config.model.min_pixels,
+    }
 
 
 def measured_dims(config: RunConfig, full: int) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -119,6 +120,10 @@ def build_step(
     """The step and the choices in it, those of the checkpoint where ``progress`` has some. A collective."""
     pairs = -(-min(config.training.global_batch_size, len(data.train)) // world.world_size)
     negatives = float(data.negatives.counts(config.data.num_negatives).mean())
+    documents = np.concatenate([data.train.positives, data.negatives.rows])
+    if config.mining.refresh_every is not None:
+        # Once the run has mined again: any document may be a negative.
+        negatives, documents = max(negatives, float(config.negatives_of_refresh)), data.train.documents()
     merger = FeatureMerger(built.model)
     built.strategy.train(True)
     choices = choose(
@@ -127,7 +132,8 @@ def build_step(
         built.strategy,
         built.preprocess,
         merger,
-        data,
+        data.train,
+        documents,
         page_tokens(built.model),
         world,
         inputs_per_rank={"query": pairs, "document": round(pairs * (1 + negatives))},

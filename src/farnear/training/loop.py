@@ -1,4 +1,4 @@
-"""The loop, on a page: batch, gradient, step, record; evaluate, save and stop when due.
+"""The loop, on a page: batch, gradient, step, record; evaluate, save, mine and stop when due.
 
 Everything with more than one way to go lives elsewhere: order in the plan, gradients in the cache, ranks in the
 strategy, files in the saver, signals in the guard, bad numbers in their own module. `farnear.training.run` puts the
@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from time import perf_counter
-from typing import Any
+from typing import Any, NoReturn
 
 from farnear.config import RunConfig
 from farnear.data.batch import RankBatch
@@ -45,9 +45,10 @@ class Parts:
         record: Takes the figures of each step.
         evaluate: Measures the sample and returns the metric that decides which checkpoint is best.
         save: Has a checkpoint published; True where its step was due for one.
+        mine_again: Has the steps to come use hard negatives by the model as it is.
         export: Writes the model as it is.
         hurry: Called when the first step is done: from now on nobody takes minutes alone.
-        eval_steps, save_steps: Intervals in steps; None means never.
+        eval_steps, save_steps, refresh_steps: Intervals in steps; None means never.
     """
 
     config: RunConfig
@@ -66,11 +67,13 @@ class Parts:
     record: Callable[[dict[str, Any]], None]
     evaluate: Callable[[int], float]
     save: Callable[[Progress, bool], None]
+    mine_again: Callable[[Progress], Progress]
     export: Callable[[], None]
     hurry: Callable[[], None]
     total_steps: int
     eval_steps: int | None
     save_steps: int | None
+    refresh_steps: int | None
 
 
 def train(parts: Parts, progress: Progress) -> Progress:
@@ -84,19 +87,42 @@ def train(parts: Parts, progress: Progress) -> Progress:
         # An evaluation that the end of the run before has broken off.
         progress = evaluate_and_save(parts, progress)
     first_step = progress.step
-    parts.watch.at("data", step=first_step + 1)
-    for batch in parts.loader.batches(first_step, parts.total_steps):
-        figures, numbers = parts.bad_steps.judge(train_step(parts, batch), progress.numbers)
-        parts.record(figures)
-        parts.quarantine.stop_if_too_many(batch.step + 1)
-        scale = parts.strategy.loss_scale
-        progress = replace(progress, step=batch.step + 1, loss_scale=asdict(scale) if scale else None, numbers=numbers)
-        if batch.step == first_step:
-            parts.hurry()
-        progress = evaluate_and_save(parts, progress)
+    while progress.step < parts.total_steps:
+        progress = mine_when_due(parts, progress)
         parts.watch.at("data", step=progress.step + 1)
+        # Nothing is read ahead of the next mining, which decides about the batches after it.
+        for batch in parts.loader.batches(progress.step, next_mining(parts, progress.step)):
+            figures, numbers = parts.bad_steps.judge(train_step(parts, batch), progress.numbers)
+            parts.record(figures)
+            parts.quarantine.stop_if_too_many(batch.step + 1)
+            scale = asdict(parts.strategy.loss_scale) if parts.strategy.loss_scale else None
+            progress = replace(progress, step=batch.step + 1, loss_scale=scale, numbers=numbers)
+            if batch.step == first_step:
+                parts.hurry()
+            progress = evaluate_and_save(parts, progress)
+            parts.watch.at("data", step=progress.step + 1)
     parts.saver.finish()
     return progress
+
+
+def next_mining(parts: Parts, step: int) -> int:
+    """The step after which is mined again, or the last."""
+    interval = parts.refresh_steps
+    return parts.total_steps if interval is None else min(parts.total_steps, (step // interval + 1) * interval)
+
+
+def mine_when_due(parts: Parts, progress: Progress) -> Progress:
+    """Mine after a step's checkpoint, which a resume begins with again: an end in between loses and changes nothing.
+
+    Raises:
+        RunInterruptedError: On every rank, after a signal, when the step is saved.
+    """
+    if not progress.step or not _is_due(progress.step, parts.refresh_steps):
+        return progress
+    try:
+        return parts.mine_again(progress)
+    except StopAskedError as stop:
+        save_and_stop(parts, progress, stop.asked)
 
 
 def evaluate_and_save(parts: Parts, progress: Progress) -> Progress:
@@ -121,22 +147,24 @@ def evaluate_and_save(parts: Parts, progress: Progress) -> Progress:
             if is_best:
                 progress = replace(progress, best_metric=metric, best_step=progress.step)
     is_due = _is_due(progress.step, parts.save_steps) or progress.step == parts.total_steps
-    if asked.signal and parts.world.is_main:
-        print(f"{asked}: saving step {progress.step}, then stopping", flush=True)
     if is_best:
         # Before the checkpoint that says so: where this is killed, the evaluation comes again, and the export with it.
         parts.export()
-    if is_due or is_best or asked.signal:
-        parts.save(progress, is_due)
     if asked.signal:
-        raise stopped(parts, asked, progress.step)
+        save_and_stop(parts, progress, asked, is_due)
+    if is_due or is_best:
+        parts.save(progress, is_due)
     return progress
 
 
-def stopped(parts: Parts, asked: Asked, step: int) -> RunInterruptedError:
-    """What the run ends with when a signal has come, once the checkpoint is published."""
+def save_and_stop(parts: Parts, progress: Progress, asked: Asked, is_due: bool = False) -> NoReturn:
+    """End the run because of a signal, once a checkpoint is published."""
+    step = progress.step
+    if parts.world.is_main:
+        print(f"{asked}: saving step {step}, then stopping", flush=True)
+    parts.save(progress, is_due)
     parts.saver.finish()
-    return RunInterruptedError(
+    raise RunInterruptedError(
         f"stopped by {asked} after step {step}, saved in {folder_name(step)}; the same command with --resume continues"
     )
 

@@ -7,23 +7,19 @@ copy. With ZeRO-1 and 2 the weights are whole on every rank anyway, so they are 
 import json
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 from farnear.config import RunConfig
 from farnear.errors import RunInterruptedError
 from farnear.files import replace_text
 from farnear.mining_section import strategy_of_mining
-from farnear.model.load import embedding_dimension
 from farnear.parallel.world import World, on_main_rank, start_world, stop_world
-from farnear.retrieve.mine import Mined, mine, weights_fingerprint
-from farnear.retrieve.rerank import score_own_pairs
+from farnear.retrieve.mine import Mined, mine
 from farnear.run_folder import RunFolder, claimed
 from farnear.sections import LossConfig
 from farnear.signals import Signals
-from farnear.training.beside import reranker_beside
-from farnear.training.embedders import EmbedderKind
+from farnear.training.beside import judge_beside
+from farnear.training.embedders import EmbedderKind, embedder_facts
 from farnear.training.engine import build_model, inference_of
 from farnear.training.guard import Guard, StopAskedError
 from farnear.training.opening import prepare_workers
@@ -84,22 +80,8 @@ def _mine(config: RunConfig, world: World, folder: Path, between: Callable[[], N
     data = open_data(config.data, config.evaluation, world)
     between()
     built = build_model(config, EmbedderKind(config), world)
-    kinds = kinds_held(data)
-    refuse_unsupported(built.model, config.model.name_or_path, kinds)
-    facts: dict[str, Any] = {
-        "model": config.model.name_or_path,
-        "weights": weights_fingerprint(built.strategy, world, built.frozen_hash),
-        "dim": embedding_dimension(built.model),
-        "prompts": dict(built.model.prompts),
-        "precision": config.training.precision,
-        "max_pixels": config.model.max_pixels,
-        "min_pixels": config.model.min_pixels,
-    }
+    refuse_unsupported(built.model, config.model.name_or_path, kinds_held(data))
+    facts = embedder_facts(config, built, world)
     by = inference_of(config, built.strategy, built.model, built.preprocess, world, between=between)
-    with ExitStack() as stack:
-        judge: dict[str, Any] = {}
-        if (name := config.mining.reranker) is not None:
-            teacher, weights = stack.enter_context(reranker_beside(config, name, kinds, world, between=between))
-            judge["score_pairs"] = partial(score_own_pairs, teacher, data.train, data.store)
-            judge["reranker_facts"] = {"name": name, "weights": weights}
+    with judge_beside(config, data, world, between=between) as judge:
         return mine(by, data.train, data.store, config.mining, folder, facts, seed=config.seed, **judge)

@@ -39,6 +39,7 @@ from farnear.training.engine import BuiltModel, build_model
 from farnear.training.guard import Guard
 from farnear.training.kind import Gradient, Kind, Setting
 from farnear.training.metrics import cut_after
+from farnear.training.mined import negatives_of_checkpoint
 from farnear.training.rerankers import RerankerKind
 from farnear.training.restoring import load_state
 from farnear.training.resume import (
@@ -118,6 +119,8 @@ def open_run(
     data = open_data(config.data, config.evaluation, world)
     watch.name_of_pair = data.train.pair_id
     progress = first_progress(config, data, checkpoint)
+    if checkpoint is not None and (mined := negatives_of_checkpoint(checkpoint, folder, data.train, world)):
+        data = replace(data, negatives=mined)
     # Plans lie beside the index, where every rank of the node finds them.
     order = Order(data.train, plan_settings(config), data.train.path.parent if data.train.path else folder.path)
     total_steps = steps_in_all(config.training, order.schedule)
@@ -224,9 +227,10 @@ def prepare_folder(
         folder.best.unlink(missing_ok=True)
         point_at_best(folder, progress)
     heal_export(folder.export)
-    # An evaluation that was made up for, and not saved, comes again.
-    last_of = {folder.evaluations: progress.evaluated_step or 0}
-    for records in (folder.metrics, folder.evaluations, folder.saves, folder.quarantine, folder.bad_steps):
+    # An evaluation that was made up for, and not saved, comes again, and so does what was mined after the checkpoint.
+    last_of = {folder.evaluations: progress.evaluated_step or 0, folder.minings: progress.mined_step or 0}
+    by_step = (folder.metrics, folder.evaluations, folder.saves, folder.minings, folder.quarantine, folder.bad_steps)
+    for records in by_step:
         if step:
             cut_after(records, last_of.get(records, step))
         else:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from farnear.config import RunConfig
 from farnear.data.list_dealing import ListDealing
+from farnear.data.lists import Similarity
 from farnear.errors import UserError
 from farnear.model.export import export_model
 from farnear.model.load_reranker import load_reranker
@@ -18,6 +19,7 @@ from farnear.model.pixels import page_tokens
 from farnear.model.reranker import Reranker, shares_images
 from farnear.parallel.world import World
 from farnear.reranker_section import DISTILLATIONS, RerankerConfig
+from farnear.retrieve.embeddings import Embeddings
 from farnear.retrieve.evaluate import RetrievalTask
 from farnear.retrieve.two_stage import FirstStage, found_by, given, rerank
 from farnear.training.beside import embedder_beside
@@ -43,6 +45,7 @@ class RerankerKind:
         self._reranker = reranker
         self._pick: PairPicker | None = None
         self._found: dict[str, FirstStage] = {}
+        self._similarity: Similarity | None = None
 
     def load(self, *, dtype: torch.dtype, with_weights: bool) -> CrossEncoder:
         """See `Kind`."""
@@ -73,6 +76,12 @@ class RerankerKind:
             )
         if self._reranker.loss in DISTILLATIONS:
             refuse_without_teacher(f"reranker.loss {self._reranker.loss}", data, self._config.data.num_negatives)
+        if self._reranker.embeddings is not None:
+            try:
+                embeddings = Embeddings.open(Path(self._reranker.embeddings).expanduser())
+                self._similarity = embeddings.similarity_in(data.train)
+            except UserError as error:
+                raise UserError(f"reranker.embeddings: {error}") from None
 
     def prepare(self, data: RunData, setting: Setting) -> None:
         """See `Kind`: the candidates that the embedder of evaluation.embedder finds, which stay the same."""
@@ -131,6 +140,7 @@ class RerankerKind:
             negatives=data.negatives,
             num_hard=self._config.data.num_negatives,
             num_in_batch=self._reranker.num_negatives,
+            similarity=self._similarity,
             shares_images=self._pick is not None,
             same_modalities=built.strategy.forward_is_collective,
         )

@@ -11,6 +11,7 @@ first step, `farnear.training.loop` the middle. Around all of it stand the watch
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from time import perf_counter
@@ -35,6 +36,7 @@ from farnear.training.metrics import ProgressLines, append_line
 from farnear.training.opening import Run, open_run, set_all_aside, set_loss_scale
 from farnear.training.optim import learning_rate_schedule, steps_of
 from farnear.training.quarantine import Quarantine
+from farnear.training.refresh import mine_again
 from farnear.training.restoring import load_state
 from farnear.training.resume import new_course, with_place
 from farnear.training.saving import point_at_best
@@ -182,6 +184,11 @@ def loop_parts(run: Run) -> Parts:
             lines.show(figures)
             run.trackers.log(figures, figures["step"])
 
+    def mined_again(progress: Progress) -> Progress:
+        negatives, progress = mine_again(run, progress)
+        loader.deal_by(run.kind.dealing(replace(run.data, negatives=negatives), run.built, run.choices, world))
+        return progress
+
     def hurry() -> None:
         tighten(world, timedelta(seconds=training.ddp_timeout))
         run.watch.limit = SHARE_OF_TIMEOUT * training.ddp_timeout
@@ -205,11 +212,13 @@ def loop_parts(run: Run) -> Parts:
         record=record,
         evaluate=lambda step: measure(run, "during", step),
         save=lambda progress, is_due: save(run, with_place(progress, run.order, total_steps), periodic=is_due),
+        mine_again=mined_again,
         export=lambda: export(run),
         hurry=hurry,
         total_steps=total_steps,
         eval_steps=steps_of(config.evaluation.eval_steps, total_steps),
         save_steps=steps_of(training.save_steps, total_steps),
+        refresh_steps=steps_of(config.mining.refresh_every, total_steps),
     )
 
 
