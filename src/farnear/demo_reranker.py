@@ -29,7 +29,7 @@ from farnear.launching.flywheel import launch_flywheel, results
 TRAIN_PAIRS = 6400
 EVAL_PAIRS = 240
 PAGE_SIZE = (96, 128)
-STEPS = {"embedder": 40, "reranker": 200, "distilled": 50}
+STEPS = {"embedder": 50, "reranker": 300, "distilled": 50}
 
 TEMPLATE = """\
 {%- macro content(message) -%}
