@@ -11,7 +11,8 @@ The contestants are
                             itself; here it is given farnear's, so that the lists are the same
     farnear                 the step of a training with mini-batches of as many pairs, and of as many pages
 
-What is held equal beside the lists is that size; the memory that either needs with it is measured.
+What is held equal beside the lists is that size; the memory that either needs with it is measured. Seconds are those of
+the process on its core: nothing in a step waits, and other programs on the machine disturb them little.
 
 sentence-transformers has to preprocess inside its loss, as it draws the negatives there: every pair once for each of
 its two passes, in the process that trains. farnear's workers do it beside the step, each page once. So that workers
@@ -39,13 +40,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
-from time import perf_counter
+from time import process_time
 from typing import Any
 
 import numpy as np
 import torch
 import torch.multiprocessing as mp
-from engine import CPU, TRIAL_STEPS, WORDS, bytes_at_rest, high_water_bytes, write_pairs
+from engine import CPU, WORDS, bytes_at_rest, high_water_bytes, write_pairs
 from exactness import relative_error
 from sentence_transformers import CrossEncoder
 from sentence_transformers.cross_encoder.losses import CachedMultipleNegativesRankingLoss
@@ -76,6 +77,7 @@ from farnear.training.step import StepFigures
 
 ST_MINI_BATCH_SIZES = (5, 10, 20)
 NEGATIVES = 4
+TRIAL_STEPS = 3
 VOCABULARIES = {"small": None, "large": 151_936}
 LEARNING_RATE = 1e-6
 
@@ -180,9 +182,9 @@ class Bench:
             return prepare(decoded) if setting.prepared else decoded
 
         def gradient(inputs: Any) -> tuple[float, float]:
-            started = perf_counter()
+            started = process_time()
             batch = inputs if setting.prepared else prepare(inputs)
-            seconds = perf_counter() - started
+            seconds = process_time() - started
             figures = StepFigures()
             step.gradient(batch, figures)
             return figures.loss, seconds
@@ -202,9 +204,9 @@ class Bench:
 
         def timed(pairs: list[Any], **options: Any) -> Any:
             nonlocal seconds
-            started = perf_counter()
+            started = process_time()
             features = preprocess(pairs, **options)
-            seconds += perf_counter() - started
+            seconds += process_time() - started
             return features
 
         model.preprocess = timed
@@ -241,10 +243,10 @@ def measured(contestant: Contestant) -> tuple[float, float, int]:
     """(seconds of a step, of its preprocessing, most memory)."""
     start_bytes = bytes_at_rest()
     inputs = contestant.inputs()
-    started = perf_counter()
+    started = process_time()
     _, preprocessing = contestant.gradient(inputs)
     contestant.update()
-    return perf_counter() - started, preprocessing, high_water_bytes() - start_bytes
+    return process_time() - started, preprocessing, high_water_bytes() - start_bytes
 
 
 def trial(bench: Bench, setting: Setting) -> tuple[float, int]:

@@ -5,9 +5,9 @@ be the last, which is silently wrong when that mini-batch leaves out a tower: it
 and the ranks drift apart. Here all backwards are local, and when they are done every gradient, zeros where there was
 none, goes through one all-reduce in flat buckets.
 
-The gradient of an embedding layer is that of the few rows that a mini-batch has tokens of. Dense, it is a table as large
-as the vocabulary for every mini-batch, which is filled with zeros, added up and thrown away, and the largest tensor of
-many a step. Here such layers give sparse gradients, added into one dense table, which is there before the first of them.
+The gradient of an embedding layer is that of the few rows that a mini-batch has tokens of. Dense, it is a table as
+large as the vocabulary for every mini-batch, filled with zeros, added up and thrown away: the largest tensor of many a
+step. Here such layers give sparse gradients, added into one dense table that is there before the first of them.
 """
 
 from collections.abc import Iterator
@@ -131,13 +131,11 @@ class Replicated:
 
 
 def _let_gradients_be_sparse(module: nn.Module) -> Iterator[nn.Parameter]:
-    """The trained tables that layers look rows up in, each once; from now on their gradients are of those rows."""
-    found: dict[int, nn.Parameter] = {}
+    """The trained tables that layers look rows up in; from now on their gradients are of those rows."""
+    layer: Any
     for layer in module.modules():
-        weight = getattr(layer, "weight", None)
-        # Embedding layers, and heads that compute some rows only. Those that count tokens know dense gradients only.
-        if isinstance(getattr(layer, "sparse", None), bool) and not getattr(layer, "scale_grad_by_freq", False):
-            if isinstance(weight, nn.Parameter) and weight.requires_grad:
-                layer.sparse = True
-                found[id(weight)] = weight
-    yield from found.values()
+        # An embedding layer, or a head that computes some rows only. One that counts tokens knows dense gradients only.
+        looks_up = isinstance(getattr(layer, "sparse", None), bool) and not getattr(layer, "scale_grad_by_freq", False)
+        if looks_up and layer.weight.requires_grad:
+            layer.sparse = True
+            yield layer.weight
