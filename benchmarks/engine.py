@@ -61,6 +61,7 @@ from farnear.data.plan import PlanSettings
 from farnear.data.read import InputReader
 from farnear.data.shard_cache import ShardCache
 from farnear.data.shard_store import ShardStore
+from farnear.ingest.images import PageFile
 from farnear.ingest.shards import Pair, write_shards
 from farnear.model.embedder import Embedder, Preprocessing
 from farnear.model.features import FeatureMerger
@@ -83,8 +84,8 @@ TRIAL_STEPS = 4
 CPU = torch.device("cpu")
 
 
-def write_pairs(folder: Path, pairs: int) -> list[Path]:
-    """Shards with pages of 96 to 384 pixels a side and queries of 3 to 60 words."""
+def write_pairs(folder: Path, pairs: int, *, negatives: int = 0) -> list[Path]:
+    """Shards with pages of 96 to 384 pixels a side and queries of 3 to 60 words; each pair with some hard negatives."""
     rng = np.random.default_rng(0)
 
     def page() -> bytes:
@@ -93,11 +94,12 @@ def write_pairs(folder: Path, pairs: int) -> list[Path]:
         Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(buffer, "PNG")
         return buffer.getvalue()
 
-    made = (
-        Pair(f"k{n:05d}", " ".join(rng.choice(WORDS, rng.integers(3, 60))) + f" {n}", page(), "png", document=str(n))
-        for n in range(pairs)
-    )
-    return write_shards(made, folder / "shards", prefix="train", pairs_per_shard=pairs)
+    def pair(n: int) -> Pair:
+        query = " ".join(rng.choice(WORDS, rng.integers(3, 60))) + f" {n}"
+        hard = tuple(PageFile(page(), "png") for _ in range(negatives))
+        return Pair(f"k{n:05d}", query, page(), "png", document=str(n), negatives=hard)
+
+    return write_shards(map(pair, range(pairs)), folder / "shards", prefix="train", pairs_per_shard=pairs)
 
 
 def run_config(base: Path) -> RunConfig:
@@ -238,21 +240,29 @@ class Bench:
         return [model.preprocess(queries), model.preprocess(pages)]
 
 
-def measured(contestant: Contestant) -> tuple[float, int, StepFigures | None]:
-    """(seconds of a step on the slower rank, most memory of a rank, what ours says about it)."""
+def bytes_at_rest() -> int:
+    """What this process holds once all that is unused is given back; from now on its high-water mark is measured."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    start_bytes = psutil.Process().memory_info().rss
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return int(psutil.Process().memory_info().rss)
+
+
+def high_water_bytes() -> int:
+    """The most that this process has held since `bytes_at_rest`."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+def measured(contestant: Contestant) -> tuple[float, int, StepFigures | None]:
+    """(seconds of a step on the slower rank, most memory of a rank, what ours says about it)."""
+    start_bytes = bytes_at_rest()
     features = contestant.features()
     dist.barrier()
     started = perf_counter()
     figures = contestant.step(features)
     seconds = perf_counter() - started
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    worst = torch.tensor(
-        [seconds, 1024.0 * int(status.split("VmHWM:")[1].split()[0]) - start_bytes], dtype=torch.float64
-    )
+    worst = torch.tensor([seconds, high_water_bytes() - start_bytes], dtype=torch.float64)
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     return float(worst[0]), int(worst[1]), figures
 

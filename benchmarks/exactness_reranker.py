@@ -8,11 +8,13 @@ pixels and all, with the losses written out below from their definitions: no ste
 ranks. farnear's side is what a training is: shards, plan, dealing, workers' jobs, step, strategy. Which pages a list
 holds is taken from `farnear.data.lists` on both sides; what it may hold is tested on its own.
 
-The error is that of `benchmarks/exactness.py`, whose bounds hold here too. The last line is JSON. Exit code 1 when a
-bound is broken.
+The error is that of `benchmarks/exactness.py`. What it may be is told by the plain gradient itself, as in `farnear
+doctor`: 1.5 times what that one loses by its precision on the same lists, uncached and in one process. For half
+precision this is its distance from fp32. For fp32 it is that from fp64 (but for what a model computes in fp32 whatever
+its weights are, its norms for instance), or 1e-5 if that is more: two lists alone can have a gradient so small beside
+its terms that fp32 is 1.4e-5 off by itself. The last line is JSON. Exit code 1 when a bound is broken.
 """
 
-import argparse
 import io
 import json
 import math
@@ -29,12 +31,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from exactness import (
-    BOUND_BF16,
-    BOUND_FP16,
     BOUND_FP32,
     SEED,
     free_port,
     join_ranks,
+    main,
     parameters_split,
     relative_error,
     run_config,
@@ -73,6 +74,8 @@ STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 VARIANTS = ("zero3-mini_batch", "fsdp2-mini_batch", "zero3-offload")
 WORLD_SIZES = (1, 2, 3)
 MODELS = {"tied": True, "untied": False}
+# Rounding of another order loses another amount.
+OVER_PLAIN = 1.5
 
 
 @dataclass(frozen=True)
@@ -178,13 +181,20 @@ def negatives_of(index: Index, case: Case) -> Negatives:
 
 
 def reference_gradient(
-    model_path: str, case: Case, lists: Lists, index: Index, store: ShardStore
+    model_path: str, case: Case, lists: Lists, index: Index, store: ShardStore, precision: str
 ) -> tuple[dict[str, Tensor], float]:
-    """Gradient of the mean loss over all lists, all pairs at once, by the definitions; and the weights' norm."""
+    """Gradient of the mean loss over all lists, all pairs at once, by the definitions; and the weights' norm.
+
+    In half precision it is that of farnear's module, which computes its head in fp32.
+    """
     config = model_config(model_path, case)
-    model = load_plain_reranker(config, case.reranker)
+    is_half = precision in ("bf16", "fp16")
+    model = (load_reranker if is_half else load_plain_reranker)(config, case.reranker)
     prepare(model, config)
     model.train()
+    if precision == "fp64":
+        model.double()
+    module = Reranker(model, bf16=precision == "bf16", fp16=precision == "fp16")
     reader = InputReader(index, store)
     pairs, list_e, teacher_e = [], [], []
     bad = set()
@@ -201,7 +211,7 @@ def reference_gradient(
             teacher_e.append(lists.teacher_E[entry])
     prompt = model.prompts.get(model.default_prompt_name) if model.default_prompt_name else None
     features = to_device(model.preprocess(pairs, prompt=prompt), torch.device("cpu"))
-    score_e = model(features)["scores"].squeeze(-1)
+    score_e = module(features) if is_half else model(features)["scores"].squeeze(-1)
     losses = []
     for number in range(len(lists.pair_G)):
         own = torch.tensor([place for place, owner in enumerate(list_e) if owner == number], dtype=torch.int64)
@@ -209,10 +219,25 @@ def reference_gradient(
             continue
         teacher = torch.tensor([teacher_e[place] for place in own])
         losses.append(loss_of_list(score_e[own], teacher, case.reranker))
-    torch.stack(losses).mean().backward()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    norm = float(torch.stack([p.detach().norm() for p in trained]).norm())
-    return {f"model.{n}": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}, norm
+    trained = {f"model.{name}": p for name, p in model.named_parameters() if p.requires_grad}
+    norm = float(torch.stack([p.detach().norm() for p in trained.values()]).norm())
+    # Small gradients would be zeros in fp16; too large a scale makes others infinite.
+    for scale in (2.0**power for power in (range(16, 0, -1) if precision == "fp16" else (0,))):
+        model.zero_grad()
+        (scale * torch.stack(losses).mean()).backward(retain_graph=True)
+        gradient = {name: p.grad / scale for name, p in trained.items() if p.grad is not None}
+        if all(bool(g.isfinite().all()) for g in gradient.values()):
+            break
+    return gradient, norm
+
+
+def errors_of_plain(gradient: dict[str, Tensor], precisions: tuple[str, ...], *about: Any) -> dict[str, float]:
+    """What an update may lose in each precision, given the plain gradient in fp32."""
+    allowed = {}
+    for precision in precisions:
+        other, _ = reference_gradient(*about, "fp64" if precision == "fp32" else precision)
+        allowed[precision] = OVER_PLAIN * relative_error(other, gradient)
+    return {**allowed, "fp32": max(BOUND_FP32, allowed["fp32"])}
 
 
 def loss_of_list(score: Tensor, teacher: Tensor, reranker: RerankerConfig) -> Tensor:
@@ -349,17 +374,19 @@ def rank_main(rank: int, world_size: int, port: int, folder: str, small: bool, o
             order, 0, negatives_of(index, case), num_hard=None, num_in_batch=case.reranker.num_negatives
         )
         model_path = str(Path(folder) / case.model)
-        gradient, norm_of_weights = reference_gradient(model_path, case, lists, index, store)
+        about = (model_path, case, lists, index, store)
+        gradient, norm_of_weights = reference_gradient(*about, "fp32")
+        halves = ("bf16", "fp16") if case.name in ("whole_lists", "yes_no") and not small else ()
+        bounds = errors_of_plain(gradient, ("fp32", *halves), *about)
         # An update as large as the weights, so that their rounding does not drown it.
         lr = norm_of_weights / float(torch.stack([g.norm() for g in gradient.values()]).norm())
         wanted = {name: lr * g for name, g in gradient.items()}
         for name in names:
-            halves = ("bf16", "fp16") if case.name in ("whole_lists", "yes_no") and not small else ()
-            for precision in ("fp32", *halves):
+            for precision in bounds:
                 update, reduced = step_update(name, case, model_path, order, store, world, counts, lr, precision)
                 row = {"strategy": name, "world_size": world_size, "case": case.name, "precision": precision}
                 error = relative_error(update, wanted) if update else 0.0
-                results.append({**row, "error": error, "reductions": reduced})
+                results.append({**row, "error": error, "bound": bounds[precision], "reductions": reduced})
     if rank == 0:
         Path(out).write_text(json.dumps(results), encoding="utf-8")
     dist.barrier()
@@ -403,29 +430,16 @@ def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
         "worst_relative_error": max(errors["fp32"]),
         "worst_relative_error_bf16": max(errors["bf16"], default=None),
         "worst_relative_error_fp16": max(errors["fp16"], default=None),
+        "worst_over_bound": max(r["error"] / r["bound"] for r in results),
         "cases": len({(r["strategy"], r["world_size"], r["case"]) for r in results}),
         "reductions_per_step": passes,
     }
 
 
-def main() -> int:
-    """Run, print, judge."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--slice", action="store_true", help="a few cases at W = 1 and 2")
-    options = parser.parse_args()
-    results = run((1, 2) if options.slice else WORLD_SIZES, options.slice)
-    print(f"{'strategy':18} {'W':>2} {'case':24} type error")
-    for r in results:
-        print(f"{r['strategy']:18} {r['world_size']:2} {r['case']:24} {r['precision']} {r['error']:.1e}")
-    summary = summarise(results)
-    print(json.dumps(summary))
-    good = (
-        summary["worst_relative_error"] <= BOUND_FP32
-        and (summary["worst_relative_error_bf16"] or 0.0) <= BOUND_BF16
-        and (summary["worst_relative_error_fp16"] or 0.0) <= BOUND_FP16
-    )
-    return 0 if good else 1
+def is_good(summary: dict[str, Any]) -> bool:
+    """Whether every bound holds."""
+    return bool(summary["worst_over_bound"] <= 1)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(__doc__, run, WORLD_SIZES, summarise, is_good))

@@ -16,6 +16,7 @@ from farnear.config import load_config
 from farnear.errors import UserError
 from farnear.parallel.eight_bit import is_eight_bit, pack, unpack
 from farnear.parallel.replicated import Replicated
+from farnear.parallel.strategy import adam_state
 from farnear.parallel.world import World
 from farnear.sections import TrainingConfig
 from farnear.training.optim import build_optimizer
@@ -135,3 +136,28 @@ def test_it_is_refused_where_it_cannot_work(write_run_file: WriteRunFile) -> Non
     assert isinstance(build_optimizer(module, TrainingConfig()), torch.optim.AdamW)
     with pytest.raises(UserError, match=r"adamw_8bit works under single and ddp; zero2 cuts the moments across"):
         load_config(write_run_file(strategy="zero2"), ["training.optim=adamw_8bit"])
+
+
+def test_a_step_count_made_for_a_checkpoint_is_where_the_optimizer_keeps_it() -> None:
+    # torch's fused AdamW fails on a GPU when it is not on the parameter's device.
+    for device in ("cpu", "meta"):
+        module = nn.Linear(2, 2, device=device)
+        state = adam_state(build_optimizer(module, TrainingConfig()), module.weight)
+        assert state["step"].device.type == device
+
+
+def test_a_table_that_is_looked_up_has_gradients_of_rows_and_a_dense_sum() -> None:
+    torch.manual_seed(0)
+    table = nn.Embedding(50, 4)
+    wanted = table.weight.detach().clone().requires_grad_()
+    strategy = Replicated(table, torch.optim.SGD(table.parameters(), lr=1.0), 0.0, ALONE)
+    sparse: list[bool] = []
+    table.weight.register_hook(lambda gradient: sparse.append(gradient.is_sparse))
+    turns = [torch.tensor([1, 2, 2]), torch.tensor([2, 49])]
+    with strategy.accumulate():
+        for rows in turns:
+            strategy.backward(strategy.forward(rows).square().sum())
+    sum((wanted[rows].square().sum() for rows in turns), torch.zeros(())).backward()
+    assert sparse == [True, True]
+    assert table.weight.grad is not None and not table.weight.grad.is_sparse
+    torch.testing.assert_close(table.weight.grad, wanted.grad)

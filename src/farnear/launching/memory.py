@@ -4,7 +4,7 @@
     loss         embeddings of all ranks, tiles of scores
     pass two     a mini-batch's graph and what its backward needs, gradients that add up
     reduction    gradients meet: whole ones, those of this rank, buckets on their way
-    update       the optimizer's own temporaries
+    update       gradients and weights; torch's fused AdamW has no temporaries
 
 A part is there at some of these. On a GPU the peak is the largest moment: torch's allocator uses a block again for
 whatever fits. On a CPU it is more: glibc's malloc gives blocks of 32 MiB and more back to the system, but keeps smaller
@@ -150,7 +150,7 @@ def memory_of(strategy: str, holding: Holding, ranks: int, ranks_of_copy: int, *
         strategy: One of STRATEGIES.
         ranks_of_copy: Over how many fsdp2 spreads the model.
     """
-    parts = [*_held_by(strategy, holding, ranks, ranks_of_copy, on_gpu), *_of_a_step(holding)]
+    parts = [*_held_by(strategy, holding, ranks, ranks_of_copy), *_of_a_step(holding)]
     copy = Part("checkpoint copy", BYTES_SAVED_OF_A_PARAMETER * holding.trained // ranks, is_small=True)
     pages = Part("pages", holding.page_bytes, is_small=True)
     frozen = Part("frozen outputs", holding.frozen_bytes)
@@ -177,17 +177,17 @@ def _largest_moment(parts: Iterable[Part]) -> tuple[int, str]:
     return of_moment[moment], moment
 
 
-def _held_by(strategy: str, holding: Holding, ranks: int, ranks_of_copy: int, on_gpu: bool) -> Iterator[Part]:
+def _held_by(strategy: str, holding: Holding, ranks: int, ranks_of_copy: int) -> Iterator[Part]:
     """Weights, gradients, the optimizer's state and buffers."""
     if strategy.startswith("zero"):
-        yield from _held_by_zero(strategy, holding, ranks, on_gpu)
+        yield from _held_by_zero(strategy, holding, ranks)
     elif strategy == "fsdp2":
-        yield from _held_by_fsdp2(holding, ranks_of_copy, on_gpu)
+        yield from _held_by_fsdp2(holding, ranks_of_copy)
     else:
-        yield from _held_whole(holding, ranks, on_gpu)
+        yield from _held_whole(holding, ranks)
 
 
-def _held_whole(holding: Holding, ranks: int, on_gpu: bool) -> Iterator[Part]:
+def _held_whole(holding: Holding, ranks: int) -> Iterator[Part]:
     small = _is_small(holding)
     gradients = holding.element_bytes * holding.trained
     yield Part("weights", holding.weight_bytes, is_small=small)
@@ -196,10 +196,9 @@ def _held_whole(holding: Holding, ranks: int, on_gpu: bool) -> Iterator[Part]:
     if ranks > 1:
         bucket = min(holding.trained, BUCKET_ELEMENTS_OF_DDP + holding.largest_trained)
         yield Part("buffers", holding.element_bytes * bucket, ("reduction",))
-    yield _temporaries(holding.element_bytes * holding.trained, holding.element_bytes * holding.largest_trained, on_gpu)
 
 
-def _held_by_zero(strategy: str, holding: Holding, ranks: int, on_gpu: bool) -> Iterator[Part]:
+def _held_by_zero(strategy: str, holding: Holding, ranks: int) -> Iterator[Part]:
     whole, own = 4 * holding.trained, 4 * holding.trained // ranks
     small = _is_small(holding)
     bucket = 4 * min(holding.trained, holding.bucket_elements)
@@ -227,10 +226,9 @@ def _held_by_zero(strategy: str, holding: Holding, ranks: int, on_gpu: bool) -> 
             yield Part("gradients", whole, whole_in, is_small=small)
         yield Part("buffers", bucket)
     yield Part("buffers", own, ("update",))  # a flat copy of the gradients
-    yield _temporaries(own, own, on_gpu)
 
 
-def _held_by_fsdp2(holding: Holding, ranks_of_copy: int, on_gpu: bool) -> Iterator[Part]:
+def _held_by_fsdp2(holding: Holding, ranks_of_copy: int) -> Iterator[Part]:
     small = _is_small(holding)
     whole, own = 4 * holding.trained, 4 * holding.trained // ranks_of_copy
     *blocks, rest = holding.units
@@ -247,12 +245,6 @@ def _held_by_fsdp2(holding: Holding, ranks_of_copy: int, on_gpu: bool) -> Iterat
         # A unit's gradients padded and laid side by side, twice, and the mean that comes back.
         yield Part("buffers", 2 * 4 * max(holding.units), ("reduction",))
     yield Part("gradients", own, ("reduction", "update"))
-    yield _temporaries(own, 4 * holding.largest_trained // ranks_of_copy, on_gpu)
-
-
-def _temporaries(trained_bytes: int, largest_bytes: int, on_gpu: bool) -> Part:
-    """Of torch's AdamW: on a GPU square roots of all second moments at once, on a CPU two copies of one at a time."""
-    return Part("buffers", trained_bytes if on_gpu else 2 * largest_bytes, ("update",))
 
 
 def _of_a_step(holding: Holding) -> Iterator[Part]:

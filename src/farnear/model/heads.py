@@ -38,19 +38,17 @@ class RowsLinear(nn.Linear):
 
     Attributes:
         rows: Which ones.
-        is_tied: Whether its weight is the embedding layer's, as `find_tied_rows` has found.
+        sparse: Whether the gradient of its weight is a sparse tensor, of these rows; as `nn.Embedding` has it.
     """
 
     rows: tuple[int, ...]
-    is_tied: bool = False
+    sparse: bool = False
 
     def forward(self, input: Tensor) -> Tensor:
         """[n, L, D] of any float type to float32 [n, 1, rows]."""
         with torch.autocast(input.device.type, enabled=False):
             row_r = torch.tensor(self.rows, device=input.device)
-            # A sparse gradient spares the backward pass zeros for the whole vocabulary. The embedding layer's, in the
-            # same pass, makes the sum a dense one; without it the parameter would be left with a sparse gradient.
-            weight_rD = embedding(row_r, self.weight, sparse=self.is_tied).float()
+            weight_rD = embedding(row_r, self.weight, sparse=self.sparse).float()
             bias_r = None if self.bias is None else self.bias[row_r].float()
             return linear(input[..., -1:, :].float(), weight_rD, bias_r)
 
@@ -101,11 +99,16 @@ def score_cheaply(model: CrossEncoder) -> None:
 
 
 def find_tied_rows(model: CrossEncoder) -> None:
-    """See `RowsLinear`. Asked of a model whose adapters are in place: they may have copied its head."""
+    """Let the gradients of rows be sparse where the head is the embedding layer.
+
+    They spare the backward pass zeros for the whole vocabulary. The embedding layer's gradient, in the same pass, makes
+    the sum a dense one; without it the parameter would be left with a sparse one, which not every strategy can take.
+    Asked of a model whose adapters are in place: they may have copied its head.
+    """
     inner: Any = model.transformers_model
     for module in model.modules():
         if isinstance(module, RowsLinear):
-            module.is_tied = module.weight is getattr(inner.get_input_embeddings(), "weight", None)
+            module.sparse = module.weight is getattr(inner.get_input_embeddings(), "weight", None)
 
 
 def refuse_adapted_rows(model: CrossEncoder) -> None:

@@ -4,6 +4,10 @@ torch's DistributedDataParallel is not used. It synchronises inside the backward
 be the last, which is silently wrong when that mini-batch leaves out a tower: its parameters then keep local gradients
 and the ranks drift apart. Here all backwards are local, and when they are done every gradient, zeros where there was
 none, goes through one all-reduce in flat buckets.
+
+The gradient of an embedding layer is that of the few rows that a mini-batch has tokens of. Dense, it is a table as
+large as the vocabulary for every mini-batch, filled with zeros, added up and thrown away: the largest tensor of many a
+step. Here such layers give sparse gradients, added into one dense table that is there before the first of them.
 """
 
 from collections.abc import Iterator
@@ -36,6 +40,7 @@ class Replicated:
         self._world = world
         self._unwritten: list[tuple[Tensor, dict[str, Tensor]]] = []
         self._named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+        self._looked_up = list(_let_gradients_be_sparse(module))
 
     def forward(self, features: Features) -> Any:
         """What the module makes of one mini-batch."""
@@ -44,6 +49,9 @@ class Replicated:
     @contextmanager
     def accumulate(self) -> Iterator[None]:
         """Backwards inside add up in ``.grad``; the mean over ranks stands there afterwards."""
+        for parameter in self._looked_up:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         yield
         for parameter in self._named.values():
             if parameter.grad is None:
@@ -120,3 +128,14 @@ class Replicated:
                 bucket, elements = [], 0
         if bucket:
             yield bucket
+
+
+def _let_gradients_be_sparse(module: nn.Module) -> Iterator[nn.Parameter]:
+    """The trained tables that layers look rows up in; from now on their gradients are of those rows."""
+    layer: Any
+    for layer in module.modules():
+        # An embedding layer, or a head that computes some rows only. One that counts tokens knows dense gradients only.
+        looks_up = isinstance(getattr(layer, "sparse", None), bool) and not getattr(layer, "scale_grad_by_freq", False)
+        if looks_up and layer.weight.requires_grad:
+            layer.sparse = True
+            yield layer.weight

@@ -149,7 +149,8 @@ def adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str,
     """AdamW's state of one parameter, made of zeros where no step has been taken yet."""
     state: dict[str, Tensor] = optimizer.state[parameter]
     if "exp_avg" not in state:
-        state["step"] = torch.tensor(0.0)
+        # Where torch's AdamW keeps it: the fused one counts on the parameter's device.
+        state["step"] = torch.zeros((), device=parameter.device if optimizer.defaults.get("fused") else None)
         state["exp_avg"] = torch.zeros_like(parameter)
         state["exp_avg_sq"] = torch.zeros_like(parameter)
     return state
