@@ -3,7 +3,7 @@
     embedder -> the pages that it takes for answers -> reranker -> its judgement of such pages -> a better embedder
 
 The pages come in families that differ in one attribute (`siblings` of `farnear.ingest.synthetic`), which an embedder
-that was trained for half a minute mixes up. The reranker begins as that embedder, whose vision tower can read by then,
+of so few steps mixes up. The reranker begins as that embedder, whose vision tower can read by then,
 and gets a head of random weights.
 
 What the settings are held to: a step of a reranker costs as many pages as its lists hold, so half of the negatives
@@ -97,7 +97,7 @@ def flywheel(out: Path, *, strategy: str, ranks: int, seed: int) -> dict[str, An
                 "train": {
                     "model": {"name_or_path": "{embedder}"},
                     "data": {"negatives": "{judged}"},
-                    "loss": {"distillation": "margin_mse", "distillation_weight": 0.2},
+                    "loss": {"distillation": "listwise_distillation", "distillation_weight": 0.5},
                     "training": {
                         **schedule,
                         "global_batch_size": 64,
