@@ -3,13 +3,13 @@
     embedder -> the pages that it takes for answers -> reranker -> its judgement of such pages -> a better embedder
 
 The pages come in families that differ in one attribute (`siblings` of `farnear.ingest.synthetic`), which an embedder
-of so few steps mixes up. The reranker begins as that embedder, whose vision tower can read by then,
-and gets a head of random weights.
+of so few steps mixes up. The reranker begins as that embedder, whose vision tower can read by then, and gets a head of
+random weights.
 
 What the settings are held to: a step of a reranker costs as many pages as its lists hold, so half of the negatives
 are other pairs' pages of the batch, which cost no page more; its template says nothing but the query and the page, for
 a random model understands no instruction, and that is a third of the tokens; and the mined negatives are any of the
-hundred nearest pages, since the nearest few dozen show one and the same combination, drawn anew.
+hundred nearest pages, since the nearest dozen show one and the same combination, drawn anew.
 """
 
 import warnings
