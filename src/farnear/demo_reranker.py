@@ -3,13 +3,13 @@
     embedder -> the pages that it takes for answers -> reranker -> its judgement of such pages -> a better embedder
 
 The pages come in families that differ in one attribute (`siblings` of `farnear.ingest.synthetic`), which an embedder
-that was trained for half a minute mixes up. The reranker begins as that embedder, whose vision tower can read by then,
-and gets a head of random weights.
+of so few steps mixes up. The reranker begins as that embedder, whose vision tower can read by then, and gets a head of
+random weights.
 
 What the settings are held to: a step of a reranker costs as many pages as its lists hold, so half of the negatives
 are other pairs' pages of the batch, which cost no page more; its template says nothing but the query and the page, for
 a random model understands no instruction, and that is a third of the tokens; and the mined negatives are any of the
-hundred nearest pages, since the nearest few dozen show one and the same combination, drawn anew.
+hundred nearest pages, since the nearest dozen show one and the same combination, drawn anew.
 """
 
 import argparse
@@ -161,7 +161,7 @@ def flywheel(out: Path, shared: Mapping[str, Any]) -> dict[str, Any]:
                 "train": {
                     "model": {"name_or_path": "{embedder}"},
                     "data": {"negatives": "{judged}"},
-                    "loss": {"distillation": "margin_mse", "distillation_weight": 0.2},
+                    "loss": {"distillation": "listwise_distillation", "distillation_weight": 0.5},
                     "training": {
                         **schedule,
                         "global_batch_size": 64,
