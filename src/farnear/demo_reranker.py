@@ -77,7 +77,7 @@ def closing_words(out: Path, of_stage: Mapping[str, Mapping[str, Any]], seconds:
             f"nDCG@10 on {EVAL_PAIRS} pages never seen, in families that differ in one attribute ({seconds:.0f} s)",
             f"{first['ndcg@10']:>8.3f}  the embedder",
             f"{reranker['ndcg@10']:>8.3f}  the pages that it finds, in the reranker's order",
-            f"{last['ndcg@10']:>8.3f}  the embedder that has learnt from the reranker",
+            f"{last['ndcg@10']:>8.3f}  the embedder, trained on with what it mixed up and the reranker's scores of it",
             "",
             f"the models are in {out / 'distilled' / 'export'} and {out / 'reranker' / 'export'}; which of three",
             "unseen pages answers a query? The first one:",
