@@ -124,11 +124,22 @@ def test_a_wrong_file_is_told_in_one_line(
     assert not (folder / "nothing").exists()
 
 
-def test_other_commands_say_what_to_do(folder: Path) -> None:
+def test_other_commands_say_what_to_do(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="has stages, which `farnear launch` runs"):
         load_config(written(folder, tree(folder)))
-    for words, message in ((["--num_machines", "2"], "run on one machine"), (["--config_file", "x"], "drop --config")):
-        assert main(["launch", str(folder / "flywheel.yaml"), *words]) == 2, message
+    for words, message in (
+        (["--num_machines", "2"], "run on one machine"),
+        (["--config_file", "x"], "drop --config_file"),
+        (["stages.embeder.train.seed=1"], "did you mean stages.embedder?"),
+        ([f"output_dir={folder}", "stages.flywheel.train=null"], "there are embedder, negatives"),
+    ):
+        assert main(["launch", str(folder / "flywheel.yaml"), *words]) == 2
+        assert message in capsys.readouterr().err
+    of = tree(folder)
+    of["stages"]["flywheel"] = of["stages"]["embedder"]
+    of["output_dir"] = str(folder)
+    assert main(["launch", str(written(folder, of))]) == 2
+    assert "would replace this file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("launches", [False, pytest.param(True, marks=pytest.mark.soak)])

@@ -88,18 +88,33 @@ def read_flywheel(path: Path, overrides: Sequence[str] = ()) -> Flywheel:
         UserError: Naming the stage, and what is wrong in it.
     """
     tree = read_tree(path)
+    names = list(_stages(path, tree))
     for override in overrides:
         apply_override(tree, override)
-    stages = tree.pop("stages")
-    if not isinstance(stages, dict) or not stages:
-        raise UserError(f"{path}: stages holds none; write a name for each, and below it train or mine")
+    stages = _stages(path, tree)
+    if added := [name for name in stages if name not in names]:
+        near = difflib.get_close_matches(str(added[0]), map(str, names), 1)
+        raise UserError(
+            f"override stages.{added[0]}: {path} has no such stage; "
+            + (f"did you mean stages.{near[0]}?" if near else f"there are {', '.join(map(str, names))}")
+        )
+    del tree["stages"]
     if not isinstance(tree.get("output_dir"), str):
         raise UserError(f"{path}: output_dir is missing; every stage gets a folder of its name there")
     folder = Path(tree["output_dir"])
     read: dict[str, Stage] = {}
     for name, body in stages.items():
         read[name] = _stage(str(path), str(name), body, tree, folder, read, list(stages))
+        if read[name].run_file.absolute() == path.absolute():
+            raise UserError(f"{path}, stage {name}: its run file would replace this file; give it another name")
     return Flywheel(folder, tuple(read.values()))
+
+
+def _stages(path: Path, tree: Mapping[str, Any]) -> dict[Any, Any]:
+    stages = tree["stages"]
+    if not isinstance(stages, dict) or not stages:
+        raise UserError(f"{path}: stages holds none; write a name for each, and below it train or mine")
+    return stages
 
 
 def _stage(
