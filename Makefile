@@ -29,7 +29,9 @@ lint: $(INSTALLED) ## ruff, mypy and the layering
 
 bench: $(INSTALLED) ## exactness of the gradient; speed of a step, the loss, the data and a save
 	$(RUN)/python benchmarks/exactness.py
+	$(RUN)/python benchmarks/exactness_reranker.py
 	$(RUN)/python benchmarks/engine.py
+	$(RUN)/python benchmarks/reranker.py
 	$(RUN)/python benchmarks/loss.py
 	$(RUN)/python benchmarks/data.py
 	$(RUN)/python benchmarks/mining.py
@@ -39,8 +41,10 @@ soak: $(INSTALLED) ## what takes longer: the tests left out of `make test`, the 
 	$(RUN)/pytest -m soak
 	$(RUN)/python benchmarks/faults.py
 	$(RUN)/python benchmarks/exactness.py
+	$(RUN)/python benchmarks/exactness_reranker.py
 	$(RUN)/python benchmarks/precision.py
 	$(RUN)/python benchmarks/engine.py
+	$(RUN)/python benchmarks/reranker.py
 	$(RUN)/python benchmarks/loss.py
 	$(RUN)/python benchmarks/data.py
 	$(RUN)/python benchmarks/mining.py
