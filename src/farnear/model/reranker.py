@@ -77,7 +77,8 @@ class Reranker(nn.Module):
                 if self._layout is None:
                     raise RuntimeError("image features are taken apart as the tower's forward has put them together")
                 inputs["mm_encoder_outputs"] = {"image": self._layout.apart(shared)}
-            return self.model(inputs)["scores"].squeeze(-1).float()
+            # A tensor of its own: FSDP2 hangs a hook on what comes out, which an operation on a view would lose.
+            return self.model(inputs)["scores"].squeeze(-1).float().clone()
 
     def _images(self, features: Mapping[str, Any]) -> Tensor:
         inner: Any = self.model.transformers_model
