@@ -74,7 +74,7 @@ def written(folder: Path, of: dict[str, Any]) -> Path:
 
 
 def test_stages_have_what_those_before_them_leave(folder: Path) -> None:
-    words = ["training.max_steps=5", "stages.reranker.train.training.max_steps=7"]
+    words = ["training.max_steps=5", "evaluation.eval_on_start=true", "stages.reranker.train.training.max_steps=7"]
     stages = read_flywheel(written(folder, tree(folder)), words).stages
     embedder, negatives, reranker, judged, distilled = stages
     wheel = folder / "wheel"
@@ -86,7 +86,7 @@ def test_stages_have_what_those_before_them_leave(folder: Path) -> None:
     assert needs == [set(), {"embedder"}, {"negatives", "embedder"}, {"embedder", "reranker"}, {"embedder", "judged"}]
     assert [stage.config.training.max_steps for stage in stages] == [5, 5, 7, 5, 5]
     assert embedder.config.output_dir == str(wheel / "embedder")
-    assert reranker.config.evaluation.eval_on_start is False
+    assert reranker.config.evaluation.eval_on_start is True
 
 
 @pytest.mark.parametrize(
@@ -106,6 +106,13 @@ def test_stages_have_what_those_before_them_leave(folder: Path) -> None:
             r"stage embedder leaves no {embedder.embeddings}; it leaves {embedder}",
         ),
         (lambda t: t["stages"]["judged"]["mine"].update(reranker={}), "section reranker is a training's"),
+        (
+            lambda t: t["stages"]["judged"]["mine"]["model"].update(name_or_path="{reranker}"),
+            "judged: model.name_or_path wants an embedder, and stage reranker leaves a reranker",
+        ),
+        (lambda t: t["stages"]["judged"]["mine"]["mining"].update(reranker="{embedder}"), "wants a reranker"),
+        (lambda t: t["stages"]["reranker"]["train"]["evaluation"].update(embedder="{embedder}/x"), "as a whole value"),
+        (lambda t: t["stages"]["reranker"]["train"]["data"].update(negatives="{embedder}"), "wants negatives.jsonl"),
         (lambda t: t["stages"]["embedder"]["train"].update(loss={"scal": 1}), "stage embedder: .*did you mean"),
     ],
 )
@@ -158,7 +165,8 @@ def test_the_wheel_turns_and_goes_on_where_it_stopped(
     (folder / "template.jinja").rename(folder / "away.jinja")
     assert main(["launch", str(file)]) == 2
     assert "chat_template" in capfd.readouterr().err
-    assert json.loads((wheel / "stages.json").read_text()).keys() == {"embedder", "negatives"}
+    entries = json.loads((wheel / "stages.json").read_text())
+    assert [name for name, entry in entries.items() if "result" in entry] == ["embedder", "negatives"]
     (folder / "away.jinja").rename(folder / "template.jinja")
     before = (wheel / "embedder" / "status.json").read_bytes(), (wheel / "negatives" / "report.json").read_bytes()
 
@@ -179,10 +187,25 @@ def test_the_wheel_turns_and_goes_on_where_it_stopped(
 
     assert main(["launch", str(file)]) == 0
     assert capfd.readouterr().out.count(": done") == 5
-    # What has been made of something else is neither thrown away nor mixed.
-    assert main(["launch", str(file), "stages.embedder.train.training.max_steps=3"]) == 2
-    told = capfd.readouterr().err
-    assert "stage embedder is done, but was made with another training.max_steps" in told
+    # What has been made of something else is neither thrown away nor mixed, and looked at before any stage runs.
+    before = (wheel / "negatives" / "negatives.jsonl").read_bytes()
+    for words, told in (
+        ("stages.embedder.train.training.max_steps=3", "stage embedder was made with another training.max_steps, and"),
+        ("stages.negatives.mine.mining.num_negatives=1", "another mining.num_negatives, and what reranker, judged"),
+        ("stages.distilled.train.loss.scale=5", "move distilled out of"),
+    ):
+        assert main(["launch", str(file), words]) == 2
+        assert told in capfd.readouterr().err
+    (wheel / "distilled" / "status.json").unlink()
+    assert main(["launch", str(file), "stages.distilled.train.model.name_or_path=elsewhere"]) == 2
+    assert "stage distilled was made with another model.name_or_path" in capfd.readouterr().err
+    assert (wheel / "negatives" / "negatives.jsonl").read_bytes() == before
+    # How it is computed may change.
+    assert main(["launch", str(file), "training.mini_batch_size=3", "training.save_steps=2"]) == 0
+    for damage in ("[1]", '{"embedder": {}}', "{"):
+        (wheel / "stages.json").write_text(damage)
+        assert main(["launch", str(file)]) == 2
+        assert "stages.json is damaged" in capfd.readouterr().err
 
 
 def test_the_examples_are_valid() -> None:

@@ -23,7 +23,7 @@ it runs, from top to bottom. Every stage has a folder of its name in output_dir,
 import copy
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -82,7 +82,8 @@ def read_flywheel(path: Path, overrides: Sequence[str] = ()) -> Flywheel:
     """Read a flywheel file, apply dotted overrides, and validate every stage.
 
     Args:
-        overrides: `section.key=value` for all stages, `stages.NAME.train.section.key=value` for one.
+        overrides: `stages.NAME.train.section.key=value` for one stage; `section.key=value` for all stages, in place of
+            what they and the file say.
 
     Raises:
         UserError: Naming the stage, and what is wrong in it.
@@ -104,7 +105,12 @@ def read_flywheel(path: Path, overrides: Sequence[str] = ()) -> Flywheel:
     folder = Path(tree["output_dir"])
     read: dict[str, Stage] = {}
     for name, body in stages.items():
-        read[name] = _stage(str(path), str(name), body, tree, folder, read, list(stages))
+        does, own = _own(f"{path}, stage {name}", str(name), body)
+        of_all = [one for one in overrides if not one.startswith(("stages.", "output_dir="))]
+        of_stage = f"stages.{name}.{does}."
+        for override in (*of_all, *(one.removeprefix(of_stage) for one in overrides if one.startswith(of_stage))):
+            apply_override(own, override)
+        read[name] = _stage(str(path), str(name), does, _merged(tree, own), folder, read, list(stages))
         if read[name].run_file.absolute() == path.absolute():
             raise UserError(f"{path}, stage {name}: its run file would replace this file; give it another name")
     return Flywheel(folder, tuple(read.values()))
@@ -117,16 +123,8 @@ def _stages(path: Path, tree: Mapping[str, Any]) -> dict[Any, Any]:
     return stages
 
 
-def _stage(
-    source: str,
-    name: str,
-    body: Any,
-    shared: Mapping[str, Any],
-    folder: Path,
-    before: Mapping[str, Stage],
-    names: Sequence[str],
-) -> Stage:
-    where = f"{source}, stage {name}"
+def _own(where: str, name: str, body: Any) -> tuple[Does, dict[str, Any]]:
+    """What a stage does, and its own keys."""
     if not _NAME.fullmatch(name):
         raise UserError(f"{where}: a name is a letter, then letters, digits, - and _, for it names a folder too")
     kinds = get_args(Does)
@@ -138,25 +136,68 @@ def _stage(
         raise UserError(f"{where}: {does} is {own!r}; write the keys of a run file below it, or none")
     if "output_dir" in (own or {}):
         raise UserError(f"{where}: output_dir stands once, above the stages; take it out here")
+    return does, copy.deepcopy(own or {})
+
+
+def _stage(
+    source: str,
+    name: str,
+    does: Does,
+    merged: Mapping[str, Any],
+    folder: Path,
+    before: Mapping[str, Stage],
+    names: Sequence[str],
+) -> Stage:
+    where = f"{source}, stage {name}"
     needs: dict[str, None] = {}
 
-    def result(match: re.Match[str]) -> str:
-        other, part = match.groups()
+    def result(value: str) -> str:
+        match = _REFERENCE.fullmatch(value)
+        if match is None:
+            for part in _REFERENCE.finditer(value):
+                if part[1] in names:
+                    raise UserError(f"{where}: {value} holds {part[0]}, which is a path only as a whole value")
+            return value
+        other, part_of = match.groups()
         if other not in before:
             raise UserError(f"{where}: {match[0]} is {_why_none(other, name, names)}")
         leaves = _LEAVES[before[other].does]
-        if part not in leaves:
+        if part_of not in leaves:
             have = " and ".join("{" + other + (f".{one}" if one else "") + "}" for one in leaves)
             raise UserError(f"{where}: stage {other} leaves no {match[0]}; it leaves {have}")
         needs[other] = None
-        return str(before[other].folder / leaves[part])
+        return str(before[other].folder / leaves[part_of])
 
-    merged = _replaced(_merged(shared, own or {}), result)
-    merged["output_dir"] = str(folder / name)
-    config = parse_config(merged, source=where)
+    tree = _replaced(merged, result)
+    tree["output_dir"] = str(folder / name)
+    config = parse_config(tree, source=where)
     if does == "mine" and config.reranker is not None:
         raise UserError(f"{where}: section reranker is a training's; the teacher of a mining is mining.reranker")
-    return Stage(name, does, folder / name, config, merged, tuple(needs))
+    _refuse_misplaced(where, does, config, before)
+    return Stage(name, does, folder / name, config, tree, tuple(needs))
+
+
+def _refuse_misplaced(where: str, does: Does, config: RunConfig, before: Mapping[str, Stage]) -> None:
+    """Results of stages stand where such a thing is wanted: embedders, rerankers, negatives, embeddings."""
+    kind_of = {}
+    for stage in before.values():
+        for leaf in _LEAVES[stage.does].values():
+            is_reranker = stage.config.reranker is not None
+            kind = leaf if stage.does == "mine" else "a reranker" if is_reranker else "an embedder"
+            kind_of[str(stage.folder / leaf)] = (kind, stage.name)
+    wanted: list[tuple[str, str | None, tuple[str, ...]]] = [
+        ("evaluation.embedder", config.evaluation.embedder, ("an embedder",)),
+        ("mining.reranker", config.mining.reranker, ("a reranker",)),
+        *(("data.negatives", path, ("negatives.jsonl",)) for path in config.data.negatives),
+    ]
+    models = ("an embedder",) if does == "mine" or config.reranker is None else ("an embedder", "a reranker")
+    wanted.append(("model.name_or_path", config.model.name_or_path, models))
+    if config.reranker is not None:
+        wanted.append(("reranker.embeddings", config.reranker.embeddings, ("embeddings",)))
+    for key, value, kinds in wanted:
+        kind, name = kind_of.get(str(value), (kinds[0], ""))
+        if kind not in kinds:
+            raise UserError(f"{where}: {key} wants {' or '.join(kinds)}, and stage {name} leaves {kind}")
 
 
 def _why_none(other: str, name: str, names: Sequence[str]) -> str:
@@ -177,11 +218,10 @@ def _merged(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
-def _replaced(value: Any, result: Any) -> Any:
-    """A tree in which every string that is a reference as a whole is what it refers to."""
+def _replaced(value: Any, result: Callable[[str], str]) -> Any:
+    """A tree in which every string is what ``result`` makes of it."""
     if isinstance(value, dict):
         return {key: _replaced(one, result) for key, one in value.items()}
     if isinstance(value, list):
         return [_replaced(one, result) for one in value]
-    match = _REFERENCE.fullmatch(value) if isinstance(value, str) else None
-    return value if match is None else result(match)
+    return result(value) if isinstance(value, str) else value

@@ -214,3 +214,13 @@ def _locked(file: TextIO) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+DONE = "done.json"
+"""In a folder that was mined into: what it was mined of, and the files that were left. There when all of it is."""
+
+
+def files_left(folder: Path) -> dict[str, int]:
+    """Sizes of the files of a mining, by their paths in its folder."""
+    found = [folder / "negatives.jsonl", *sorted((folder / "embeddings").glob("*"))]
+    return {str(path.relative_to(folder)): path.stat().st_size for path in found}

@@ -3,13 +3,14 @@
     embedder -> what it mistakes for answers -> reranker -> its judgement -> a better embedder -> ...
 
 The same command goes on where a killed one stopped: a stage that is done is passed over, one that was begun continues
-from its newest whole checkpoint, or from what it has mined. Done is a stage whose results are there and were made of
-what the file says now: its own keys, the shards' content, and the same of the stages that it needs. Where one was made
-of anything else nothing is thrown away, and nothing is mixed: the launch names it and what has changed, and stops.
+from its newest whole checkpoint, or from what it has mined. Both hold only for what is made of what the file says now:
+the stage's own keys, the shards' content, and the same of the stages that it needs. That is noted before a stage
+begins. Where one was made of anything else nothing is thrown away, and nothing is mixed: before any stage runs, the
+launch names the first such one and what has changed, and stops.
 
-    OUTPUT/NAME.yaml        the run file of each stage, complete
+    OUTPUT/NAME.yaml        the run file of each stage, complete, from the beginning on
     OUTPUT/NAME/            its run folder, or what farnear mine leaves
-    OUTPUT/stages.json      which are done, what they were made of, and what came of them
+    OUTPUT/stages.json      which are begun and done, what of, and what came of them
 """
 
 import hashlib
@@ -23,13 +24,13 @@ from typing import Any
 import yaml
 
 from farnear.config import RunConfig
-from farnear.errors import UserError
+from farnear.errors import RunInterruptedError, UserError
 from farnear.files import replace_text
 from farnear.flywheel_file import Flywheel, Stage, read_flywheel
 from farnear.launching.local import launch
-from farnear.launching.mining import inputs_of, mine
+from farnear.launching.mining import deciding, is_done, mine
 from farnear.launching.run_data import fingerprints
-from farnear.run_folder import RunFolder, claimed
+from farnear.run_folder import RunFolder, claimed, published_checkpoints
 from farnear.status import read_status
 
 # How a stage is computed, and not what comes of it, or no more of it than rounding.
@@ -83,28 +84,36 @@ def launch_flywheel(
     flywheel = read_flywheel(file, overrides)
     flywheel.folder.mkdir(parents=True, exist_ok=True)
     with claimed(RunFolder(flywheel.folder)):
+        entries = _read(flywheel)
+        made_of = _made_of(flywheel)
+        _refuse_others(flywheel, made_of, entries)
+        for stage in flywheel.stages:
+            replace_text(stage.run_file, yaml.safe_dump(dict(stage.tree), sort_keys=False, allow_unicode=True))
         for number, stage in enumerate(flywheel.stages, 1):
             head = f"stage {number} of {len(flywheel.stages)}: {stage.name} ({stage.does})"
-            made_of = _made_of(stage, _read(flywheel))
-            if _is_done(stage, made_of, _read(flywheel).get(stage.name)):
+            if _is_done(stage, entries.get(stage.name)):
                 print(f"{head}: done", flush=True)
                 continue
             print(f"\n{head}", flush=True)
-            replace_text(stage.run_file, yaml.safe_dump(dict(stage.tree), sort_keys=False, allow_unicode=True))
+            _write(flywheel, stage.name, {"made_of": made_of[stage.name]})
             started = monotonic()
-            code = _run(stage, log_dir)
+            try:
+                code = _run(stage, log_dir)
+            except RunInterruptedError:
+                print(f"{head}: stopped; the same command goes on with it", flush=True)
+                raise
             if code != 0:
                 print(f"{head}: ended with {code}; the same command goes on with it", flush=True)
                 return code
             result = {"does": stage.does, **_result(stage), "seconds": round(monotonic() - started, 1)}
-            _write(flywheel, stage.name, {"made_of": made_of, "result": result})
+            _write(flywheel, stage.name, {"made_of": made_of[stage.name], "result": result})
         print(f"\n{summary(flywheel)}", flush=True)
     return 0
 
 
 def results(flywheel: Flywheel) -> dict[str, dict[str, Any]]:
-    """What came of the stages that are done, by name."""
-    return {name: entry["result"] for name, entry in _read(flywheel).items()}
+    """What came of the stages that are done, by name; ``seconds`` are those since a stage was last begun."""
+    return {name: entry["result"] for name, entry in _read(flywheel).items() if "result" in entry}
 
 
 def summary(flywheel: Flywheel) -> str:
@@ -130,44 +139,63 @@ def _run(stage: Stage, log_dir: Path | None) -> int:
     return launch(stage.run_file, [], resume="auto", log_dir=log_dir / stage.name if log_dir else None)
 
 
-def _made_of(stage: Stage, done: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides the results of a stage."""
-    if stage.does == "mine":
-        keys: Mapping[str, Any] = {"inputs": inputs_of(stage.config)}
-    else:
-        keys = dict(_deciding(stage.config)) | fingerprints(stage.config)
-    return {**keys, **{f"stage {name}": _digest(done[name]["made_of"]) for name in stage.needs}}
+def _made_of(flywheel: Flywheel) -> dict[str, dict[str, Any]]:
+    """What decides the results of each stage."""
+    made_of: dict[str, dict[str, Any]] = {}
+    for stage in flywheel.stages:
+        if stage.does == "mine":
+            keys = deciding(stage.config)
+            # Of models of the flywheel itself the stages say more.
+            of_stages = ("model.name_or_path", "mining.reranker")
+            for key in of_stages:
+                if Path(str(keys.get(key))).is_relative_to(flywheel.folder):
+                    del keys[f"files of {key}"]
+        else:
+            keys = dict(_deciding(stage.config)) | fingerprints(stage.config)
+        of_needed = {f"stage {name}": _digest(made_of[name]) for name in stage.needs}
+        made_of[stage.name] = {**keys, **of_needed}
+    return made_of
 
 
 def _deciding(config: RunConfig) -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values, as JSON holds them."""
+    """Dotted keys and values of a training, as JSON holds them."""
     for section, value in config.model_dump(mode="json").items():
         keys = {f"{section}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {section: value}
         yield from ((key, one) for key, one in keys.items() if not any(fnmatch(key, how) for how in _HOW))
 
 
-def _is_done(stage: Stage, made_of: Mapping[str, Any], entry: Mapping[str, Any] | None) -> bool:
-    """Whether the results are there and of this.
+def _refuse_others(flywheel: Flywheel, made_of: Mapping[str, Any], entries: Mapping[str, Any]) -> None:
+    """Raise UserError where stages have left something, and that was made of anything else."""
+    changed: dict[str, list[str]] = {}
+    for stage in flywheel.stages:
+        if stage.name in entries and _has_left(stage):
+            now, then = made_of[stage.name], entries[stage.name]["made_of"]
+            if of_stage := sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name)):
+                changed[stage.name] = of_stage
+    if changed:
+        first, *others = changed
+        follow = f", and what {', '.join(others)} left follows from it" if others else ""
+        raise UserError(
+            f"stage {first} was made with another {', '.join(changed[first])}{follow}; restore what it was, or move "
+            f"{', '.join(changed)} out of {flywheel.folder} to have {'them' if others else 'it'} made anew"
+        )
 
-    Raises:
-        UserError: A training's are there, and of something else.
-    """
-    if entry is None:
+
+def _has_left(stage: Stage) -> bool:
+    """Whether there is anything of it to continue from, or to lose."""
+    if stage.does == "mine":
+        return (stage.folder / "negatives.jsonl").exists()
+    return bool(published_checkpoints(RunFolder(stage.folder).checkpoints)) or (stage.folder / "export").is_dir()
+
+
+def _is_done(stage: Stage, entry: Mapping[str, Any] | None) -> bool:
+    """Whether it has ended and its results are there."""
+    if entry is None or "result" not in entry:
         return False
     if stage.does == "mine":
-        # It mines anew where anything has changed, and knows for itself.
-        return entry["made_of"] == made_of and (stage.folder / "negatives.jsonl").exists()
-    if (read_status(RunFolder(stage.folder)) or {}).get("state") != "finished" or not (
-        stage.folder / "export"
-    ).is_dir():
-        return False
-    names = made_of.keys() | entry["made_of"].keys()
-    if changed := sorted(name for name in names if made_of.get(name) != entry["made_of"].get(name)):
-        raise UserError(
-            f"stage {stage.name} is done, but was made with another {', '.join(changed)}; restore what it was, or move "
-            f"{stage.folder} away to have it made anew"
-        )
-    return True
+        return is_done(stage.folder)
+    status = read_status(RunFolder(stage.folder)) or {}
+    return status.get("state") == "finished" and (stage.folder / "export").is_dir()
 
 
 def _result(stage: Stage) -> dict[str, Any]:
@@ -189,16 +217,19 @@ def _result(stage: Stage) -> dict[str, Any]:
 
 
 def _read(flywheel: Flywheel) -> dict[str, Any]:
+    path = flywheel.folder / "stages.json"
     try:
-        found = json.loads((flywheel.folder / "stages.json").read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not all(isinstance(entry["made_of"], dict) for entry in found.values()):
+            raise ValueError("an entry is none")
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
-            f"{flywheel.folder / 'stages.json'} cannot be read ({error}); it says which stages are done: remove it to "
-            "have them run again, in folders that are empty"
+            f"{path} is damaged ({error}), so nobody knows which stages are done; remove it to have what is begun "
+            "continued as it is"
         ) from None
-    return {name: found[name] for name in (stage.name for stage in flywheel.stages) if name in found}
+    return {stage.name: found[stage.name] for stage in flywheel.stages if stage.name in found}
 
 
 def _write(flywheel: Flywheel, name: str, entry: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from farnear.config import RunConfig, load_config
 from farnear.errors import UserError
@@ -17,6 +18,7 @@ from farnear.launching.nodes import Nodes
 from farnear.launching.run_data import fingerprints
 from farnear.launching.supervision import supervise
 from farnear.mining_section import strategy_of_mining
+from farnear.run_folder import DONE, files_left
 from farnear.wording import counted
 
 PROGRAM = "mine.py"
@@ -35,6 +37,10 @@ def mine(
         UserError: Before the start, or the one that a rank met.
     """
     words = [*overrides]
+    if model is None and load_config(run_file, words).reranker is not None:
+        raise UserError(
+            f"{run_file} trains a reranker, and what mines is an embedder; name one with --model, or its run file"
+        )
     if model is not None:
         words += [f"model.name_or_path={json.dumps(model)}", "model.revision=null"]
     if num_processes is not None:
@@ -61,29 +67,34 @@ def mine(
 
 def inputs_of(config: RunConfig) -> str:
     """A digest of what decides which negatives are found."""
+    return hashlib.blake2b(json.dumps(deciding(config), sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def deciding(config: RunConfig) -> dict[str, Any]:
+    """The same by what a person calls it: keys of the run file, and content and files that they name."""
     without_eval = config.data.model_copy(update={"eval": (), "eval_corpus": ()})
-    names = [name for name in (config.model.name_or_path, config.mining.reranker) if name is not None]
-    decides = {
-        "model": config.model.model_dump(mode="json"),
-        "files": [_files_of(Path(name)) for name in names],
-        "shards": fingerprints(config.model_copy(update={"data": without_eval})),
-        "mining": config.mining.model_dump(mode="json", exclude={"refresh_every"}),
+    models = {"model.name_or_path": config.model.name_or_path, "mining.reranker": config.mining.reranker}
+    return {
+        **{f"model.{key}": value for key, value in config.model.model_dump(mode="json").items()},
+        **{f"mining.{key}": value for key, value in config.mining.model_dump(mode="json").items()},
+        **{f"training.{key}": getattr(config.training, key) for key in ("bf16", "fp16", "pure_bf16")},
+        "data.max_bad_fraction": config.data.max_bad_fraction,
         "seed": config.seed,
-        "precision": [config.training.bf16, config.training.fp16, config.training.pure_bf16],
+        **fingerprints(config.model_copy(update={"data": without_eval})),
+        **{f"files of {key}": _files_of(Path(name)) for key, name in models.items() if name is not None},
     }
-    return hashlib.blake2b(json.dumps(decides, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def _files_of(model: Path) -> list[tuple[str, int, int]]:
+def _files_of(model: Path) -> list[list[str | int]]:
     """Name, size and time of a folder's files; none of a model on the hub."""
     files = sorted(path for path in model.rglob("*") if path.is_file()) if model.is_dir() else []
-    return [(str(path.relative_to(model)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return [[str(path.relative_to(model)), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
-def is_done(folder: Path, inputs: str) -> bool:
-    """Whether a mining of the same inputs has ended there."""
+def is_done(folder: Path, inputs: str | None = None) -> bool:
+    """Whether a mining has ended there, of these inputs if they are given, and all that it has left is there still."""
     try:
-        done = json.loads((folder / "done.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        done = json.loads((folder / DONE).read_text(encoding="utf-8"))
+        return bool(inputs in (None, done["inputs"]) and done["files"] and done["files"] == files_left(folder))
+    except (OSError, ValueError, KeyError, TypeError):
         return False
-    return isinstance(done, dict) and done.get("inputs") == inputs and (folder / "negatives.jsonl").exists()

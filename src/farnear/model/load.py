@@ -69,6 +69,12 @@ def load_model(
     with told_to_the_user(config):
         refuse_kernels(config, stored_config(config))
         has_modules = is_sentence_transformer_model(config.name_or_path, revision=config.revision)
+    if has_modules and stored_kind(config) == "CrossEncoder":
+        raise UserError(
+            f"model {config.name_or_path} is a CrossEncoder, which scores pairs and embeds nothing; set "
+            "model.name_or_path to an embedder, or to the vision-language model that it was made of"
+        )
+    with told_to_the_user(config):
         model = SentenceTransformer(
             config.name_or_path,
             revision=config.revision,
@@ -89,6 +95,13 @@ def load_model(
         )
     bring_to(dtype, model)
     return model
+
+
+def stored_kind(config: ModelConfig) -> str | None:
+    """SentenceTransformer or CrossEncoder, as a checkpoint that sentence-transformers has saved says; else None."""
+    about = stored_file(config, "config_sentence_transformers.json")
+    kind: str | None = json.loads(about.read_text(encoding="utf-8")).get("model_type") if about else None
+    return kind
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ SentenceTransformer, which gets a head by name (`farnear.model.heads`) and, wher
 query and a document, farnear's own (reranker.jinja, in the manner of Qwen3-VL-Reranker).
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from farnear.model.load import (
     settle,
     stored_config,
     stored_file,
+    stored_kind,
     told_to_the_user,
 )
 from farnear.reranker_section import RerankerConfig
@@ -106,9 +106,7 @@ def load_plain_reranker(
 
 def _is_cross_encoder(config: ModelConfig, settings: dict[str, Any]) -> bool:
     if stored_file(config, "modules.json") is not None:
-        about = stored_file(config, "config_sentence_transformers.json")
-        kind = json.loads(about.read_text(encoding="utf-8")).get("model_type") if about else None
-        return kind == "CrossEncoder"
+        return stored_kind(config) == "CrossEncoder"
     return any(name.endswith("ForSequenceClassification") for name in settings.get("architectures") or ())
 
 

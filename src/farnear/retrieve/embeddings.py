@@ -39,6 +39,8 @@ SIDES = {"query": "queries", "document": "documents"}
 _WHOLE = 4000
 _MOST_ROWS_OF_A_PART, _FEWEST_ROWS_OF_A_PART, _PARTS = 1024, 32, 64
 
+_AGAIN = "remove the folder, and run the same `farnear mine` again"
+
 Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
 
@@ -97,14 +99,19 @@ class Embeddings:
             )
         needed = [folder / f"{side}-hashes.npy" for side in SIDES]
         needed += [path for side in SIDES for path in _paths(folder, side, facts)]
-        missing = [path.name for path in needed if not path.exists()]
-        if missing:
+        if missing := [path.name for path in needed if not path.exists()]:
             raise UserError(
                 f"the embeddings in {folder} are not complete ({missing[0]} is missing); run the same `farnear mine` "
                 "again, which goes on where it stopped"
             )
-        hashes = [np.load(path, mmap_mode="r") for path in needed[: len(SIDES)]]
-        return cls(facts, hashes[0], hashes[1], *(StoredRows(_paths(folder, side, facts)) for side in SIDES))
+        try:
+            hashes = [np.load(path, mmap_mode="r") for path in needed[: len(SIDES)]]
+            rows = [StoredRows(_paths(folder, side, facts)) for side in SIDES]
+        except (ValueError, EOFError) as error:
+            raise UserError(f"the embeddings in {folder} are damaged ({error}); {_AGAIN}") from None
+        if [len(one) for one in rows] != [len(one) for one in hashes] or len({one.shape[1] for one in rows}) > 1:
+            raise UserError(f"the embeddings in {folder} are damaged (their files do not fit each other); {_AGAIN}")
+        return cls(facts, hashes[0], hashes[1], *rows)
 
     def query(self, hash_n: Int64) -> Float32:
         """Embeddings of queries by `Index.query_hash_N`. Raises ``UserError`` where one is not there."""
@@ -216,7 +223,9 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
         facts = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return facts if isinstance(facts, dict) and facts.get("format") == FORMAT else None
+    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+        return None
+    return facts if all(isinstance(facts.get(name), int) for name in SIDES.values()) else None
 
 
 def _paths(folder: Path, side: str, facts: Mapping[str, Any]) -> list[Path]:

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 from farnear.config import RunConfig, model_beside
+from farnear.errors import UserError
 from farnear.model.embedder import Embedder, Preprocessing
-from farnear.model.load import load_model
+from farnear.model.hub import refuse_missing_folder
+from farnear.model.load import load_model, stored_kind
 from farnear.model.load_reranker import load_reranker
 from farnear.model.pairs import PairPicker, PairPreprocessing
 from farnear.model.reranker import Reranker, shares_images
@@ -47,8 +49,9 @@ def embedder_beside(
     Raises:
         UserError: It cannot be loaded, or does not take such inputs.
     """
-    model = load_model(model_beside(config, name), dtype=_stored_in(config))
-    refuse_unsupported(model, name, kinds)
+    with _told_by("evaluation.embedder"):
+        model = load_model(model_beside(config, name), dtype=_stored_in(config))
+        refuse_unsupported(model, name, kinds)
     preprocess = Preprocessing(model)
     module = Embedder(model, bf16=config.training.precision == "bf16", fp16=config.training.fp16)
     forward = ForwardOnly(module.to(world.device))
@@ -67,8 +70,16 @@ def reranker_beside(
     Raises:
         UserError: It cannot be loaded, or does not take such inputs.
     """
-    model = load_reranker(model_beside(config, name), RerankerConfig(), dtype=_stored_in(config))
-    refuse_unsupported(model, name, kinds)
+    section = model_beside(config, name)
+    with _told_by("mining.reranker"):
+        refuse_missing_folder(name)
+        kind = stored_kind(section)
+        if kind == "SentenceTransformer":
+            raise UserError(f"model {name} is an embedder, which judges no pairs; name a CrossEncoder")
+        model = load_reranker(section, RerankerConfig(), dtype=_stored_in(config))
+        refuse_unsupported(model, name, kinds)
+    if kind is None and world.is_main:
+        print(f"mining.reranker {name} is a bare language model: a score is what it says for yes, less for no")
     precision = config.training.precision
     pick = PairPicker(model) if shares_images(model) else None
     preprocess = PairPreprocessing(model, shares_images=pick is not None)
@@ -97,6 +108,15 @@ def judge_beside(
             "score_pairs": partial(score_own_pairs, by, data.train, data.store, needed=needed),
             "reranker_facts": {"name": name, "weights": weights},
         }
+
+
+@contextmanager
+def _told_by(key: str) -> Iterator[None]:
+    """Errors of loading name the run file's key."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{key}: {str(error).replace('model.name_or_path', key)}") from None
 
 
 def _stored_in(config: RunConfig) -> torch.dtype:

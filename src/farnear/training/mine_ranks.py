@@ -15,7 +15,7 @@ from farnear.files import replace_text
 from farnear.mining_section import strategy_of_mining
 from farnear.parallel.world import World, on_main_rank, start_world, stop_world
 from farnear.retrieve.mine import Mined, mine
-from farnear.run_folder import RunFolder, claimed
+from farnear.run_folder import DONE, RunFolder, claimed, files_left
 from farnear.sections import LossConfig
 from farnear.signals import Signals
 from farnear.training.beside import judge_beside
@@ -50,10 +50,12 @@ def mine_on_ranks(config: RunConfig, folder: Path, inputs: str, signals: Signals
     claim = ExitStack()
     try:
         on_main_rank(world, lambda: claim.enter_context(claimed(RunFolder(folder))))
+        # It speaks of what was there before, which from now on is changed.
+        on_main_rank(world, lambda: (folder / DONE).unlink(missing_ok=True))
         guard = Guard(world, signals)
         mined = _mine(config, world, folder, guard.stop_if_asked)
         if world.is_main:
-            replace_text(folder / "done.json", json.dumps({"inputs": inputs}) + "\n")
+            replace_text(folder / DONE, json.dumps({"inputs": inputs, "files": files_left(folder)}, indent=1) + "\n")
             print(summary(mined), flush=True)
     except StopAskedError as asked:
         raise RunInterruptedError(
@@ -68,6 +70,8 @@ def summary(mined: Mined) -> str:
     """What came of it, in two lines."""
     report = mined.report
     fewer = f"{counted(report['pairs_with_fewer'], 'pair')} with fewer than {report['num_negatives']}"
+    if report["unusable"]:
+        fewer += f"; {counted(len(report['unusable']), 'input')} left out that cannot be used: see report.json"
     return (
         f"mined {counted(report['negatives'], 'negative')} of {counted(report['pairs'], 'pair')}, {fewer}\n"
         f"set data.negatives: {mined.path}; look at {mined.path.parent / 'examples.html'}"
@@ -83,5 +87,16 @@ def _mine(config: RunConfig, world: World, folder: Path, between: Callable[[], N
     refuse_unsupported(built.model, config.model.name_or_path, kinds_held(data))
     facts = embedder_facts(config, built, world)
     by = inference_of(config, built.strategy, built.model, built.preprocess, world, between=between)
-    with judge_beside(config, data, world, between=between) as judge:
-        return mine(by, data.train, data.store, config.mining, folder, facts, seed=config.seed, **judge)
+    most = config.data.max_bad_fraction
+    with judge_beside(config, data, world, needed=most == 0, between=between) as judge:
+        return mine(
+            by,
+            data.train,
+            data.store,
+            config.mining,
+            folder,
+            facts,
+            seed=config.seed,
+            max_bad_fraction=most,
+            **judge,
+        )
