@@ -43,7 +43,7 @@ def tree(folder: Path) -> dict[str, Any]:
                     "model": {"name_or_path": str(folder / "base")},
                     "data": {"negatives": ["{negatives}"]},
                     "reranker": {"num_negatives": 1, "chat_template": str(folder / "template.jinja")},
-                    "evaluation": {"embedder": "{embedder}", "rerank_k": 4},
+                    "evaluation": {"embedder": "{embedder}", "rerank_k": 10},
                 }
             },
             "judged": {"mine": {"model": {"name_or_path": "{embedder}"}, "mining": judged}},

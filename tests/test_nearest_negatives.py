@@ -1,6 +1,7 @@
 """A reranker's negatives of the batch chosen by an embedder: the nearest, the same on all ranks, in a training."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -136,3 +137,19 @@ def test_another_folder_is_refused_in_one_line(folder: Path, embeddings: str, me
     with pytest.raises(UserError, match=message) as caught:
         train_in(ONE, config_of(folder, f"run-{embeddings}", embeddings))
     assert "\n" not in str(caught.value) and caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "fewer rows", "another width", "not finite"])
+def test_damaged_embeddings_are_told_in_one_line(folder: Path, tmp_path: Path, damage: str) -> None:
+    copy = shutil.copytree(folder / "of-data" / "embeddings", tmp_path / "embeddings")
+    path = copy / "queries-00000.npy"
+    rows = np.load(path)
+    content = {"cut": path.read_bytes()[:-9], "empty": b""}
+    if damage in content:
+        path.write_bytes(content[damage])
+    else:
+        np.save(path, {"fewer rows": rows[1:], "another width": rows[:, 1:], "not finite": rows * np.nan}[damage])
+    index = open_data(config_of(folder, "unused").data, config_of(folder, "unused").evaluation, ONE).train
+    with pytest.raises(UserError, match="remove the folder, and run the same `farnear mine` again") as caught:
+        Embeddings.open(copy).similarity_in(index)(np.arange(len(index)), index.positives)
+    assert "\n" not in str(caught.value)

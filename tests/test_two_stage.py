@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +23,7 @@ from farnear.data.index import Index
 from farnear.data.read import InputReader
 from farnear.errors import UserError
 from farnear.ingest.synthetic import synthesise
+from farnear.launching.mining import inputs_of, is_done
 from farnear.model.load import load_model
 from farnear.model.tiny import save_tiny_model
 from farnear.retrieve.evaluate import build_task
@@ -31,7 +33,7 @@ from farnear.sections import ModelConfig
 from farnear.training.mine_ranks import mine_on_ranks, mining_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-K = 5
+K = 10
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +139,7 @@ def test_measures_of_a_reranking_are_those_of_sentence_transformers() -> None:
 
 def test_candidates_without_an_embedder_hold_what_answers_and_fill_up(folder: Path) -> None:
     task = build_task(index_of(sorted((folder / "data").glob("eval-*.tar"))), STORE)
-    for k in (3, 12, 20):
+    for k in (3, 10, 20):
         candidate_Qk = given_candidates(task, k)
         for query, pages in enumerate(candidate_Qk.tolist()):
             there = [page for page in pages if page != NO_CANDIDATE]
@@ -201,6 +203,45 @@ def test_a_reranker_judges_what_is_mined(folder: Path, trained: Path) -> None:
     report = json.loads((folder / "vetoed" / "report.json").read_text())
     assert report["fell"]["reranker_margin"] > 0
     assert report["reranker"]["name"] == str(trained / "export")
+
+
+def test_an_embedder_and_a_reranker_are_not_taken_for_each_other(folder: Path, trained: Path) -> None:
+    embedder, reranker = str(folder / "embedder"), str(trained / "export")
+    config = reranker_run(folder, "refused")
+    swapped = config.evaluation.model_copy(update={"embedder": reranker})
+    with pytest.raises(UserError, match=r"evaluation.embedder: model .* is a CrossEncoder.*; set evaluation.embedder"):
+        farnear.train(config.model_copy(update={"evaluation": swapped}))
+    with pytest.raises(UserError, match=r"mining.reranker: model .* is an embedder, which judges no pairs"):
+        mine_on_ranks(
+            mining_config(run_config(folder, "mining", mining={"reranker": embedder})), folder / "refused-1", "inputs"
+        )
+    with pytest.raises(UserError, match="is a CrossEncoder, which scores pairs and embeds nothing"):
+        mine_on_ranks(
+            mining_config(run_config(folder, "mining", model={"name_or_path": reranker})),
+            folder / "refused-2",
+            "inputs",
+        )
+
+
+def test_a_mining_is_done_while_all_that_it_left_is_there(folder: Path) -> None:
+    config = run_config(folder, "mining", mining={"num_negatives": 2})
+    to = folder / "done-or-not"
+    mine_on_ranks(mining_config(config), to, inputs_of(config))
+    assert is_done(to, inputs_of(config))
+    assert not is_done(to, inputs_of(config.model_copy(update={"seed": 1})))
+    part = to / "embeddings" / "queries-00000.npy"
+    content = part.read_bytes()
+    for damage in (lambda: part.write_bytes(content[:-1]), part.unlink):
+        damage()
+        assert not is_done(to, inputs_of(config))
+        part.write_bytes(content)
+    # From its beginning on another one in the folder takes the place of the first.
+    with (
+        patch("farnear.training.mine_ranks.open_data", side_effect=KeyboardInterrupt),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        mine_on_ranks(mining_config(config), to, "others")
+    assert not is_done(to, inputs_of(config))
 
 
 def test_a_model_beside_that_is_none_is_told_before_the_first_step(folder: Path, tmp_path: Path) -> None:

@@ -482,8 +482,8 @@ class EvaluationConfig(Section):
     """Queries or pages that are embedded at once on one rank."""
     embedder: str | None = None
     """For a reranker: the embedder whose nearest pages it ranks; unset: a query's pages, hard negatives, any others."""
-    rerank_k: int = Field(default=30, ge=2)
-    """For a reranker: pages of each query that it reranks."""
+    rerank_k: int = Field(default=30, ge=10)
+    """For a reranker: pages of each query that it reranks; measures look at ten, so no fewer."""
     metric_for_best_model: Literal["ndcg@1", "ndcg@5", "ndcg@10", "recall@1", "recall@5", "recall@10", "mrr@10"] = (
         "ndcg@10"
     )

@@ -133,9 +133,9 @@ def _digest_of(path: Path) -> str:
             while block := file.read(1 << 22):
                 digest.update(block)
     except OSError as error:
-        raise UserError(
-            f"data.negatives: {path} cannot be read ({error.strerror}); name a file that `farnear mine` has written"
-        ) from None
+        inside = path / "negatives.jsonl"
+        what = f"name {inside}" if inside.exists() else "name a file that `farnear mine` has written"
+        raise UserError(f"data.negatives: {path} cannot be read ({error.strerror}); {what}") from None
     return str(digest.hexdigest())
 
 

@@ -138,6 +138,8 @@ class Embeddings:
             query_nD = _in_whole_numbers(self.query(index.query_hash_N[pair_n]))
             document_mD = _in_whole_numbers(self.document(index.input_hash_I[document_m]))
             found: Float32 = (query_nD @ document_mD.T).numpy()
+            if not np.isfinite(found).all():
+                raise UserError(f"the embeddings that were made of {self.facts.get('model')} are not finite; {_AGAIN}")
             return found
 
         return similarity
