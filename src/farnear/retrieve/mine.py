@@ -43,6 +43,7 @@ from farnear.retrieve.mining_page import write_examples
 Int64 = npt.NDArray[np.int64]
 
 _MOST_PAIRS_OF_A_BLOCK, _FEWEST_PAIRS_OF_A_BLOCK, _BLOCKS = 8192, 64, 32
+_COUNTS = ("pairs", "negatives", "pairs_with_fewer", "pairs_without")
 _PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 
 
@@ -191,7 +192,7 @@ def _report(index: Index, mining: MiningConfig, counts: list[Mapping[str, Any]])
         share = of_bin.cumsum() / of_bin.sum() * 100
         return {f"p{q}": round(float(BINS[np.searchsorted(share, q)]), 3) for q in _PERCENTILES}
 
-    totals = {name: sum(of_block[name] for of_block in counts) for name in ("pairs", "negatives", "pairs_with_fewer")}
+    totals = {name: sum(of_block[name] for of_block in counts) for name in _COUNTS}
     return {
         **totals,
         "num_negatives": mining.num_negatives,

@@ -129,6 +129,7 @@ class BlockMiner:
         return {
             "pairs": len(pairs),
             "negatives": int(count_n.sum()),
+            "pairs_without": int((count_n == 0).sum()),
             "pairs_with_fewer": int((count_n < mining.num_negatives).sum()),
             "fell": fell,
             "negative_similarity": np.histogram(columns["neg_similarity"].clip(-1, 1), BINS)[0].tolist(),

@@ -70,6 +70,8 @@ def summary(mined: Mined) -> str:
     """What came of it, in two lines."""
     report = mined.report
     fewer = f"{counted(report['pairs_with_fewer'], 'pair')} with fewer than {report['num_negatives']}"
+    if report["pairs_without"]:
+        fewer += f", {report['pairs_without']:,} of them with none"
     if report["unusable"]:
         fewer += f"; {counted(len(report['unusable']), 'input')} left out that cannot be used: see report.json"
     return (
