@@ -424,4 +424,5 @@ def test_a_rerankers_measures_are_not_said_to_be_of_a_dimension(tmp_path: Path) 
     (run / "eval.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     text = write_report(run).read_text()
     assert "nDCG@10 of the reranked pages" in text
+    assert "nDCG@10 by the embedder alone" in text and "0.500" in text
     assert "1 dimensions" not in text

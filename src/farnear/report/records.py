@@ -38,13 +38,17 @@ class Step:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation, a line of ``eval.jsonl``: the measures of each Matryoshka dimension."""
+    """One evaluation, a line of ``eval.jsonl``: the measures of each Matryoshka dimension.
+
+    Of a reranker's pages ``embedder`` is the headline measure in the order of the embedder that found them, if one did.
+    """
 
     step: int
     kind: str
     queries: int
     pages: int
     measures_by_dim: dict[int, dict[str, float]]
+    embedder: float | None = None
 
 
 @dataclass(frozen=True)
@@ -202,6 +206,7 @@ def _evaluation(record: _Record) -> Evaluation:
         queries=record.count("queries"),
         pages=record.count("pages"),
         measures_by_dim=measures_by_dim,
+        embedder=record.inner("embedder").number(HEADLINE) if record.value.get("embedder") else None,
     )
 
 

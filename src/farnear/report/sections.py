@@ -111,6 +111,8 @@ def tiles(run: Run) -> list[Tile]:
         value = f"{_score(earlier)} \N{RIGHTWARDS ARROW} {_score(after)}" if newest and before else _score(after)
         what = "of the reranked pages" if dim == ONE_SCORE else f"with {dim:,} dimensions"
         found.append(Tile(f"nDCG@10 {what}", value, _when(shown), hero=True))
+        if shown.embedder is not None:
+            found.append(Tile("nDCG@10 by the embedder alone", _score(shown.embedder), "the order that was reranked"))
     if run.steps:
         last = run.steps[-1]
         found.append(Tile("Optimizer steps", f"{last.step:,}", f"epoch {number(last.epoch)}"))
