@@ -206,9 +206,3 @@ def test_the_wheel_turns_and_goes_on_where_it_stopped(
         (wheel / "stages.json").write_text(damage)
         assert main(["launch", str(file)]) == 2
         assert "stages.json is damaged" in capfd.readouterr().err
-
-
-def test_the_examples_are_valid() -> None:
-    stages = read_flywheel(Path("examples/flywheel.yaml")).stages
-    assert [stage.does for stage in stages] == ["train", "mine", "train", "mine", "train", "mine"]
-    assert load_config("examples/qwen3-vl-reranker-2b.yaml").reranker is not None

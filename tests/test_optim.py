@@ -159,5 +159,6 @@ def test_a_table_that_is_looked_up_has_gradients_of_rows_and_a_dense_sum() -> No
             strategy.backward(strategy.forward(rows).square().sum())
     sum((wanted[rows].square().sum() for rows in turns), torch.zeros(())).backward()
     assert sparse == [True, True]
+    assert not table.sparse  # whoever has the module besides finds it as it was
     assert table.weight.grad is not None and not table.weight.grad.is_sparse
     torch.testing.assert_close(table.weight.grad, wanted.grad)

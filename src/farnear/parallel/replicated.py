@@ -10,7 +10,7 @@ large as the vocabulary for every mini-batch, filled with zeros, added up and th
 step. Here such layers give sparse gradients, added into one dense table that is there before the first of them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,7 +40,7 @@ class Replicated:
         self._world = world
         self._unwritten: list[tuple[Tensor, dict[str, Tensor]]] = []
         self._named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-        self._looked_up = list(_let_gradients_be_sparse(module))
+        self._tables = list(_tables(module))
 
     def forward(self, features: Features) -> Any:
         """What the module makes of one mini-batch."""
@@ -49,10 +49,8 @@ class Replicated:
     @contextmanager
     def accumulate(self) -> Iterator[None]:
         """Backwards inside add up in ``.grad``; the mean over ranks stands there afterwards."""
-        for parameter in self._looked_up:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        yield
+        with _gradients_of_rows(self._tables):
+            yield
         for parameter in self._named.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -130,12 +128,26 @@ class Replicated:
             yield bucket
 
 
-def _let_gradients_be_sparse(module: nn.Module) -> Iterator[nn.Parameter]:
-    """The trained tables that layers look rows up in; from now on their gradients are of those rows."""
+def _tables(module: nn.Module) -> Iterator[Any]:
+    """The layers that look rows up in a trained table."""
     layer: Any
     for layer in module.modules():
         # An embedding layer, or a head that computes some rows only. One that counts tokens knows dense gradients only.
         looks_up = isinstance(getattr(layer, "sparse", None), bool) and not getattr(layer, "scale_grad_by_freq", False)
         if looks_up and layer.weight.requires_grad:
-            layer.sparse = True
-            yield layer.weight
+            yield layer
+
+
+@contextmanager
+def _gradients_of_rows(tables: Sequence[Any]) -> Iterator[None]:
+    """Layers that go forward inside have sparse gradients, which add up in dense ones; after it they are as before."""
+    were_sparse = [layer.sparse for layer in tables]
+    for layer in tables:
+        layer.sparse = True
+        if layer.weight.grad is None:
+            layer.weight.grad = torch.zeros_like(layer.weight)
+    try:
+        yield
+    finally:
+        for layer, was_sparse in zip(tables, were_sparse, strict=True):
+            layer.sparse = was_sparse
