@@ -128,7 +128,7 @@ def summary(flywheel: Flywheel) -> str:
         else:
             told = f"nDCG@10 {result['ndcg@10']:.4f}"
             if "ndcg@10_embedder" in result:
-                told += f" of what its first stage ranks with {result['ndcg@10_embedder']:.4f}"
+                told += f", the same pages by the embedder {result['ndcg@10_embedder']:.4f}"
         lines.append(f"{stage.name:>{max(len(one.name) for one in flywheel.stages)}}  {told}")
     return "\n".join(lines)
 
