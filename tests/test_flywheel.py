@@ -15,6 +15,7 @@ from farnear.cli import main
 from farnear.config import load_config
 from farnear.errors import UserError
 from farnear.flywheel_file import read_flywheel
+from farnear.launching import flywheel
 from farnear.model.tiny import save_tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -87,6 +88,15 @@ def test_stages_have_what_those_before_them_leave(folder: Path) -> None:
     assert [stage.config.training.max_steps for stage in stages] == [5, 5, 7, 5, 5]
     assert embedder.config.output_dir == str(wheel / "embedder")
     assert reranker.config.evaluation.eval_on_start is True
+
+
+def test_models_of_stages_are_known_by_their_stages_and_others_by_their_files(folder: Path) -> None:
+    of = tree(folder)
+    of["stages"]["judged"]["mine"]["model"]["name_or_path"] = str(folder / "base")
+    for words in ([], ["output_dir=."]):
+        made_of = flywheel._made_of(read_flywheel(written(folder, of), words))
+        files = {name: {key for key in made_of[name] if key.startswith("files")} for name in ("negatives", "judged")}
+        assert files == {"negatives": set(), "judged": {"files of model.name_or_path"}}
 
 
 @pytest.mark.parametrize(

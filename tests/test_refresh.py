@@ -15,7 +15,7 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from tar_makers import STORE, image_bytes, write_tar
-from tiny_runs import make_inputs, run_config
+from tiny_runs import cut_back, losses, make_inputs, run_config
 
 from farnear.config import RunConfig
 from farnear.data.index import Index
@@ -78,20 +78,6 @@ def batches(folder: Path) -> list[Any]:
 
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def losses(run: Path) -> list[tuple[int, float, float]]:
-    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines(run / "metrics.jsonl")]
-
-
-def cut_back(run: Path, step: int, name: str) -> Path:
-    """A copy of a run folder in which nothing after ``step`` was written, but for what was mined after it."""
-    copy = run.with_name(name)
-    shutil.copytree(run, copy)
-    for path in (copy / "checkpoints").glob("step-*"):
-        if int(path.name.removeprefix("step-")) > step:
-            shutil.rmtree(path)
-    return copy
 
 
 def test_the_negatives_of_a_step_are_those_that_were_mined_last(

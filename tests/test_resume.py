@@ -21,7 +21,7 @@ from faults import state_of as state
 from ranks import run_ranks
 from sentence_transformers import SentenceTransformer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_runs import make_inputs, run_config
+from tiny_runs import cut_back, losses, make_inputs, run_config
 
 from farnear.parallel.strategy import LossScale
 from farnear.parallel.world import World, start_world, stop_world
@@ -42,22 +42,6 @@ ELASTIC_BOUND = 1e-5
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_inputs(tmp_path_factory.mktemp("resume"))
-
-
-def losses(run: Path) -> list[tuple[int, float, float]]:
-    """Step, loss and gradient norm of each step, to the last bit."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
-
-
-def cut_back(run: Path, step: int, name: str) -> Path:
-    """A copy of a run folder in which the checkpoints after ``step`` were never written."""
-    copy = run.with_name(name)
-    shutil.copytree(run, copy)
-    for path in (copy / "checkpoints").glob("step-*"):
-        if int(path.name.removeprefix("step-")) > step:
-            shutil.rmtree(path)
-    return copy
 
 
 def train_and_resume(rank: int, world_size: int, folder: Path) -> None:

@@ -229,6 +229,9 @@ def test_a_mining_is_done_while_all_that_it_left_is_there(folder: Path) -> None:
     mine_on_ranks(mining_config(config), to, inputs_of(config))
     assert is_done(to, inputs_of(config))
     assert not is_done(to, inputs_of(config.model_copy(update={"seed": 1})))
+    # What a training alone reads decides nothing here.
+    refreshing = config.mining.model_copy(update={"refresh_every": 5.0})
+    assert is_done(to, inputs_of(config.model_copy(update={"mining": refreshing})))
     part = to / "embeddings" / "queries-00000.npy"
     content = part.read_bytes()
     for damage in (lambda: part.write_bytes(content[:-1]), part.unlink):

@@ -1,5 +1,7 @@
 """A tiny model, a few drawn pairs and a run file over them, shared by the tests that train."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -41,3 +43,19 @@ def run_tree(folder: Path, output_dir: str, **keys: Any) -> dict[str, Any]:
 def run_config(folder: Path, output_dir: str, **keys: Any) -> RunConfig:
     """`run_tree`, validated."""
     return parse_config(run_tree(folder, output_dir, **keys))
+
+
+def losses(run: Path) -> list[tuple[int, float, float]]:
+    """Step, loss and gradient norm of each step, to the last bit."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
+
+
+def cut_back(run: Path, step: int, name: str) -> Path:
+    """A copy of a run folder in which the checkpoints after ``step`` were never written."""
+    copy = run.with_name(name)
+    shutil.copytree(run, copy)
+    for path in (copy / "checkpoints").glob("step-*"):
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
+    return copy

@@ -142,13 +142,13 @@ def _run(stage: Stage, log_dir: Path | None) -> int:
 def _made_of(flywheel: Flywheel) -> dict[str, dict[str, Any]]:
     """What decides the results of each stage."""
     made_of: dict[str, dict[str, Any]] = {}
+    exports = {str(stage.folder / "export") for stage in flywheel.stages}
     for stage in flywheel.stages:
         if stage.does == "mine":
             keys = deciding(stage.config)
             # Of models of the flywheel itself the stages say more.
-            of_stages = ("model.name_or_path", "mining.reranker")
-            for key in of_stages:
-                if Path(str(keys.get(key))).is_relative_to(flywheel.folder):
+            for key in ("model.name_or_path", "mining.reranker"):
+                if keys[key] in exports:
                     del keys[f"files of {key}"]
         else:
             keys = dict(_deciding(stage.config)) | fingerprints(stage.config)

@@ -76,7 +76,10 @@ def deciding(config: RunConfig) -> dict[str, Any]:
     models = {"model.name_or_path": config.model.name_or_path, "mining.reranker": config.mining.reranker}
     return {
         **{f"model.{key}": value for key, value in config.model.model_dump(mode="json").items()},
-        **{f"mining.{key}": value for key, value in config.mining.model_dump(mode="json").items()},
+        **{
+            f"mining.{key}": value
+            for key, value in config.mining.model_dump(mode="json", exclude={"refresh_every"}).items()
+        },
         **{f"training.{key}": getattr(config.training, key) for key in ("bf16", "fp16", "pure_bf16")},
         "data.max_bad_fraction": config.data.max_bad_fraction,
         "seed": config.seed,

@@ -5,9 +5,10 @@ it whole, whatever the run's strategy, and only as long as it is needed. It comp
 its inputs as its own folder says: prompts, instruction and pixels are those that it was exported with.
 """
 
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from farnear.parallel.forward_only import ForwardOnly
 from farnear.parallel.world import World
 from farnear.reranker_section import RerankerConfig
 from farnear.retrieve.inference import Inference, nothing
+from farnear.retrieve.mine import Mined, mine
 from farnear.retrieve.rerank import score_own_pairs
 from farnear.training.engine import inference_of
 from farnear.training.pages_once import settle_pages_once
@@ -90,24 +92,32 @@ def reranker_beside(
     yield inference_of(config, forward, model, preprocess, world, pick=pick, between=between), frozen_hash(module)
 
 
-@contextmanager
-def judge_beside(
-    config: RunConfig, data: RunData, world: World, *, needed: bool = True, between: Callable[[], None] = nothing
-) -> Iterator[dict[str, Any]]:
-    """What `farnear.retrieve.mine.mine` takes of the reranker of mining.reranker; nothing where there is none.
+def mine_judged(config: RunConfig, data: RunData, by: Inference, folder: Path, facts: Mapping[str, Any]) -> Mined:
+    """Mine the training pairs' negatives, judged by the reranker of mining.reranker if there is one. A collective.
 
     Args:
-        needed: As in `farnear.retrieve.rerank.score_own_pairs`.
+        by: The embedder.
+        folder, facts: As in `farnear.retrieve.mine.mine`, which tells of errors too.
     """
-    name = config.mining.reranker
-    if name is None:
-        yield {}
-        return
-    with reranker_beside(config, name, kinds_of(data.train), world, between=between) as (by, weights):
-        yield {
-            "score_pairs": partial(score_own_pairs, by, data.train, data.store, needed=needed),
-            "reranker_facts": {"name": name, "weights": weights},
-        }
+    most, name = config.data.max_bad_fraction, config.mining.reranker
+    with ExitStack() as stack:
+        judge: dict[str, Any] = {}
+        if name is not None:
+            beside = reranker_beside(config, name, kinds_of(data.train), by.world, between=by.between)
+            teacher, weights = stack.enter_context(beside)
+            judge["score_pairs"] = partial(score_own_pairs, teacher, data.train, data.store, needed=most == 0)
+            judge["reranker_facts"] = {"name": name, "weights": weights}
+        return mine(
+            by,
+            data.train,
+            data.store,
+            config.mining,
+            folder,
+            facts,
+            seed=config.seed,
+            max_bad_fraction=most,
+            **judge,
+        )
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from farnear.retrieve.evaluate import RetrievalTask, evaluate
 from farnear.retrieve.mine import weights_fingerprint
 from farnear.training.checkpoint import Progress
 from farnear.training.choices import Choices
-from farnear.training.engine import BuiltModel, build_step, inference_of
+from farnear.training.engine import BuiltModel, build_step
 from farnear.training.kind import Evaluated, Gradient, Outcome, Setting
 from farnear.training.scale import LearnedScale
 from farnear.training.shards import RunData, kinds_held, refuse_unsupported, refuse_without_teacher
@@ -104,15 +104,7 @@ class EmbedderKind:
     def evaluate(self, task: RetrievalTask, built: BuiltModel, setting: Setting) -> Evaluated:
         """See `Kind`: the measures by Matryoshka dimension, the full one decides."""
         dims = measured_dims(self._config, embedding_dimension(built.model))
-        by = inference_of(
-            self._config,
-            built.strategy,
-            built.model,
-            built.preprocess,
-            setting.world,
-            between=setting.between,
-            moved=setting.moved,
-        )
+        by = built.inference(self._config, setting.world, between=setting.between, moved=setting.moved)
         measures = evaluate(task, by, dims)
         figures = "  ".join(f"{dim}: {of_dim['ndcg@10']:.4f}" for dim, of_dim in measures.items())
         return Evaluated(measures, str(dims[0]), f"by dim  {figures}")

@@ -51,6 +51,20 @@ class BuiltModel:
     shapes: dict[str, torch.Size]
     frozen_hash: str
 
+    def inference(
+        self,
+        config: RunConfig,
+        world: World,
+        *,
+        pick: PairPicker | None = None,
+        between: Callable[[], None] = nothing,
+        moved: Callable[[], None] = nothing,
+    ) -> Inference:
+        """The model under its strategy as it embeds or scores; see `inference_of`."""
+        return inference_of(
+            config, self.strategy, self.model, self.preprocess, world, pick=pick, between=between, moved=moved
+        )
+
 
 MakeOptimizer = Callable[[nn.Module, TrainingConfig], torch.optim.Optimizer]
 

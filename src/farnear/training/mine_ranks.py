@@ -14,13 +14,13 @@ from farnear.errors import RunInterruptedError
 from farnear.files import replace_text
 from farnear.mining_section import strategy_of_mining
 from farnear.parallel.world import World, on_main_rank, start_world, stop_world
-from farnear.retrieve.mine import Mined, mine
+from farnear.retrieve.mine import Mined
 from farnear.run_folder import DONE, RunFolder, claimed, files_left
 from farnear.sections import LossConfig
 from farnear.signals import Signals
-from farnear.training.beside import judge_beside
+from farnear.training.beside import mine_judged
 from farnear.training.embedders import EmbedderKind, embedder_facts
-from farnear.training.engine import build_model, inference_of
+from farnear.training.engine import build_model
 from farnear.training.guard import Guard, StopAskedError
 from farnear.training.opening import prepare_workers
 from farnear.training.shards import kinds_held, open_data, refuse_unsupported
@@ -88,17 +88,5 @@ def _mine(config: RunConfig, world: World, folder: Path, between: Callable[[], N
     built = build_model(config, EmbedderKind(config), world)
     refuse_unsupported(built.model, config.model.name_or_path, kinds_held(data))
     facts = embedder_facts(config, built, world)
-    by = inference_of(config, built.strategy, built.model, built.preprocess, world, between=between)
-    most = config.data.max_bad_fraction
-    with judge_beside(config, data, world, needed=most == 0, between=between) as judge:
-        return mine(
-            by,
-            data.train,
-            data.store,
-            config.mining,
-            folder,
-            facts,
-            seed=config.seed,
-            max_bad_fraction=most,
-            **judge,
-        )
+    by = built.inference(config, world, between=between)
+    return mine_judged(config, data, by, folder, facts)

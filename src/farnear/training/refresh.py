@@ -20,12 +20,10 @@ from typing import Any
 
 from farnear.data.negatives import Negatives
 from farnear.parallel.world import on_main_rank
-from farnear.retrieve.mine import mine
 from farnear.run_folder import RunFolder
-from farnear.training.beside import judge_beside
+from farnear.training.beside import mine_judged
 from farnear.training.checkpoint import Progress, hash_of
 from farnear.training.embedders import embedder_facts
-from farnear.training.engine import inference_of
 from farnear.training.metrics import append_line
 from farnear.training.mined import negatives_path, read_mined
 from farnear.training.opening import Run
@@ -50,27 +48,8 @@ def mine_again(run: Run, progress: Progress) -> tuple[Negatives, Progress]:
     run.watch.at("mining", step=step)
     with run.watch.patient():
         facts = {**embedder_facts(config, run.built, world), "step": step}
-    by = inference_of(
-        config,
-        run.strategy,
-        run.built.model,
-        run.built.preprocess,
-        world,
-        between=between,
-        moved=lambda: run.watch.at("mining: search", step=step),
-    )
-    with judge_beside(config, run.data, world, needed=config.data.max_bad_fraction == 0, between=between) as judge:
-        mined = mine(
-            by,
-            run.data.train,
-            run.data.store,
-            config.mining,
-            path.parent,
-            facts,
-            seed=config.seed,
-            max_bad_fraction=config.data.max_bad_fraction,
-            **judge,
-        )
+    by = run.built.inference(config, world, between=between, moved=lambda: run.watch.at("mining: search", step=step))
+    mined = mine_judged(config, run.data, by, path.parent, facts)
     run.watch.at("mining: read", step=step)
     with run.watch.patient():
         digest = on_main_rank(world, lambda: _settled(run.folder, path))

@@ -25,7 +25,7 @@ from farnear.retrieve.two_stage import FirstStage, found_by, given, rerank
 from farnear.training.beside import embedder_beside
 from farnear.training.checkpoint import Progress
 from farnear.training.choices import Choices
-from farnear.training.engine import BuiltModel, casts_kept, inference_of
+from farnear.training.engine import BuiltModel, casts_kept
 from farnear.training.kind import Evaluated, Gradient, Setting
 from farnear.training.pages_once import settle_pages_once
 from farnear.training.rerank_step import RerankStep
@@ -149,15 +149,7 @@ class RerankerKind:
         """See `Kind`: the measures of the reranked candidates."""
         evaluation = self._config.evaluation
         first = self._found.get(task.fingerprint) or given(task, evaluation.rerank_k)
-        by = inference_of(
-            self._config,
-            built.strategy,
-            built.model,
-            built.preprocess,
-            setting.world,
-            pick=self._pick,
-            between=setting.between,
-        )
+        by = built.inference(self._config, setting.world, pick=self._pick, between=setting.between)
         second = rerank(task, first, by)
         seconds = {"embedder": first.seconds_per_query, "reranker": second.seconds_per_query}
         more: dict[str, Any] = {"rerank_k": evaluation.rerank_k, "pairs": second.pairs, "embedder": first.measures}
