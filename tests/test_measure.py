@@ -9,8 +9,12 @@ import torch
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 from sentence_transformers.util import cos_sim, truncate_embeddings
 
-from farnear.retrieve.measure import measure
+from farnear.retrieve.measure import OF_A_RUN, OF_AN_EVALUATION, measure
 from farnear.retrieve.search import top_k
+
+
+def of_ks(*ks: int) -> list[str]:
+    return [*(f"ndcg@{k}" for k in ks), *(f"recall@{k}" for k in ks), f"mrr@{max(ks)}"]
 
 
 class _StoredEmbeddings:
@@ -41,15 +45,17 @@ def _by_sentence_transformers(
         mrr_at_k=[10],
         ndcg_at_k=[1, 5, 10],
         accuracy_at_k=[1],
-        precision_recall_at_k=[1, 5, 10],
-        map_at_k=[10],
+        precision_recall_at_k=[1, 5, 10, 100],
+        map_at_k=[100],
         corpus_chunk_size=64,
         truncate_dim=dim,
     )
     evaluator.score_functions = {"cosine": cos_sim}
     found = evaluator.compute_all_metrics(_StoredEmbeddings(query_QD, page_PD))["cosine"]
     return {
-        f"{name}@{k}": float(value) for name in ("ndcg", "recall", "mrr") for k, value in found[f"{name}@k"].items()
+        f"{name}@{k}": float(value)
+        for name in ("ndcg", "recall", "mrr", "map")
+        for k, value in found[f"{name}@k"].items()
     }
 
 
@@ -66,17 +72,17 @@ def test_agrees_with_sentence_transformers(pages: int, dim: int | None) -> None:
         {int(target)} | {int(page) for page in torch.randint(pages, (query % 14,), generator=generator)}
         for query, target in enumerate(target_Q)
     ]
-    _, ranked_Qk = top_k(query_QD, page_PD, 10, dim=dim)
-    measured = measure(ranked_Qk, relevant)
+    _, ranked_Qk = top_k(query_QD, page_PD, 100, dim=dim)
+    measured = measure(ranked_Qk, relevant, OF_AN_EVALUATION)
     expected = _by_sentence_transformers(query_QD, page_PD, relevant, dim)
-    assert list(measured) == ["ndcg@1", "ndcg@5", "ndcg@10", "recall@1", "recall@5", "recall@10", "mrr@10"]
     assert measured == pytest.approx(expected, abs=1e-6)
+    assert measure(ranked_Qk[:, :10], relevant) == {name: measured[name] for name in OF_A_RUN}
     assert 0.02 < measured["ndcg@10"] < 0.98, "a test of rankings that are all right or all wrong shows nothing"
 
 
 def test_one_relevant_page_by_hand() -> None:
     ranked_Qk = np.array([[7, 3, 5, 9], [1, 2, 3, 4], [4, 8, 6, 2]])
-    measured = measure(ranked_Qk, [{7}, {3}, {99}], ks=(1, 2, 4))
+    measured = measure(ranked_Qk, [{7}, {3}, {99}], names=of_ks(1, 2, 4))
     assert measured["ndcg@1"] == pytest.approx(1 / 3)
     assert measured["ndcg@2"] == pytest.approx(1 / 3)
     assert measured["ndcg@4"] == pytest.approx((1 + 1 / math.log2(4) + 0) / 3)
@@ -88,7 +94,7 @@ def test_one_relevant_page_by_hand() -> None:
 
 def test_several_relevant_pages_by_hand() -> None:
     # Three relevant pages, found at ranks 2 and 3, the third one not at all.
-    measured = measure(torch.tensor([[0, 11, 12, 0, 0]]), [{11, 12, 13}], ks=(1, 2, 5))
+    measured = measure(torch.tensor([[0, 11, 12, 0, 0]]), [{11, 12, 13}], names=of_ks(1, 2, 5))
     assert measured["ndcg@1"] == 0
     assert measured["ndcg@2"] == pytest.approx((1 / math.log2(3)) / (1 + 1 / math.log2(3)))
     assert measured["ndcg@5"] == pytest.approx((1 / math.log2(3) + 1 / 2) / (1 + 1 / math.log2(3) + 1 / 2))
@@ -106,8 +112,8 @@ def test_a_perfect_ranking_scores_one_although_recall_at_one_cannot() -> None:
 
 def test_the_reciprocal_rank_looks_no_further_than_the_largest_k() -> None:
     ranked_Qk = torch.tensor([[0, 1, 2, 3, 4]])
-    assert measure(ranked_Qk, [{4}], ks=(1, 3))["mrr@3"] == 0
-    assert measure(ranked_Qk, [{4}], ks=(1, 5))["mrr@5"] == pytest.approx(1 / 5)
+    assert measure(ranked_Qk, [{4}], names=["mrr@3"])["mrr@3"] == 0
+    assert measure(ranked_Qk, [{4}], names=["mrr@5"])["mrr@5"] == pytest.approx(1 / 5)
 
 
 def test_refuses_queries_that_nothing_can_be_measured_for() -> None:

@@ -11,7 +11,7 @@ import torch
 from sentence_transformers.util import cos_sim, truncate_embeddings
 
 from farnear.errors import UserError
-from farnear.retrieve.search import RUN, _keys, _scores_of, faiss_search, top_k
+from farnear.retrieve.search import RUN, _key, _scores_of, faiss_search, top_k
 
 
 def _embeddings(queries: int, pages: int, dim: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,7 +70,7 @@ def test_a_page_stored_twice_ties_with_itself_wherever_it_lies(pages: int) -> No
 
 
 def test_zero_and_minus_zero_are_equal_scores() -> None:
-    key_12 = _keys(torch.tensor([[-0.0, 0.0]]), first_page=5)
+    key_12 = _key(torch.tensor([[-0.0, 0.0]]), torch.tensor([[5, 6]]))
     assert key_12[0, 0] > key_12[0, 1], "the lower page first"
     assert _scores_of(key_12).tolist() == [[0, 0]]
 

@@ -15,6 +15,8 @@ from pathlib import Path
 import farnear
 from farnear.command_line import Parser, add_run_arguments, parse, positive
 from farnear.commands.doctor import add_doctor
+from farnear.commands.encode import add_encode
+from farnear.commands.evaluate import add_evaluate
 from farnear.commands.launch import add_launch
 from farnear.commands.mine import add_mine
 from farnear.commands.plan import add_plan
@@ -90,6 +92,8 @@ def _farnear_parser() -> Parser:
     add_doctor(commands)
     add_launch(commands)
     add_mine(commands)
+    add_evaluate(commands)
+    add_encode(commands)
     add_submit(commands)
     add_status(commands)
     _add_report(commands)

@@ -217,10 +217,18 @@ def _locked(file: TextIO) -> bool:
 
 
 DONE = "done.json"
-"""In a folder that was mined into: what it was mined of, and the files that were left. There when all of it is."""
+"""In a folder that was mined or encoded into: what it was made of, and the files that were left; there when all is."""
 
 
 def files_left(folder: Path) -> dict[str, int]:
     """Sizes of the files of a mining, by their paths in its folder."""
     found = [folder / "negatives.jsonl", *sorted((folder / "embeddings").glob("*"))]
     return {str(path.relative_to(folder)): path.stat().st_size for path in found}
+
+
+def files_of_collection(folder: Path) -> dict[str, int]:
+    """Sizes of the files of an encoding, by their names."""
+    found = [
+        path for path in folder.iterdir() if path.suffix in (".npy", ".txt", ".jsonl") or path.name == "manifest.json"
+    ]
+    return {path.name: path.stat().st_size for path in sorted(found)}

@@ -107,6 +107,22 @@ class InputReader:
         )
 
 
+def text_of(value: Any) -> str:
+    """The words of an input, as `InputReader` gives it; empty where it has none."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, dict):
+        return str(value.get("text", ""))
+    if not isinstance(value, list):
+        return ""
+    contents = [
+        [message["content"]] if isinstance(message["content"], str) else message["content"] for message in value
+    ]
+    return " ".join(
+        part if isinstance(part, str) else str(part.get("text", "")) for parts in contents for part in parts
+    )
+
+
 def _with_media(messages: list[dict[str, Any]], values: dict[str, Any]) -> list[dict[str, Any]]:
     """The messages with the media in the places of their stand-ins; that each has one the scan has seen to."""
     for message in messages:

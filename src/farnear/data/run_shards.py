@@ -3,19 +3,23 @@
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from farnear.data.index_cache import ShardSet, SourceShards
 from farnear.data.prefetched import Prefetched
 from farnear.data.remote import is_remote, short_name, shown
+from farnear.data.sample import split_name
 from farnear.data.shard_cache import ShardCache
 from farnear.data.shard_names import Expand, expand_shards
 from farnear.data.shard_store import ShardStore
+from farnear.data.tarwalk import Member, NotATarError, walk_members
 from farnear.errors import UserError
 from farnear.offline import is_offline
 from farnear.sections import DataConfig
 
 ONE_SOURCE = "train"
+MEMBERS_LOOKED_AT = 256
 
 
 def shard_store(data: DataConfig, cache: Path) -> ShardStore:
@@ -89,6 +93,44 @@ def shard_sets(data: DataConfig, expand: Expand) -> tuple[ShardSet, ShardSet | N
     corpus = _optional(data.eval_corpus, "data.eval_corpus", expand)
     evaluated = ShardSet((SourceShards("eval", eval_shards),), corpus, in_eval, data.max_image_pixels)
     return train, evaluated
+
+
+def shards_to_encode(data: DataConfig, store: ShardStore) -> ShardSet:
+    """What `farnear encode` embeds: the pairs and pages of data.train, and the pages of data.train_corpus.
+
+    A shard of data.train without queries is one of pages.
+
+    Raises:
+        UserError: A pattern matches nothing, or a shard cannot be read.
+    """
+    shards = expand_shards(data.train, "SHARDS", store.expand)
+    holds = {shard: _holds_queries(shard, store) for shard in shards}
+    pairs = tuple(shard for shard in shards if holds[shard])
+    pages = [shard for shard in shards if not holds[shard]]
+    corpus = dict.fromkeys([*pages, *_optional(data.train_corpus, "--corpus", store.expand)])
+    sources = (SourceShards(ONE_SOURCE, pairs),) if pairs else ()
+    return ShardSet(sources, tuple(corpus), (), data.max_image_pixels)
+
+
+def _holds_queries(shard: str, store: ShardStore) -> bool:
+    """Whether one of a shard's first members is a query, or names one."""
+    try:
+        with store.open(shard, store.facts(shard)) as file:
+            for member in islice(walk_members(file), MEMBERS_LOOKED_AT):
+                if not isinstance(member, Member):
+                    continue
+                suffix = split_name(member.name)[1].lower()
+                if suffix.startswith("query."):
+                    return True
+                if suffix == "json" and b'"query"' in os.pread(file.fileno(), member.size, member.offset):
+                    return True
+    except NotATarError:
+        return True  # the scan says what is wrong with it
+    except OSError as error:
+        raise UserError(
+            f"shard {shown(shard)} cannot be read ({error.strerror or error}); check its path and permissions"
+        ) from None
+    return False
 
 
 def _optional(patterns: Sequence[str], what: str, expand: Expand) -> tuple[str, ...]:

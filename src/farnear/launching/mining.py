@@ -84,11 +84,11 @@ def deciding(config: RunConfig) -> dict[str, Any]:
         "data.max_bad_fraction": config.data.max_bad_fraction,
         "seed": config.seed,
         **fingerprints(config.model_copy(update={"data": without_eval})),
-        **{f"files of {key}": _files_of(Path(name)) for key, name in models.items() if name is not None},
+        **{f"files of {key}": files_of_model(Path(name)) for key, name in models.items() if name is not None},
     }
 
 
-def _files_of(model: Path) -> list[list[str | int]]:
+def files_of_model(model: Path) -> list[list[str | int]]:
     """Name, size and time of a folder's files; none of a model on the hub."""
     files = sorted(path for path in model.rglob("*") if path.is_file()) if model.is_dir() else []
     return [[str(path.relative_to(model)), path.stat().st_size, path.stat().st_mtime_ns] for path in files]

@@ -109,7 +109,8 @@ class Embeddings:
             rows = [StoredRows(_paths(folder, side, facts)) for side in SIDES]
         except (ValueError, EOFError) as error:
             raise UserError(f"the embeddings in {folder} are damaged ({error}); {_AGAIN}") from None
-        if [len(one) for one in rows] != [len(one) for one in hashes] or len({one.shape[1] for one in rows}) > 1:
+        widths = {one.shape[1] for one in rows if len(one)}
+        if [len(one) for one in rows] != [len(one) for one in hashes] or len(widths) > 1:
             raise UserError(f"the embeddings in {folder} are damaged (their files do not fit each other); {_AGAIN}")
         return cls(facts, hashes[0], hashes[1], *rows)
 

@@ -59,6 +59,7 @@ def top_k(
     k: int,
     *,
     dim: int | None = None,
+    normalize: bool = True,
     tile: tuple[int, int] = (256, 25600),
     moved: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, Tensor]:
@@ -67,9 +68,10 @@ def top_k(
     Best page first, equal scores by the lower page. ``k`` is clipped to P. Inputs may have any floating dtype and need
     not be normalised; a zero vector scores 0 everywhere. They may be numpy arrays mapped from a disk: pages are read
     once, block by block, so there may be more of them than memory holds; the queries are held. ``dim`` keeps that many
-    leading components. ``tile`` is how many queries and pages are scored at once (about, see `_even_tile`): it bounds
-    the memory for scores, and never changes the order of equal ones. ``moved`` is called for every block of pages, by
-    which a watchdog knows that a long search goes on. The search runs where the queries are.
+    leading components. Without ``normalize`` rows are taken as they are, and scored by their inner products. ``tile``
+    is how many queries and pages are scored at once (about, see `_even_tile`): it bounds the memory for scores, and
+    never changes the order of equal ones. ``moved`` is called for every block of pages, by which a watchdog knows that
+    a long search goes on. The search runs where the queries are.
 
     Raises ValueError for shapes that do not fit, ``k`` or ``dim`` out of range, and embeddings that are not finite
     (a ranking of NaN would look like any other).
@@ -84,12 +86,14 @@ def top_k(
     queries_per_tile, pages_per_tile = _even_tile(queries, tile[0]), _even_tile(pages, tile[1])
     device = query_QD.device if isinstance(query_QD, Tensor) else torch.device("cpu")
     with torch.no_grad(), _full_fp32(device.type):
-        unit_query_Qd = _unit_prefix(query_QD, dim, "queries")
+        unit_query_Qd = _prefix(query_QD, dim, "queries", normalize)
         best_Qk = torch.full((queries, min(k, pages)), NO_KEY, device=device)
         score_qp = torch.empty((queries_per_tile, pages_per_tile), device=device)
         for first_page in range(0, pages, pages_per_tile):
             moved()
-            unit_page_pd = _unit_prefix(page_PD[first_page : first_page + pages_per_tile], dim, "pages").to(device)
+            unit_page_pd = _prefix(page_PD[first_page : first_page + pages_per_tile], dim, "pages", normalize).to(
+                device
+            )
             pages_here = len(unit_page_pd)
             unit_page_pd = _padded(unit_page_pd, pages_per_tile)
             for first_query in range(0, queries, queries_per_tile):
@@ -115,10 +119,10 @@ def faiss_search(page_PD: Rows, block: int = 16384) -> Search:
         ) from None
     index = faiss.IndexFlatIP(page_PD.shape[1])
     for first_page in range(0, len(page_PD), block):
-        index.add(_unit_prefix(page_PD[first_page : first_page + block], None, "pages").numpy())
+        index.add(_prefix(page_PD[first_page : first_page + block], None, "pages").numpy())
 
     def search(query_QD: npt.NDArray[np.float32], k: int) -> tuple[Tensor, Tensor]:
-        found = index.search(_unit_prefix(query_QD, None, "queries").numpy(), min(k, len(page_PD)))
+        found = index.search(_prefix(query_QD, None, "queries").numpy(), min(k, len(page_PD)))
         score_Qk, page_Qk = map(torch.from_numpy, found)
         # FAISS leaves the order of equal scores open.
         key_Qk = _key(score_Qk, page_Qk).sort(dim=1, descending=True).values
@@ -143,22 +147,28 @@ def _improve(best_qk: Tensor, score_qp: Tensor, first_page: int) -> None:
     if runs >= k and bool(is_short_q.any()):
         # k runs reach this, and so do k scores; what equals it must pass, so the bound is the number below it.
         kth_q = largest_qr.kthvalue(runs - k + 1, dim=1).values
-        threshold_q = threshold_q.maximum(kth_q.nextafter(torch.full_like(kth_q, -torch.inf)))
+        threshold_q = threshold_q.maximum(_just_below(kth_q))
     row_h, run_h = (largest_qr > threshold_q[:, None]).nonzero(as_tuple=True)
     if len(row_h) == 0:
         return
     if len(row_h) > SHARE_LOOKED_INTO * largest_qr.numel():
-        candidate_qc = _keys(score_qp, first_page)
+        # Few pages for so many results: the k-th score itself is the bound.
+        kth_q = score_qp.topk(min(k, score_qp.shape[1]), dim=1, sorted=False).values.amin(dim=1)
+        threshold_q = threshold_q.maximum(_just_below(kth_q))
+        place_n = (score_qp > threshold_q[:, None]).view(-1).nonzero().view(-1)
+        row_n, page_n = place_n // score_qp.shape[1], first_page + place_n % score_qp.shape[1]
+        score_n = score_qp.view(-1)[place_n]
     else:
         score_hc = score_qrc[row_h, run_h]
         place_n = (score_hc > threshold_q[row_h, None]).view(-1).nonzero().view(-1)
         hit_n = place_n // RUN
         row_n, page_n = row_h[hit_n], first_page + run_h[hit_n] * RUN + place_n % RUN
-        # As many columns as the query with most candidates needs; they come query by query, so each knows its place.
-        count_q = torch.bincount(row_n, minlength=len(best_qk))
-        column_n = torch.arange(len(row_n), device=row_n.device) - (count_q.cumsum(0) - count_q)[row_n]
-        candidate_qc = best_qk.new_full((len(best_qk), int(count_q.max())), NO_KEY)
-        candidate_qc[row_n, column_n] = _key(score_hc.view(-1)[place_n], page_n)
+        score_n = score_hc.view(-1)[place_n]
+    # As many columns as the query with most candidates needs; they come query by query, so each knows its place.
+    count_q = torch.bincount(row_n, minlength=len(best_qk))
+    column_n = torch.arange(len(row_n), device=row_n.device) - (count_q.cumsum(0) - count_q)[row_n]
+    candidate_qc = best_qk.new_full((len(best_qk), int(count_q.max())), NO_KEY)
+    candidate_qc[row_n, column_n] = _key(score_n, page_n)
     best_qk.copy_(torch.cat([best_qk, candidate_qc], dim=1).topk(k, dim=1, sorted=True).values)
 
 
@@ -172,15 +182,15 @@ def _even_tile(rows: int, largest: int) -> int:
     return -(-rows // (blocks * ROWS_OF_A_KERNEL)) * ROWS_OF_A_KERNEL or ROWS_OF_A_KERNEL
 
 
-def _unit_prefix(embedding_nD: Tensor | npt.NDArray[Any], dim: int | None, what: str) -> Tensor:
-    """The first ``dim`` components in fp32, scaled to length 1."""
+def _prefix(embedding_nD: Tensor | npt.NDArray[Any], dim: int | None, what: str, normalize: bool = True) -> Tensor:
+    """The first ``dim`` components in fp32, scaled to length 1 if they are to be."""
     # Copied, for torch takes no array that cannot be written to.
     prefix = embedding_nD[:, :dim] if isinstance(embedding_nD, Tensor) else np.array(embedding_nD[:, :dim])
     prefix_nd = torch.as_tensor(prefix).float()
     length_n1 = torch.linalg.vector_norm(prefix_nd, dim=1, keepdim=True)
     if bad := int((~length_n1.isfinite()).sum()):
         raise ValueError(f"{bad} embeddings of {what} hold NaN or infinity, so they cannot be ranked")
-    return prefix_nd / length_n1.clamp_min(1e-12)
+    return prefix_nd / length_n1.clamp_min(1e-12) if normalize else prefix_nd
 
 
 def _padded(rows_nd: Tensor, n: int) -> Tensor:
@@ -188,8 +198,8 @@ def _padded(rows_nd: Tensor, n: int) -> Tensor:
     return rows_nd if len(rows_nd) == n else torch.nn.functional.pad(rows_nd, (0, 0, 0, n - len(rows_nd)))
 
 
-def _keys(score_qp: Tensor, first_page: int) -> Tensor:
-    return _key(score_qp, torch.arange(first_page, first_page + score_qp.shape[1], device=score_qp.device))
+def _just_below(score_q: Tensor) -> Tensor:
+    return score_q.nextafter(torch.full_like(score_q, -torch.inf))
 
 
 def _key(score: Tensor, page: Tensor) -> Tensor:

@@ -4,8 +4,9 @@ What the scan could not use is told before the first step, and counted against `
 a shard to a broken copy must not learn so from its results.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from farnear.data.losses import Losses, losses_of
 from farnear.data.negatives import Negatives
 from farnear.data.negatives_file import read_negatives
 from farnear.data.remote import is_remote, shown
-from farnear.data.run_shards import shard_sets, shard_store
+from farnear.data.run_shards import shard_sets, shard_store, shards_to_encode
 from farnear.data.shard_store import ShardStore
 from farnear.errors import UserError
 from farnear.parallel.world import World, on_main_rank
@@ -52,15 +53,10 @@ def open_data(data: DataConfig, evaluation: EvaluationConfig, world: World) -> R
     cache = cache_folder(data.cache_dir)
     store = shard_store(data, cache)
     train, evaluated = on_main_rank(world, lambda: shard_sets(data, store.expand))
-    urls = [shard for of in (train, evaluated) if of is not None for shard, _ in of.shards() if is_remote(shard)]
-    # A server is asked about each shard once and not by every rank.
-    store = replace(store, known=on_main_rank(world, lambda: {url: store.facts(url) for url in urls}))
-    on_main_rank(world, store.try_out)
+    store = _tried(store, [train] if evaluated is None else [train, evaluated], world)
 
     def index(shard_set: ShardSet, what: str) -> Index:
-        # Rank 0 first, alone, so that an error is told once; a node with a cache of its own scans for itself.
-        on_main_rank(world, lambda: check_index(cached_index(shard_set, cache, store), what, data.max_bad_fraction))
-        return cached_index(shard_set, cache, store)
+        return _index(shard_set, what, cache, store, data.max_bad_fraction, world)
 
     train_index = index(train, "training")
     negatives = _negatives(data, train_index, world)
@@ -69,6 +65,31 @@ def open_data(data: DataConfig, evaluation: EvaluationConfig, world: World) -> R
     whole = build_task(index(evaluated, "evaluation"), store)
     sample = sample_task(whole, evaluation.sample_queries, evaluation.sample_pages)
     return RunData(store, train_index, negatives, whole, sample)
+
+
+def open_to_encode(data: DataConfig, world: World) -> tuple[Index, ShardStore]:
+    """The index of what `farnear encode` embeds, and how it is read. A collective; errors as in `open_data`."""
+    cache = cache_folder(data.cache_dir)
+    store = shard_store(data, cache)
+    shard_set = on_main_rank(world, lambda: shards_to_encode(data, store))
+    store = _tried(store, [shard_set], world)
+    return _index(shard_set, "given", cache, store, data.max_bad_fraction, world), store
+
+
+def _tried(store: ShardStore, shard_sets: Sequence[ShardSet], world: World) -> ShardStore:
+    """The store with the facts of all shards behind URLs: a server is asked about each once and not by every rank."""
+    urls = [shard for of in shard_sets for shard, _ in of.shards() if is_remote(shard)]
+    store = replace(store, known=on_main_rank(world, lambda: {url: store.facts(url) for url in urls}))
+    on_main_rank(world, store.try_out)
+    return store
+
+
+def _index(
+    shard_set: ShardSet, what: str, cache: Path, store: ShardStore, max_bad_fraction: float, world: World
+) -> Index:
+    # Rank 0 first, alone, so that an error is told once; a node with a cache of its own scans for itself.
+    on_main_rank(world, lambda: check_index(cached_index(shard_set, cache, store), what, max_bad_fraction))
+    return cached_index(shard_set, cache, store)
 
 
 def _negatives(data: DataConfig, index: Index, world: World) -> Negatives:

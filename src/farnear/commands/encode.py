@@ -1,0 +1,83 @@
+"""`farnear encode`: the embeddings of pages, and of queries that ask for them, as files."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from farnear.command_line import Parser, parse, positive
+from farnear.environment import prepare_environment
+from farnear.errors import UserError, as_user_error
+from farnear.outcome import announce, tell
+from farnear.processes import end_with_parent
+
+
+def add_encode(commands: "argparse._SubParsersAction[Parser]") -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "encode",
+        help="embed the pages and queries of shards into .npy files",
+        description="Embed every page of some shards, and every query in them, with all ranks: documents.npy and "
+        "document-ids.txt, and where there are queries queries.npy, query-ids.txt and qrels.txt. Killed and started "
+        "again it goes on.",
+        epilog="examples:\n"
+        "  farnear encode runs/mine 'data/corpus-*.tar' embeddings\n"
+        "  farnear encode Qwen/Qwen3-VL-Embedding-2B 'data/eval-*.tar' embeddings --truncate_dim 512 \\\n"
+        "    --precision int8 model.max_pixels=360000 training.bf16=true\n\n"
+        "docs/evaluation.md says more.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="a model's folder or name on the hub, or a run's folder")
+    parser.add_argument("shards", metavar="SHARDS", help="of pairs or of pages: a path, URL, glob or braces")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="as in a run file")
+    parser.add_argument("--corpus", metavar="SHARDS", nargs="+", default=[], help="shards of further pages")
+    parser.add_argument("--truncate_dim", type=positive, help="components to keep (default: all)")
+    parser.add_argument(
+        "--precision",
+        choices=("float32", "int8", "binary"),
+        default="float32",
+        help="of the pages, as in sentence-transformers; queries stay float32 (default: %(default)s)",
+    )
+    parser.add_argument("--num_processes", type=positive, help="ranks (default: as many as GPUs, or one)")
+    parser.set_defaults(command=_encode)
+
+
+def _encode(arguments: argparse.Namespace) -> int:
+    from farnear.launching.encoding import encode, encoding_config, named_model
+
+    model = named_model(arguments.model)
+    overrides = [*arguments.overrides]
+    if arguments.num_processes is not None:
+        overrides.append(f"num_processes={arguments.num_processes}")
+    config = encoding_config(model, [arguments.shards], arguments.corpus, overrides, arguments.out)
+    about = {"matryoshka_dims": model.matryoshka_dims}
+    return encode(
+        config, arguments.out, truncate_dim=arguments.truncate_dim, precision=arguments.precision, about=about
+    )
+
+
+def rank_command(words: list[str]) -> int:
+    """What launch/encode.py does on each rank. Returns the exit code."""
+    from farnear.config import load_config
+    from farnear.signals import Signals
+
+    parser = Parser(prog="launch/encode.py", description="One rank of farnear encode.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("run_file", type=Path)
+    parser.add_argument("encoding", type=json.loads)
+    try:
+        arguments = parse(parser, words)
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            end_with_parent(os.getppid())
+        config = load_config(arguments.run_file)
+        with Signals() as signals:
+            announce()
+            prepare_environment()
+            from farnear.training.encode_ranks import Encoding, encode_on_ranks
+
+            encode_on_ranks(config, arguments.folder, Encoding(**arguments.encoding), signals)
+        return 0
+    except (UserError, OSError) as error:
+        mistake = as_user_error(error)
+    tell(mistake)
+    return mistake.exit_code

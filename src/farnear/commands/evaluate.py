@@ -1,0 +1,183 @@
+"""`farnear evaluate` and `farnear compare`: how well models find pages, each for itself and side by side."""
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from farnear.command_line import Parser, positive
+from farnear.errors import UserError
+
+if TYPE_CHECKING:
+    from farnear.retrieve.side_by_side import Subject
+
+MEASURES = ("ndcg@1", "ndcg@5", "ndcg@10", "recall@1", "recall@5", "recall@10", "recall@100", "mrr@10", "map@100")
+_OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)*=.*", re.DOTALL)
+
+
+def add_evaluate(commands: "argparse._SubParsersAction[Parser]") -> None:
+    """Add both commands."""
+    parser = _parser(
+        commands,
+        "evaluate",
+        help="measure models on shards of pairs: nDCG, recall, MRR, MAP by dimension",
+        description="Embed the queries and pages of some shards with each model and measure what the queries find: by "
+        "Matryoshka dimension, with the bytes and the time of an index. Left in the folder --out: embeddings, "
+        "results.json and a TREC run file of each model.",
+        epilog="examples:\n"
+        "  farnear evaluate runs/mine --data 'data/eval-*.tar'\n"
+        "  farnear evaluate Qwen/Qwen3-VL-Embedding-2B runs/mine runs/mine/checkpoints/step-00000500 \\\n"
+        "    --precision float32 int8 binary model.max_pixels=360000\n\n"
+        "docs/evaluation.md says more.",
+    )
+    parser.set_defaults(command=_evaluate)
+    parser = _parser(
+        commands,
+        "compare",
+        help="compare models with the first: what changed, how surely, and for which queries",
+        description="Measure models as `farnear evaluate` does, and compare every one with the first: differences with "
+        "paired bootstrap intervals, and the queries that got better and worse. Left in --out beside what evaluate "
+        "leaves: comparison.json and queries.csv. MODEL may be a folder of `farnear encode`.",
+        epilog="examples:\n"
+        "  farnear compare Qwen/Qwen3-VL-Embedding-2B runs/mine\n"
+        "  farnear compare embeddings/base embeddings/tuned --dims 2048 512 64 --precision float32 binary",
+    )
+    parser.add_argument(
+        "--measure", choices=MEASURES, default="ndcg@10", help="that queries are compared by (default: %(default)s)"
+    )
+    parser.add_argument("--resamples", type=positive, default=10_000, help="of the bootstrap (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: %(default)s)")
+    parser.set_defaults(command=_compare)
+
+
+def _parser(
+    commands: "argparse._SubParsersAction[Parser]", name: str, *, help: str, description: str, epilog: str
+) -> Parser:
+    parser = commands.add_parser(name, help=help, description=description, epilog=epilog)
+    parser.add_argument(
+        "overrides",
+        metavar="MODEL [key=value]",
+        nargs="*",
+        default=[],
+        help="a model's folder or name on the hub, a run's folder, a checkpoint, or embeddings; keys of a run file",
+    )
+    parser.add_argument(
+        "--data", metavar="SHARDS", nargs="+", help="of pairs (default: data.eval of a run among MODEL)"
+    )
+    parser.add_argument("--corpus", metavar="SHARDS", nargs="+", default=[], help="shards of further pages")
+    parser.add_argument("--out", type=Path, default=Path("evaluation"), help="folder of results (default: %(default)s)")
+    parser.add_argument(
+        "--dims", type=positive, nargs="+", help="(default: all components, and those trained to work alone)"
+    )
+    parser.add_argument(
+        "--precision", nargs="+", choices=("float32", "int8", "binary"), default=["float32"], help="of the pages"
+    )
+    parser.add_argument(
+        "--rescore_multiplier",
+        type=positive,
+        default=1,
+        help="of binary pages, how many times as many are found and put in order by the query itself (default: 1)",
+    )
+    parser.add_argument("--num_processes", type=positive, help="ranks (default: as many as GPUs, or one)")
+    return parser
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    subjects, code = _measured(arguments)
+    if code:
+        return code
+    from farnear.retrieve.side_by_side import write_results
+    from farnear.retrieve.side_by_side_text import quality_table
+
+    write_results(arguments.out, subjects)
+    print(f"\n{quality_table(subjects)}\n\n{_where(arguments.out, subjects)}")
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    models, _ = _parted(arguments.overrides)
+    if len(models) < 2:
+        raise UserError(
+            "compare takes two models or more, the first of which the others are compared with; name another"
+        )
+    subjects, code = _measured(arguments)
+    if code:
+        return code
+    from farnear.retrieve.side_by_side import compare, query_changes, write_comparison, write_results
+    from farnear.retrieve.side_by_side_text import changes_text, comparison_table, quality_table
+
+    baseline, *others = subjects
+    compared = compare(subjects, resamples=arguments.resamples, seed=arguments.seed)
+    write_results(arguments.out, subjects)
+    write_comparison(arguments.out, subjects, compared, arguments.measure)
+    print(f"\n{quality_table(subjects)}\n\n{comparison_table(baseline, compared, arguments.measure)}")
+    for other in others:
+        print(f"\n{changes_text(other.name, query_changes(baseline, other, arguments.measure), arguments.measure)}")
+    print(f"\n{_where(arguments.out, subjects)}; every query is in {arguments.out / 'queries.csv'}")
+    return 0
+
+
+def _parted(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Models, and values as in a run file."""
+    models = [word for word in words if not _OVERRIDE.fullmatch(word)]
+    return models, [word for word in words if _OVERRIDE.fullmatch(word)]
+
+
+def _measured(arguments: argparse.Namespace) -> tuple[list["Subject"], int]:
+    """Every model measured; or, where embedding with one has failed, its exit code."""
+    from farnear.launching.encoding import encode, encoding_config, named_model
+
+    models, overrides = _parted(arguments.overrides)
+    if not models:
+        raise UserError("no model is named; name a folder, a model on the hub, or a run")
+    if arguments.num_processes is not None:
+        overrides.append(f"num_processes={arguments.num_processes}")
+    names = dict(zip(short_names(models), models, strict=True))
+    stored = {name: Path(word) for name, word in names.items() if (Path(word) / "documents.npy").is_file()}
+    named = {name: named_model(word) for name, word in names.items() if name not in stored}
+    shards, corpus = arguments.data, arguments.corpus
+    if shards is None and named:
+        run = next((one.run for one in named.values() if one.run is not None and one.run.data.eval), None)
+        if run is None:
+            raise UserError("no shards are named, and no run that has data.eval; name shards of pairs with --data")
+        shards, corpus = run.data.eval, [*corpus, *run.data.eval_corpus]
+    configs = {
+        name: encoding_config(model, shards, corpus, overrides, arguments.out / name / "embeddings")
+        for name, model in named.items()
+    }
+    for name, config in configs.items():
+        about = {"matryoshka_dims": named[name].matryoshka_dims}
+        folder = arguments.out / name / "embeddings"
+        if code := encode(config, folder, truncate_dim=None, precision="float32", about=about):
+            return [], code
+        stored[name] = folder
+    from farnear.retrieve.collection import open_collection
+    from farnear.retrieve.side_by_side import measured
+
+    collections = {name: open_collection(stored[name]) for name in names}
+    return measured(collections, arguments.dims, arguments.precision, arguments.rescore_multiplier), 0
+
+
+def short_names(words: Sequence[str]) -> list[str]:
+    """What models are called in tables and folders: as much of each word's end as tells it from the others.
+
+    `runs/a/export` is `a`, for an export is called by its run.
+    """
+    parts = [
+        [part for part in Path(word).parts if part not in ("/", "..", ".", "export", "checkpoints")] for word in words
+    ]
+    parts = [of_word or [word] for of_word, word in zip(parts, words, strict=True)]
+    names = [of_word[-1] for of_word in parts]
+    for length in range(2, max(map(len, parts)) + 1):
+        shared = {name for name in names if names.count(name) > 1}
+        names = [
+            "-".join(of_word[-length:]) if name in shared else name for name, of_word in zip(names, parts, strict=True)
+        ]
+    if twice := [word for word, name in zip(words, names, strict=True) if names.count(name) > 1]:
+        raise UserError(f"{twice[-1]} is named twice, and would be compared with itself; name it once")
+    return names
+
+
+def _where(out: Path, subjects: Sequence["Subject"]) -> str:
+    return f"results.json and run.trec of {', '.join(one.name for one in subjects)} are in {out}"

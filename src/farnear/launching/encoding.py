@@ -1,0 +1,162 @@
+"""Starts `farnear encode` on its ranks, as a training is started, or says that it is done already.
+
+A model is named by its folder or its name on the hub, by the folder of a run, whose export is meant, or by that export.
+Of a run its run file is known, and with it how the model is to be computed and which Matryoshka dims it was trained to
+have; of any other what the command line says.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from farnear.config import RunConfig, apply_override, dump_config, load_config, model_beside, parse_config
+from farnear.data.index_cache import cache_folder, cached_index
+from farnear.data.run_shards import shard_store, shards_to_encode
+from farnear.errors import UserError
+from farnear.files import replace_text
+from farnear.launching.hardware import read_hardware
+from farnear.launching.local import accelerate_command, python_command, ranks_of_machine, threads_of_a_rank
+from farnear.launching.mining import files_of_model
+from farnear.launching.nodes import Nodes
+from farnear.launching.supervision import supervise
+from farnear.mining_section import strategy_of_mining
+from farnear.run_folder import DONE, RunFolder, files_of_collection
+from farnear.wording import counted
+
+PROGRAM = "encode.py"
+RUN_FILE = "encode.yaml"
+"""How the embeddings of a folder were made, as a run file has it."""
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """A model as the command line names it.
+
+    Attributes:
+        name_or_path: What is loaded.
+        run: The run that has trained it, if that is known.
+    """
+
+    name_or_path: str
+    run: RunConfig | None = None
+
+    @property
+    def matryoshka_dims(self) -> tuple[int, ...]:
+        """Those that it was trained to have, as far as is known."""
+        return () if self.run is None else self.run.loss.matryoshka_dims or ()
+
+
+def named_model(word: str) -> NamedModel:
+    """What a word of the command line means.
+
+    Raises:
+        UserError: A run that has trained no embedder, or exported none yet.
+    """
+    path = Path(word)
+    run_folder = path.parent if path.name == "export" else path
+    if not path.is_dir() or not RunFolder(run_folder).config.is_file():
+        return NamedModel(word)
+    run = load_config(RunFolder(run_folder).config)
+    if run.reranker is not None:
+        raise UserError(f"{run_folder} has trained a reranker, which embeds nothing; name an embedder")
+    export = RunFolder(run_folder).export
+    if not export.is_dir():
+        raise UserError(
+            f"{run_folder} has exported no model yet; name a checkpoint of it ({run_folder}/checkpoints/step-...), or "
+            "wait for its first evaluation"
+        )
+    return NamedModel(str(export), run)
+
+
+def encoding_config(
+    model: NamedModel, shards: Sequence[str], corpus: Sequence[str], overrides: Sequence[str], folder: Path
+) -> RunConfig:
+    """A run file that names the model and what it is to embed, as its section `data` says.
+
+    Args:
+        overrides: `section.key=value` words; they win over what the model's own run says.
+
+    Raises:
+        UserError: A key is unknown, or a value out of range.
+    """
+    tree: dict[str, Any] = {
+        "output_dir": str(folder),
+        "model": {"name_or_path": model.name_or_path},
+        "data": {"train": list(shards), "train_corpus": list(corpus)},
+        "strategy": "single",
+    }
+    if model.run is not None:
+        run = model.run
+        tree["model"] = model_beside(run, model.name_or_path).model_dump(mode="json")
+        tree["training"] = {key: getattr(run.training, key) for key in ("bf16", "fp16", "pure_bf16")}
+        if run.strategy in ("zero3", "fsdp2"):
+            tree["strategy"] = run.strategy
+        tree["data"] |= {"dataloader_num_workers": run.data.dataloader_num_workers, "cache_dir": run.data.cache_dir}
+        tree["evaluation"] = {"per_device_eval_batch_size": run.evaluation.per_device_eval_batch_size}
+    if tree["strategy"] == "single" and len(read_hardware().gpus) > 1:
+        tree["strategy"] = "ddp"
+    for override in overrides:
+        apply_override(tree, override)
+    if (tree.get("num_processes") or 1) > 1 and tree["strategy"] == "single":
+        tree["strategy"] = "ddp"
+    return parse_config(tree, source=f"encoding with {model.name_or_path}")
+
+
+def encode(
+    config: RunConfig, folder: Path, *, truncate_dim: int | None, precision: str, about: Mapping[str, Any]
+) -> int:
+    """Embed what a run file's `data.train` names into a folder. Returns the exit code.
+
+    Args:
+        config: As `encoding_config` gives it.
+        about: Goes into the manifest.
+
+    Raises:
+        UserError: Before the start, or the one that a rank met.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file, and embeddings need a folder; name another one")
+    inputs = _inputs_of(config, truncate_dim, precision, about)
+    if _is_done(folder, inputs):
+        print(f"{folder} holds the embeddings of the same model and shards; nothing is left to do", flush=True)
+        return 0
+    if folder.exists() and any(folder.iterdir()) and not (folder / RUN_FILE).exists():
+        raise UserError(f"{folder} holds other files, which are not replaced; name another folder")
+    hardware = read_hardware()
+    ranks = ranks_of_machine(config, Nodes(), hardware)
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_text(folder / RUN_FILE, dump_config(config))
+    encoding = {"truncate_dim": truncate_dim, "precision": precision, "inputs": inputs, "about": dict(about)}
+    arguments = [str(folder), str(folder / RUN_FILE), json.dumps(encoding)]
+    strategy = strategy_of_mining(config.strategy)
+    if strategy == "single":
+        _, command = python_command(arguments, PROGRAM)
+    else:
+        _, command = accelerate_command(strategy, arguments, None, config.num_processes, program=PROGRAM)
+    print(f"on {hardware}: {counted(ranks, 'rank')}, {config.model.name_or_path}, into {folder}", flush=True)
+    return supervise(command, threads_of_a_rank(ranks))
+
+
+def _inputs_of(config: RunConfig, truncate_dim: int | None, precision: str, about: Mapping[str, Any]) -> str:
+    """A digest of what decides what the folder holds."""
+    cache = cache_folder(config.data.cache_dir)
+    store = shard_store(config.data, cache)
+    deciding = {
+        "model": config.model.model_dump(mode="json"),
+        "files": files_of_model(Path(config.model.name_or_path)),
+        "precision": [getattr(config.training, key) for key in ("bf16", "fp16", "pure_bf16")],
+        "content": cached_index(shards_to_encode(config.data, store), cache, store).fingerprint,
+        "form": [truncate_dim, precision, dict(about)],
+    }
+    return hashlib.blake2b(json.dumps(deciding, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _is_done(folder: Path, inputs: str) -> bool:
+    try:
+        done = json.loads((folder / DONE).read_text(encoding="utf-8"))
+        return bool(done["inputs"] == inputs and done["files"] == files_of_collection(folder))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

@@ -1,0 +1,21 @@
+"""`farnear encode` in this process, one rank: that its command starts ranks is tested by itself."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from farnear.commands.encode import rank_command
+from farnear.launching import encoding
+
+
+def encode_here(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Until the test ends. Returns the words that each rank was started with."""
+    started: list[list[str]] = []
+
+    def supervise(command: Sequence[str], *_: Any) -> int:
+        started.append(list(command))
+        return rank_command(list(command)[-3:])
+
+    monkeypatch.setattr(encoding, "supervise", supervise)
+    return started

@@ -1,0 +1,238 @@
+"""`farnear encode` and `evaluate`: embeddings are the model's own, measures those of ir_measures and of
+sentence-transformers, whatever the precision; a killed encoding goes on."""
+
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import ir_measures
+import numpy as np
+import pytest
+import webdataset
+from encode_here import encode_here
+from pair_makers import one_thread  # noqa: F401
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+from tiny_runs import make_inputs, run_tree
+
+from farnear.cli import main
+from farnear.model.load import load_model
+from farnear.retrieve import embeddings
+from farnear.retrieve.collection import open_collection
+from farnear.run_folder import DONE
+from farnear.sections import ModelConfig
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards, a base model, and the same with its pooling, as sentence-transformers loads it."""
+    folder = make_inputs(tmp_path_factory.mktemp("evaluate"))
+    load_model(ModelConfig(name_or_path=str(folder / "base"))).save_pretrained(str(folder / "embedder"))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FARNEAR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+
+def _pairs(shards: Path) -> tuple[dict[str, str], dict[str, Image.Image]]:
+    """Query and page of each pair, by the pair's key."""
+    queries, pages = {}, {}
+    for sample in webdataset.WebDataset(str(shards), shardshuffle=False, empty_check=False):
+        queries[sample["__key__"]] = json.loads(sample["json"])["query"]
+        pages[sample["__key__"]] = Image.open(io.BytesIO(sample["png"])).convert("RGB")
+    return queries, pages
+
+
+def _evaluated(shards: Path, model: SentenceTransformer, dim: int) -> dict[str, float]:
+    queries, pages = _pairs(shards)
+    evaluator = InformationRetrievalEvaluator(
+        queries=queries,
+        corpus=pages,
+        relevant_docs={key: {key} for key in queries},
+        ndcg_at_k=[1, 5, 10],
+        precision_recall_at_k=[1, 5, 10, 100],
+        mrr_at_k=[10],
+        map_at_k=[100],
+        accuracy_at_k=[1],
+        truncate_dim=dim,
+    )
+    found = evaluator(model)
+    names = {"ndcg": "ndcg", "recall": "recall", "mrr": "mrr", "map": "map"}
+    return {
+        f"{name}@{key.rpartition('@')[2]}": value
+        for key, value in found.items()
+        for name in names
+        if f"cosine_{name}@" in key
+    }
+
+
+def test_measures_are_those_of_sentence_transformers_and_of_ir_measures(
+    inputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encode_here(monkeypatch)
+    shards = inputs / "data" / "eval-000000.tar"
+    words = ["evaluate", str(inputs / "embedder"), "--data", str(shards), "--dims", "64", "16", "--out", "out"]
+    assert main([*words, "--precision", "float32", "int8", "binary"]) == 0
+    results = json.loads(Path("out/embedder/results.json").read_text())
+    by_place = {(row["dim"], row["precision"]): row for row in results["results"]}
+    assert list(by_place) == [(dim, one) for dim in (64, 16) for one in ("float32", "int8", "binary")]
+    model = SentenceTransformer(str(inputs / "embedder"), device="cpu")
+    for dim in (64, 16):
+        expected = _evaluated(shards, model, dim)
+        found = by_place[dim, "float32"]
+        assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-6)
+        assert len(expected) == 9
+    assert [by_place[64, one]["index_bytes"] for one in ("float32", "int8", "binary")] == [8 * 64 * 4, 8 * 64, 8 * 8]
+    assert results["seconds_per_query"] > 0 and results["seconds_per_document"] > 0
+    measured = ir_measures.calc_aggregate(
+        [ir_measures.nDCG @ 10, ir_measures.R @ 5, ir_measures.RR @ 10, ir_measures.AP @ 100],
+        ir_measures.read_trec_qrels("out/qrels.txt"),
+        ir_measures.read_trec_run("out/embedder/run.trec"),
+    )
+    by_name = {str(measure): value for measure, value in measured.items()}
+    found = by_place[64, "float32"]
+    expected = {
+        "nDCG@10": found["ndcg@10"],
+        "R@5": found["recall@5"],
+        "RR@10": found["mrr@10"],
+        "AP@100": found["map@100"],
+    }
+    assert by_name == pytest.approx(expected, abs=1e-6)
+    assert 0.1 < found["ndcg@10"] < 0.9, "a ranking that is all right or all wrong shows nothing"
+    assert f"{found['ndcg@10']:.4f}" in capsys.readouterr().out
+
+
+def test_embeddings_are_those_of_encode(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode_here(monkeypatch)
+    shards = inputs / "data" / "eval-000000.tar"
+    queries, pages = _pairs(shards)
+    model = SentenceTransformer(str(inputs / "embedder"), device="cpu")
+    arguments: dict[str, Any] = {"truncate_dim": 32, "normalize_embeddings": True}
+    for precision in ("float32", "int8", "binary"):
+        words = ["encode", str(inputs / "embedder"), str(shards), f"out-{precision}", "--truncate_dim", "32"]
+        assert main([*words, "--precision", precision]) == 0
+        found = open_collection(Path(f"out-{precision}"))
+        assert found.precision == precision and found.dim == 32
+        keys = [name.rpartition("/")[2].removesuffix(".png") for name in found.document_ids]
+        expected = model.encode_document([pages[key] for key in keys], precision=precision, **arguments)
+        stored = np.load(f"out-{precision}/documents.npy")
+        if precision == "float32":
+            np.testing.assert_allclose(stored, expected, atol=1e-5)
+        else:  # rounding may push a value over the edge of a step
+            assert stored.dtype == expected.dtype and stored.shape == expected.shape
+            assert (stored == expected).mean() > 0.99
+        asked = [queries[name.rpartition("/")[2]] for name in found.query_ids]
+        np.testing.assert_allclose(found.queries, model.encode_query(asked, **arguments), atol=1e-5)
+        assert [found.texts[name] for name in found.query_ids] == asked
+        answers = [{found.document_ids[page].rpartition("/")[2] for page in pages} for pages in found.relevant]
+        assert answers == [{f"{name.rpartition('/')[2]}.png"} for name in found.query_ids]
+
+
+def test_a_killed_encoding_goes_on_and_a_finished_one_is_left_alone(
+    inputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started = encode_here(monkeypatch)
+    monkeypatch.setattr(embeddings, "_FEWEST_ROWS_OF_A_PART", 3)
+    monkeypatch.setattr(embeddings, "_PARTS", 100)
+    words = ["encode", str(inputs / "embedder"), str(inputs / "data" / "train-*.tar")]
+    assert main([*words, "whole"]) == 0
+    embedded = []
+    encode_parts = embeddings.encode_parts
+
+    def counted_parts(*arguments: Any, **keys: Any) -> Any:
+        for number, e_nD in encode_parts(*arguments, **keys):
+            if len(embedded) == 5:
+                raise KeyboardInterrupt
+            embedded.append(len(e_nD))
+            yield number, e_nD
+
+    monkeypatch.setattr(embeddings, "encode_parts", counted_parts)
+    assert main([*words, "killed"]) == 130
+    assert not (Path("killed") / DONE).exists()
+    parts = {path: path.stat().st_mtime_ns for path in Path("killed/parts").glob("*.npy")}
+    monkeypatch.setattr(embeddings, "encode_parts", encode_parts)
+    kept = {path.name: path.read_bytes() for path in parts if path.name.startswith("queries-0")}
+    assert len(kept) == 5
+    assert main([*words, "killed"]) == 0
+    assert not Path("killed/parts").exists()
+    for name in ("documents.npy", "queries.npy", "document-ids.txt", "query-ids.txt", "qrels.txt"):
+        assert (Path("killed") / name).read_bytes() == (Path("whole") / name).read_bytes()
+    before = len(started)
+    assert main([*words, "killed"]) == 0
+    assert len(started) == before and "nothing is left to do" in capsys.readouterr().out
+    os.truncate("killed/documents.npy", 100)
+    assert main([*words, "killed"]) == 0
+    assert len(started) == before + 1
+
+
+def test_a_corpus_is_embedded_without_queries(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode_here(monkeypatch)
+    _, pages = _pairs(inputs / "data" / "eval-000000.tar")
+    with webdataset.TarWriter("corpus with a blank.tar") as tar:
+        for key, page in pages.items():
+            stream = io.BytesIO()
+            page.save(stream, "PNG")
+            tar.write({"__key__": f"doc {key}", "png": stream.getvalue()})
+    assert main(["encode", str(inputs / "embedder"), "corpus with a blank.tar", "out"]) == 0
+    found = open_collection(Path("out"))
+    assert sorted(found.document_ids) == sorted(f"doc%20{key}" for key in pages)
+    assert not found.query_ids and not Path("out/queries.npy").exists()
+
+
+def test_a_run_is_evaluated_by_its_export_its_dims_and_its_shards(
+    inputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import farnear
+    from farnear.config import parse_config
+
+    encode_here(monkeypatch)
+    tree = run_tree(inputs, "run", data={"eval": str(inputs / "data" / "eval-*.tar")}, training={"max_steps": 2})
+    summary = farnear.train(parse_config(tree))
+    assert main(["compare", str(inputs / "embedder"), str(inputs / "run"), "--resamples", "100"]) == 0
+    told = capsys.readouterr().out
+    results = json.loads(Path("evaluation/run/results.json").read_text())["results"]
+    assert {str(row["dim"]): round(row["ndcg@10"], 4) for row in results} == summary["ndcg@10_by_dim"]
+    before = json.loads(Path("evaluation/embedder/results.json").read_text())["results"]
+    assert {str(row["dim"]): round(row["ndcg@10"], 4) for row in before} == summary["ndcg@10_by_dim_before"]
+    assert "run against embedder" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["evaluate"], "no model is named"),
+        (["evaluate", "base"], "no shards are named"),
+        (["evaluate", "base", "--data", "nothing-*.tar"], "nothing-*.tar"),
+        (["evaluate", "nowhere/base", "--data", "SHARDS"], "nowhere/base"),
+        (
+            ["encode", "BASE", "SHARDS", "out", "--truncate_dim", "65"],
+            "embeddings of 64 components cannot be cut to 65",
+        ),
+        (
+            ["encode", "BASE", "SHARDS", "out", "--truncate_dim", "12", "--precision", "binary"],
+            "12 is no multiple of 8",
+        ),
+        (["encode", "BASE", "SHARDS", "out", "model.max_pixel=3"], "did you mean 'model.max_pixels'"),
+        (["encode", "BASE", "SHARDS", "other"], "other holds other files"),
+        (["encode", "BASE", "SHARDS", "other/file"], "is a file"),
+    ],
+)
+def test_mistakes_take_one_line(
+    words: list[str], message: str, inputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encode_here(monkeypatch)
+    Path("other").mkdir()
+    Path("other/file").write_text("of somebody else")
+    replaced = {"SHARDS": str(inputs / "data" / "eval-*.tar"), "BASE": str(inputs / "embedder")}
+    assert main([replaced.get(word, word) for word in words]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert message in told[-1]
+    assert Path("other/file").read_text() == "of somebody else"
