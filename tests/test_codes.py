@@ -84,6 +84,8 @@ def test_rescoring_orders_the_candidates_by_the_query_itself(multiplier: int) ->
         candidates = np.sort(np.argsort(differing_QP[query], kind="stable")[: 10 * multiplier])
         score_c = sign_Pd[candidates].astype(np.float32) @ query_Qd[query]
         assert found == candidates[np.argsort(-score_c, kind="stable")][:10].tolist()
+    twice = flat_index(page_PD, 64, "binary", multiplier).search(unit_prefix(page_PD[[2]], 64), 10)[1]
+    assert twice[0, :2].tolist() == [2, 400], "a page that is stored twice: the lower one first"
     plain = flat_index(page_PD, 64, "binary").search(query_Qd, 10)[1]
     assert not torch.equal(plain, page_Qk), "the order of the signs is another one"
 

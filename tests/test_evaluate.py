@@ -22,8 +22,12 @@ from farnear.cli import main
 from farnear.model.load import load_model
 from farnear.retrieve import embeddings
 from farnear.retrieve.collection import open_collection
+from farnear.retrieve.measure import measure
+from farnear.retrieve.trec import write_qrels, write_run
 from farnear.run_folder import DONE
 from farnear.sections import ModelConfig
+
+READERS = ((ir_measures.read_trec_qrels, "qrels.txt"), (ir_measures.read_trec_run, "run.trec"))
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -110,6 +114,22 @@ def test_measures_are_those_of_sentence_transformers_and_of_ir_measures(
     assert f"{found['ndcg@10']:.4f}" in capsys.readouterr().out
 
 
+def test_tools_that_sort_a_run_see_the_order_that_was_measured(tmp_path: Path) -> None:
+    """trec_eval places equal scores by the document's id, the last one first."""
+    ids = [f"page-{page:02d}" for page in range(30)]
+    page_Qk = np.stack([np.random.default_rng(query).permutation(30) for query in range(20)])
+    score_Qk = np.sort(np.random.default_rng(3).integers(0, 4, (20, 30)) / 7, axis=1)[:, ::-1].astype(np.float32)
+    queries = [f"q{query}" for query in range(20)]
+    relevant = [frozenset({query, 29 - query}) for query in range(20)]
+    write_run(tmp_path / "run.trec", queries, ids, score_Qk, page_Qk, "a tag")
+    write_qrels(tmp_path / "qrels.txt", queries, ids, relevant)
+    qrels, run = (list(read(str(tmp_path / name))) for read, name in READERS)
+    measured = ir_measures.calc_aggregate([ir_measures.nDCG @ 10, ir_measures.RR @ 10], qrels, run)
+    expected = measure(page_Qk, relevant, ["ndcg@10", "mrr@10"])
+    assert sorted(measured.values()) == pytest.approx(sorted(expected.values()), abs=1e-9)
+    assert {one.query_id for one in run} == set(queries)
+
+
 def test_embeddings_are_those_of_encode(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encode_here(monkeypatch)
     shards = inputs / "data" / "eval-000000.tar"
@@ -171,6 +191,8 @@ def test_a_killed_encoding_goes_on_and_a_finished_one_is_left_alone(
     os.truncate("killed/documents.npy", 100)
     assert main([*words, "killed"]) == 0
     assert len(started) == before + 1
+    assert main([*words, "killed", "--precision", "int8"]) == 0
+    assert open_collection(Path("killed")).precision == "int8"
 
 
 def test_a_corpus_is_embedded_without_queries(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,6 +103,19 @@ def test_several_relevant_pages_by_hand() -> None:
     assert measured["mrr@5"] == pytest.approx(1 / 2)
 
 
+def test_average_precision_by_hand() -> None:
+    # Hits at ranks 1 and 3; of four relevant pages three could stand among three.
+    measured = measure(np.array([[7, 0, 8, 9]]), [{7, 8, 9, 10}], names=["map@3", "map@4"])
+    assert measured["map@3"] == pytest.approx((1 + 2 / 3) / 3)
+    assert measured["map@4"] == pytest.approx((1 + 2 / 3 + 3 / 4) / 4)
+
+
+def test_a_measure_that_nobody_knows_is_refused() -> None:
+    for name in ("precision@5", "ndcg", "ndcg@0", "ndcg@-1"):
+        with pytest.raises(ValueError, match=f"'{name}' is no measure; these are: ndcg@k"):
+            measure(np.array([[7]]), [{7}], names=[name])
+
+
 def test_a_perfect_ranking_scores_one_although_recall_at_one_cannot() -> None:
     measured = measure(torch.tensor([[4, 5, 0]]), [{4, 5}])
     assert measured["ndcg@1"] == measured["ndcg@5"] == measured["ndcg@10"] == measured["mrr@10"] == 1
