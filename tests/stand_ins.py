@@ -23,7 +23,9 @@ from farnear.model.tiny import save_tiny_model
 from farnear.sections import ModelConfig
 
 VDR = "tomaarsen/llamaindex-vdr-en-train-preprocessed"
-PAIRS, EVAL_QUERIES, NEGATIVES = 64, 3, 4
+PAIRS, EVAL_QUERIES = 64, 3
+# The real set has four on both sides.
+NEGATIVES, EVAL_NEGATIVES = 2, 4
 
 
 def embedder_of(folder: Path, dimension: int) -> None:
@@ -51,10 +53,10 @@ def make_data(place: Path) -> None:
     """Data sets of the hub, shards of PDFs that are not here, and `pairs.csv` with its pages."""
     folder = place / VDR
     folder.mkdir(parents=True)
-    for config, pairs in (("train", PAIRS), ("eval", EVAL_QUERIES)):
-        seeds = iter(range(10_000 * len(config), 10_000 * len(config) + pairs * (NEGATIVES + 1)))
+    for config, pairs, negatives in (("train", PAIRS, NEGATIVES), ("eval", EVAL_QUERIES, EVAL_NEGATIVES)):
+        seeds = iter(range(10_000 * len(config), 20_000 * len(config)))
         columns = {"query": [f"{config} query {number}" for number in range(pairs)]}
-        for column in ("image", *(f"negative_{number}" for number in range(NEGATIVES))):
+        for column in ("image", *(f"negative_{number}" for number in range(negatives))):
             columns[column] = [_png(next(seeds)) for _ in range(pairs)]
         pq.write_table(pa.table(columns), folder / f"{config}.parquet")
     configs = "".join(f"- config_name: {name}\n  data_files: {name}.parquet\n" for name in ("train", "eval"))

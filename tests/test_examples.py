@@ -17,7 +17,7 @@ import datasets
 import pytest
 from pair_makers import one_thread  # noqa: F401
 from stages_here import run_stages_here
-from stand_ins import EVAL_QUERIES, MODELS, NEGATIVES, PAIRS, make_data
+from stand_ins import EVAL_NEGATIVES, EVAL_QUERIES, MODELS, PAIRS, make_data
 
 import farnear
 from farnear.cli import main
@@ -168,7 +168,7 @@ def test_the_recipe_is_the_published_one(here: Path, monkeypatch: pytest.MonkeyP
     run = train(RECIPE)
     facts = json.loads((run / "card.json").read_text())["data"]
     assert (facts["pairs"], facts["negatives"]) == (PAIRS, PAIRS)
-    assert (facts["eval_queries"], facts["eval_pages"]) == (EVAL_QUERIES, EVAL_QUERIES * (1 + NEGATIVES))
+    assert (facts["eval_queries"], facts["eval_pages"]) == (EVAL_QUERIES, EVAL_QUERIES * (1 + EVAL_NEGATIVES))
 
 
 @pytest.mark.parametrize("example", RUN_FILES, ids=lambda path: path.stem)
