@@ -307,18 +307,24 @@ class _ModelHubHandler(_Answering):
         hub.requests.append((self.command, path))
         if path.startswith("/api/models/org/tiny/revision/"):
             return self._send(json.dumps({"id": "org/tiny", "sha": hub.commit, "siblings": []}).encode())
+        below = path.removeprefix("/api/models/org/tiny/tree/").removeprefix("/org/tiny/resolve/")
+        revision, _, rest = below.partition("/")
+        files = hub.former.get(revision, hub.files)
+        commit = {"X-Repo-Commit": revision if revision in hub.former else hub.commit}
         if path.startswith("/api/models/org/tiny/tree/"):
             entries = [
                 {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-                for name, data in hub.files.items()
+                for name, data in files.items()
+                if not rest or name.startswith(f"{rest}/")
             ]
+            if rest and not entries:
+                return self._send(b"", 404, {**commit, "X-Error-Code": "EntryNotFound"})
             return self._send(json.dumps(entries).encode())
-        name = path.removeprefix("/org/tiny/resolve/").partition("/")[2]
-        if name not in hub.files or name in hub.refused:
-            code = "EntryNotFound" if name not in hub.files else "Refused"
-            return self._send(b"", 404 if name not in hub.files else 403, {"X-Error-Code": code})
-        data = hub.files[name]
-        return self._send(data, 200, {"ETag": f'"{hashlib.sha1(data).hexdigest()}"'})
+        if rest not in files or rest in hub.refused:
+            code = "EntryNotFound" if rest not in files else "Refused"
+            return self._send(b"", 404 if rest not in files else 403, {**commit, "X-Error-Code": code})
+        data = files[rest]
+        return self._send(data, 200, {**commit, "ETag": f'"{hashlib.sha1(data).hexdigest()}"'})
 
     def _send(self, body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
@@ -332,11 +338,12 @@ class _ModelHubHandler(_Answering):
 
 @dataclass
 class ModelHub:
-    """One model repository ``org/tiny`` on a hub, whose only revision is ``commit``."""
+    """One model repository ``org/tiny`` on a hub, whose branch is at ``commit``; ``former`` has files of others."""
 
     url: str = ""
     commit: str = "c0ffee" + "0" * 34
     files: dict[str, bytes] = field(default_factory=dict)
+    former: dict[str, dict[str, bytes]] = field(default_factory=dict)
     refused: set[str] = field(default_factory=set)
     requests: list[tuple[str, str]] = field(default_factory=list)
 

@@ -13,7 +13,7 @@ from farnear.config import FOREIGN_KEYS, RunConfig, dump_config, known_keys, loa
 from farnear.errors import UserError
 from farnear.sections import TrainingConfig
 
-SECTIONS = {"model", "data", "loss", "training", "evaluation", "reranker", "mining", "slurm"}
+SECTIONS = {"model", "data", "loss", "training", "evaluation", "reranker", "mining", "slurm", "card"}
 
 
 def _refusal(path: Path, *overrides: str) -> str:

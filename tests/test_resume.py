@@ -23,9 +23,11 @@ from sentence_transformers import SentenceTransformer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import cut_back, losses, make_inputs, run_config
 
+from farnear.export_folder import whole_export
 from farnear.parallel.strategy import LossScale
 from farnear.parallel.world import World, start_world, stop_world
 from farnear.training.checkpoint import open_checkpoint
+from farnear.training.exporting import export_checkpoint
 from farnear.training.opening import open_run
 from farnear.training.restoring import load_state
 from farnear.training.run import train_in
@@ -75,6 +77,15 @@ def test_resume_is_bit_for_bit_the_uninterrupted_run(trained: Path, strategy: st
         uninterrupted = state(trained / f"{strategy}-whole" / "checkpoints" / "step-00000006")
         assert resumed.keys() == uninterrupted.keys()
         assert all(np.array_equal(resumed[key], uninterrupted[key]) for key in resumed)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_checkpoint_of_any_strategy_is_exported_in_one_process(trained: Path, tmp_path: Path, strategy: str) -> None:
+    run = trained / f"{strategy}-whole"
+    export_checkpoint(run, tmp_path / "export")
+    wanted = whole_export(run / "export")
+    assert whole_export(tmp_path / "export") == wanted
+    assert all((tmp_path / "export" / name).read_bytes() == (run / "export" / name).read_bytes() for name in wanted)
 
 
 def load_and_save_again(rank: int, world_size: int, folder: Path, name: str, strategy: str) -> None:

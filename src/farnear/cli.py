@@ -17,10 +17,12 @@ from farnear.command_line import Parser, add_run_arguments, parse, positive
 from farnear.commands.doctor import add_doctor
 from farnear.commands.encode import add_encode
 from farnear.commands.evaluate import add_evaluate
+from farnear.commands.export import add_export
 from farnear.commands.launch import add_launch
 from farnear.commands.mine import add_mine
 from farnear.commands.plan import add_plan
 from farnear.commands.prefetch import add_prefetch
+from farnear.commands.push import add_push
 from farnear.commands.shards import add_shards
 from farnear.commands.status import add_status
 from farnear.commands.submit import add_submit
@@ -96,6 +98,8 @@ def _farnear_parser() -> Parser:
     add_encode(commands)
     add_submit(commands)
     add_status(commands)
+    add_export(commands)
+    add_push(commands)
     _add_report(commands)
     return parser
 

@@ -1,17 +1,17 @@
 """The run file: one YAML that decides everything about a training.
 
 A run file has five sections (`model`, `data`, `loss`, `training`, `evaluation`), a few keys of its own, and sections
-for those who need them: `reranker`, with which a cross-encoder is trained, `mining` for hard negatives, and `slurm` for
-a cluster. Three ways lead to a ``RunConfig``, all with the same validation:
+for those who need them: `reranker`, with which a cross-encoder is trained, `mining` for hard negatives, `slurm` for a
+cluster, and `card` for the README of an export. Three ways lead to a ``RunConfig``, all with the same validation:
 
     load_config("run.yaml", ["training.learning_rate=1e-5"])     what the commands do
     RunConfig.model_validate({...})                              from Python
     load_config("runs/x/run.yaml")                               the resolved copy that a run leaves: the same config
 
-The keys of the sections are in `farnear.sections`, `farnear.reranker_section`, `farnear.mining_section` and
-`farnear.slurm_section`. An unknown key is an error that proposes
-the nearest known one, wherever it lives; names that mean something else here (`per_device_train_batch_size`) are
-answered with the conversion.
+The keys of the sections are in `farnear.sections`, `farnear.reranker_section`, `farnear.mining_section`,
+`farnear.slurm_section` and `farnear.card_section`. An unknown key is an error that proposes the nearest known one,
+wherever it lives; names that mean something else here (`per_device_train_batch_size`) are answered with the
+conversion.
 """
 
 import difflib
@@ -24,6 +24,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
+from farnear.card_section import CardConfig
 from farnear.errors import UserError
 from farnear.mining_section import MiningConfig
 from farnear.reranker_section import RerankerConfig
@@ -93,8 +94,9 @@ class RunConfig(Section):
     """Trains a cross-encoder by this section; unset: an embedder by `loss`."""
     mining: MiningConfig = MiningConfig()
     slurm: SlurmConfig = SlurmConfig()
+    card: CardConfig = CardConfig()
 
-    @field_validator("model", "data", "loss", "training", "evaluation", "mining", "slurm", mode="before")
+    @field_validator("model", "data", "loss", "training", "evaluation", "mining", "slurm", "card", mode="before")
     @classmethod
     def _all_lines_commented_out(cls, value: Any) -> Any:
         return {} if value is None else value
@@ -332,11 +334,12 @@ def _advice(key: str) -> str:
 
 
 def _likeness(key: str, known: str) -> float:
-    """How probably a key that does not exist means a known one, by the last word of each."""
-    leaf, known_leaf = key.rpartition(".")[2], known.rpartition(".")[2]
+    """How probably a key that does not exist means a known one, by the last word of each, and by the section."""
+    (section, _, leaf), (known_section, _, known_leaf) = key.rpartition("."), known.rpartition(".")
     likeness = difflib.SequenceMatcher(None, leaf, known_leaf).ratio() + 0.3 * (
         leaf in known_leaf or known_leaf in leaf
     )
+    likeness += 0.2 * (section != "" and section == known_section)
     # Sections do not lie in sections.
     known_is_section = any(other.startswith(f"{known}.") for other in known_keys())
     return likeness - ("." in key and known_is_section)

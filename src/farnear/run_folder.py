@@ -110,6 +110,11 @@ class RunFolder:
         return self.path / "hang"
 
     @property
+    def card(self) -> Path:
+        """What the run notes of itself for the model cards of what it exports; see `farnear.training.cards`."""
+        return self.path / "card.json"
+
+    @property
     def submitted(self) -> Path:
         """The resolved run file of the newest job that was submitted."""
         return self.path / "submit.yaml"
@@ -140,6 +145,7 @@ class RunFolder:
             self.quarantine,
             self.bad_steps,
             self.status,
+            self.card,
         )
         return (self.config, *records, self.export, self.summary, self.report)
 

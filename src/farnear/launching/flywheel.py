@@ -40,6 +40,7 @@ _HOW = (
     "shard_within",
     "num_processes",
     "slurm*",
+    "card*",
     "data.cache_dir",
     "data.remote*",
     "data.dataloader_*",

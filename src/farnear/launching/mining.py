@@ -89,8 +89,9 @@ def deciding(config: RunConfig) -> dict[str, Any]:
 
 
 def files_of_model(model: Path) -> list[list[str | int]]:
-    """Name, size and time of a folder's files; none of a model on the hub."""
-    files = sorted(path for path in model.rglob("*") if path.is_file()) if model.is_dir() else []
+    """Name, size and time of a folder's files; none of a model on the hub. Its card decides nothing."""
+    found = model.rglob("*") if model.is_dir() else ()
+    files = sorted(path for path in found if path.is_file() and path.name != "README.md")
     return [[str(path.relative_to(model)), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 

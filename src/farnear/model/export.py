@@ -7,6 +7,9 @@ lack the prefix that the base checkpoint has (`model.language_model...`), and in
 
 Adapters (LoRA) are merged into the weights they stand beside, so that the folder needs no peft; `adapter/` inside of it
 holds them alone, in peft's own format and in fp32.
+
+`farnear.json` lists the files, so that whoever publishes the folder sees what is missing in it or was added. The card,
+README.md, is farnear's own; those that the libraries would write know less.
 """
 
 import json
@@ -21,16 +24,24 @@ from safetensors.torch import save_file
 from sentence_transformers.base.model import BaseModel
 from torch import Tensor
 
+from farnear.errors import UserError
+from farnear.export_folder import CARD, LIST, files_of
 from farnear.files import give_usual_mode, sync, sync_tree
 from farnear.model.load import BaseCheckpoint, cast_weights, describe_base, load_model
 from farnear.model.load_reranker import load_plain_reranker
-from farnear.model.trainable import add_adapters, freeze
+from farnear.model.trainable import add_adapters, freeze, frozen_hash
 from farnear.reranker_section import RerankerConfig
 from farnear.sections import ModelConfig
 
 
 def export_model(
-    config: ModelConfig, weights: Mapping[str, Tensor], folder: Path, reranker: RerankerConfig | None = None
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    folder: Path,
+    reranker: RerankerConfig | None = None,
+    *,
+    card: str | None = None,
+    frozen: str | None = None,
 ) -> None:
     """Write the trained model; an export that stands there already is replaced when the new one is complete.
 
@@ -39,6 +50,12 @@ def export_model(
         weights: Trained parameters by their names in the `SentenceTransformer` or `CrossEncoder`, any float type.
         folder: Target.
         reranker: Section `reranker`, where the model is one.
+        card: The text of README.md; None leaves it out.
+        frozen: What stands for the weights that were not trained (`farnear.model.trainable.frozen_hash`), to be
+            compared with those of the base as it is now; None where nobody needs to ask.
+
+    Raises:
+        UserError: The base's weights are not those that were trained beside.
     """
     base = describe_base(config)
     # Nothing is computed here, so no attention has to be installed.
@@ -46,6 +63,11 @@ def export_model(
     model: BaseModel = load_model(plain) if reranker is None else load_plain_reranker(plain, reranker)
     adapted = add_adapters(model, config, seed=0) if config.lora is not None else None
     freeze(model, config.freeze)
+    if frozen is not None and frozen_hash(model) != frozen:
+        raise UserError(
+            f"the frozen weights of {config.name_or_path} are not those that the model was trained beside; set "
+            "model.name_or_path and model.revision as they were when the run began"
+        )
     _, unexpected = model.load_state_dict(dict(weights), strict=False)
     lost = {name for name, parameter in model.named_parameters() if parameter.requires_grad} - weights.keys()
     if lost or unexpected:
@@ -57,12 +79,17 @@ def export_model(
     if adapted is not None:
         # Whether the vocabulary has grown, which decides about saving the embedding layer, peft would ask the hub.
         adapted.save_pretrained(str(fresh / "adapter"), save_embedding_layers=False)
+        (fresh / "adapter" / CARD).unlink(missing_ok=True)
         for path in (fresh / "adapter").glob("*.safetensors"):
             give_usual_mode(path)
         adapted.merge_and_unload(safe_merge=True)
     cast_weights(model, base.dtype)
-    model.save_pretrained(str(fresh), create_model_card=True)
+    model.save_pretrained(str(fresh), create_model_card=False)
     _restore_names(fresh, base)
+    if card is not None:
+        (fresh / CARD).write_text(card, encoding="utf-8")
+    files = {name: size for name, size in files_of(fresh).items() if name != CARD}
+    (fresh / LIST).write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
     sync_tree(fresh)
     if folder.exists():
         old = _former(folder)

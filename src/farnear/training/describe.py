@@ -35,7 +35,7 @@ def derived_numbers(parts: Parts, data: RunData, built: BuiltModel) -> str:
     of_files = f" of {data.negatives.origin}" if data.negatives.origin != Negatives.origin else ""
     all_there_are = f" (all there are, training.global_batch_size is {training.global_batch_size})"
     lines = [
-        ("model", f"{config.model.name_or_path}: {_parameters(model)}, {precision}"),
+        ("model", f"{config.model.name_or_path}: {parameters_in_words(model)}, {precision}"),
         ("reads", f"{', '.join(map(str, model.modalities))}; {_head(config, model)}; prompts {prompts}"),
         ("pages", "travel as uint8" if preprocess.pages_as_uint8 else f"travel as floats: {preprocess.why_floats}"),
         (
@@ -57,7 +57,7 @@ def derived_numbers(parts: Parts, data: RunData, built: BuiltModel) -> str:
             f"{' and the hard ones' if hard else ''}",
         ),
         ("cache", _cache(parts, built) if config.reranker is None else _turns(parts)),
-        ("loss", _loss(config.loss) if config.reranker is None else _list_loss(config.reranker)),
+        ("loss", loss_in_words(config)),
         (
             "duplicates",
             f"first epoch: {plan.moved} pairs moved to another batch, {plan.masked} masked where they could not be",
@@ -96,8 +96,12 @@ def _turns(parts: Parts) -> str:
     )
 
 
+def loss_in_words(config: RunConfig) -> str:
+    """What the objective is."""
+    return _loss(config.loss) if config.reranker is None else _list_loss(config.reranker)
+
+
 def _list_loss(reranker: RerankerConfig) -> str:
-    """What a reranker's objective is."""
     if reranker.loss == "listwise":
         return f"listwise softmax, scale {reranker.scale:g}, activation {reranker.activation_fn}"
     if reranker.loss == "listwise_distillation":
@@ -124,7 +128,6 @@ def _cache(parts: Parts, built: BuiltModel) -> str:
 
 
 def _loss(loss: LossConfig) -> str:
-    """What the objective is."""
     dims = f", summed over dims {', '.join(map(str, loss.matryoshka_dims))}" if loss.matryoshka_dims else ""
     if loss.function:
         return f"{loss.function} on the embeddings of {'all ranks' if loss.gather else 'each rank'}{dims}"
@@ -142,7 +145,7 @@ def _loss(loss: LossConfig) -> str:
     return f"{loss.contrastive_weight:g} of {infonce}; and {distillation}"
 
 
-def _parameters(model: Any) -> str:
+def parameters_in_words(model: Any) -> str:
     """How many there are, and how many of them are trained."""
     # Under ZeRO-3 a parameter has another shape than its own.
     elements = [(getattr(p, "ds_shape", p.shape).numel(), p.requires_grad) for p in model.parameters()]

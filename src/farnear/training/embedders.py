@@ -109,9 +109,9 @@ class EmbedderKind:
         figures = "  ".join(f"{dim}: {of_dim['ndcg@10']:.4f}" for dim, of_dim in measures.items())
         return Evaluated(measures, str(dims[0]), f"by dim  {figures}")
 
-    def export(self, weights: Mapping[str, Tensor], folder: Path) -> None:
+    def export(self, weights: Mapping[str, Tensor], folder: Path, card: str) -> None:
         """See `Kind`."""
-        export_model(self._config.model, weights, folder)
+        export_model(self._config.model, weights, folder, card=card)
 
 
 def embedder_facts(config: RunConfig, built: BuiltModel, world: World) -> dict[str, Any]:

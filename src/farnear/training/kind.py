@@ -119,5 +119,9 @@ class Kind(Protocol):
     def evaluate(self, task: RetrievalTask, built: Any, setting: Setting) -> Evaluated:
         """Measure the model as it is, the same on every rank. A collective; leaves the strategy in training mode."""
 
-    def export(self, weights: Mapping[str, Tensor], folder: Path) -> None:
-        """Write the model as sentence-transformers loads it; ``weights`` are those that were trained."""
+    def export(self, weights: Mapping[str, Tensor], folder: Path, card: str) -> None:
+        """Write the model as sentence-transformers loads it; ``weights`` are those that were trained.
+
+        Args:
+            card: Its README.md.
+        """

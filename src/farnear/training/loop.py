@@ -68,7 +68,7 @@ class Parts:
     evaluate: Callable[[int], float]
     save: Callable[[Progress, bool], None]
     mine_again: Callable[[Progress], Progress]
-    export: Callable[[], None]
+    export: Callable[[int], None]
     hurry: Callable[[], None]
     total_steps: int
     eval_steps: int | None
@@ -149,7 +149,7 @@ def evaluate_and_save(parts: Parts, progress: Progress) -> Progress:
     is_due = _is_due(progress.step, parts.save_steps) or progress.step == parts.total_steps
     if is_best:
         # Before the checkpoint that says so: where this is killed, the evaluation comes again, and the export with it.
-        parts.export()
+        parts.export(progress.step)
     if asked.signal:
         save_and_stop(parts, progress, asked, is_due)
     if is_due or is_best:

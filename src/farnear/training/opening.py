@@ -25,6 +25,8 @@ from farnear.data.order import Order
 from farnear.data.remote import shown
 from farnear.data.run_order import plan_settings, steps_in_all
 from farnear.files import replace_text
+from farnear.model.base import at_commit
+from farnear.model.card_facts import CardFacts
 from farnear.model.export import heal_export
 from farnear.parallel.strategy import LossScale, Strategy
 from farnear.parallel.trackers import Trackers
@@ -32,6 +34,7 @@ from farnear.parallel.world import World, on_main_rank
 from farnear.processes import deaf_children
 from farnear.run_folder import Resume, RunFolder
 from farnear.status import write_status
+from farnear.training.cards import facts_of_run
 from farnear.training.checkpoint import Checkpoint, Progress, checkpoint_to_resume, folder_name
 from farnear.training.choices import Choices
 from farnear.training.embedders import EmbedderKind
@@ -44,6 +47,7 @@ from farnear.training.rerankers import RerankerKind
 from farnear.training.restoring import load_state
 from farnear.training.resume import (
     agree_on_order,
+    base_of,
     first_progress,
     refuse_shorter_run,
     with_best_that_compares,
@@ -70,6 +74,7 @@ class Run:
         saver: Publishes it.
         guard: Knows when the run is to stop.
         watch: Is told where it is.
+        facts: For the cards of what it exports.
     """
 
     config: RunConfig
@@ -88,6 +93,7 @@ class Run:
     guard: Guard
     watch: Watch
     trackers: Trackers
+    facts: CardFacts
 
     @property
     def strategy(self) -> Strategy:
@@ -127,8 +133,10 @@ def open_run(
     refuse_shorter_run(config, total_steps, progress)
     agree_on_order(config, order, total_steps, progress)
     begin("model")
-    kind: Kind = EmbedderKind(config) if config.reranker is None else RerankerKind(config, config.reranker)
-    built = build_model(config, kind, world)
+    progress = replace(progress, base=on_main_rank(world, lambda: base_of(config, checkpoint)))
+    held = held_to_commit(config, progress)
+    kind: Kind = EmbedderKind(held) if held.reranker is None else RerankerKind(held, held.reranker)
+    built = build_model(held, kind, world)
     strategy, scale = built.strategy, kind.scale()
     state = TrainedState(strategy, built.shapes, scale, is_main=world.is_main, frozen_hash=built.frozen_hash)
     if checkpoint is not None:
@@ -144,6 +152,11 @@ def open_run(
         progress = with_best_that_compares(progress, config, data, folder, resume, world)
     begin("run folder")
     on_main_rank(world, lambda: prepare_folder(config, folder, progress, data.train.faults, damaged))
+    about = about_the_run(config)
+    commit = progress.base.get("commit")
+    how: dict[str, Any] = {"total_steps": total_steps, "commit": commit, "versions": about["versions"]}
+    facts = on_main_rank(world, lambda: facts_of_run(config, data, built, world, **how))
+    on_main_rank(world, lambda: replace_text(folder.card, facts.model_dump_json(indent=1) + "\n"))
     trackers = Trackers(config.training.report_to if world.is_main else (), folder.path, config.model_dump(mode="json"))
     begin("choices")
     gradient, choices = kind.step(built, data, progress, world, watch, scale)
@@ -153,7 +166,7 @@ def open_run(
         folder.checkpoints,
         world,
         Retention(training.save_total_limit, training.keep_every_n_steps),
-        about_the_run(config),
+        about,
         watch,
         in_background=training.async_save,
         saved_step=progress.step,
@@ -175,8 +188,14 @@ def open_run(
         guard=guard,
         watch=watch,
         trackers=trackers,
+        facts=facts,
     )
     return run, progress
+
+
+def held_to_commit(config: RunConfig, progress: Progress) -> RunConfig:
+    """The run file with the base model at the commit that the run trains; what is written down stays as it was said."""
+    return config.model_copy(update={"model": at_commit(config.model, progress.base.get("commit"))})
 
 
 def set_loss_scale(strategy: Strategy, saved: Progress) -> None:
@@ -253,7 +272,8 @@ def set_all_aside(damaged: Mapping[Path, str]) -> None:
 
 def about_the_run(config: RunConfig) -> dict[str, Any]:
     """What a checkpoint was made with."""
-    names = ("torch", "transformers", "sentence-transformers", "accelerate", "safetensors")
+    names = ["torch", "transformers", "sentence-transformers", "accelerate", "safetensors"]
+    names += ["deepspeed"] * config.strategy.startswith("zero") + ["peft"] * (config.model.lora is not None)
     return {
         "strategy": config.strategy,
         "config_hash": xxhash.xxh3_128_hexdigest(dump_config(config).encode()),

@@ -159,6 +159,6 @@ class RerankerKind:
             text += f", by the embedder alone {first.measures['ndcg@10']:.4f}"
         return Evaluated({ONE_SCORE: second.measures}, ONE_SCORE, text, more)
 
-    def export(self, weights: Mapping[str, Tensor], folder: Path) -> None:
+    def export(self, weights: Mapping[str, Tensor], folder: Path, card: str) -> None:
         """See `Kind`."""
-        export_model(self._config.model, weights, folder, self._reranker)
+        export_model(self._config.model, weights, folder, self._reranker, card=card)

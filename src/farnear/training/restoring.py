@@ -3,11 +3,16 @@
 Which file holds which piece stands in the manifest, so a rank opens the files that overlap with its slices only, and of
 those reads, through a memory map, the elements that it needs. On as many ranks and under the strategy that saved, that
 is one file a rank; on others a few. Under `ddp`, where every rank holds everything, every rank reads everything.
+
+For an export, which needs no moments and no ranks, `whole_weights` reads a checkpoint's weights alone.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -40,6 +45,20 @@ def load_state(checkpoint: Checkpoint, state: TrainedState, world: World) -> Non
     state.spread_weights()
 
 
+def whole_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Every trained parameter, fp32 on the CPU, by its name in the checkpoint.
+
+    Raises:
+        UserError: A file is not what the manifest says.
+    """
+    weights = {name: torch.empty(facts.shape) for name, facts in checkpoint.manifest.parameters.items()}
+    for file_name, facts in checkpoint.manifest.files.items():
+        with _opened(checkpoint, file_name) as file:
+            for name, saved in facts.pieces.items():
+                weights[name].view(-1)[slice(*saved)] = _piece(checkpoint, file_name, file, "weight", name, saved)[:]
+    return weights
+
+
 @dataclass(frozen=True)
 class _Overlap:
     """Elements ``start`` to ``stop`` of a parameter, which ``piece`` is to hold and a saved piece from ``saved[0]`` to
@@ -70,22 +89,36 @@ def _overlaps_by_file(checkpoint: Checkpoint, slices: list[ParameterSlice]) -> d
 
 
 def _read(checkpoint: Checkpoint, name: str, overlaps: list[_Overlap]) -> None:
+    with _opened(checkpoint, name) as file:
+        for overlap in overlaps:
+            piece, saved_start = overlap.piece, overlap.saved[0]
+            for kind in KINDS:
+                saved = _piece(checkpoint, name, file, kind, piece.name, overlap.saved)
+                target: Tensor = getattr(piece, f"{kind}_n")
+                source = saved[overlap.start - saved_start : overlap.stop - saved_start]
+                target[overlap.start - piece.start : overlap.stop - piece.start].copy_(source)
+
+
+@contextmanager
+def _opened(checkpoint: Checkpoint, name: str) -> Iterator[Any]:
+    """One of a checkpoint's files, through a memory map."""
     path = checkpoint.folder / name
     try:
         with safe_open(path, framework="pt") as file:
             if (file.metadata() or {}).get("save_id") != checkpoint.manifest.save_id:
                 raise UserError(f"checkpoint file {path} is of another save than its manifest")
-            for overlap in overlaps:
-                piece, (saved_start, saved_stop) = overlap.piece, overlap.saved
-                for kind in KINDS:
-                    saved = file.get_slice(f"{kind}/{saved_start}/{piece.name}")
-                    if saved.get_shape() != [saved_stop - saved_start]:
-                        raise UserError(f"checkpoint file {path} holds another piece of {piece.name} than its manifest")
-                    target: Tensor = getattr(piece, f"{kind}_n")
-                    source = saved[overlap.start - saved_start : overlap.stop - saved_start]
-                    target[overlap.start - piece.start : overlap.stop - piece.start].copy_(source)
+            yield file
     except (SafetensorError, OSError) as error:
         raise UserError(f"checkpoint file {path} cannot be read ({error})") from None
+
+
+def _piece(checkpoint: Checkpoint, file_name: str, file: Any, kind: str, name: str, saved: tuple[int, int]) -> Any:
+    """What a file holds of a parameter, not read yet."""
+    piece = file.get_slice(f"{kind}/{saved[0]}/{name}")
+    if piece.get_shape() != [saved[1] - saved[0]]:
+        path = checkpoint.folder / file_name
+        raise UserError(f"checkpoint file {path} holds another piece of {name} than its manifest")
+    return piece
 
 
 def _refuse_another_model(checkpoint: Checkpoint, state: TrainedState) -> None:

@@ -11,6 +11,8 @@ from dataclasses import replace
 from farnear.config import RunConfig
 from farnear.data.order import Order
 from farnear.errors import UserError
+from farnear.model.base import base_commit
+from farnear.model.hub import is_folder
 from farnear.parallel.collectives import gather_objects
 from farnear.parallel.world import World, on_main_rank
 from farnear.run_folder import Resume, RunFolder
@@ -44,6 +46,32 @@ def first_progress(config: RunConfig, data: RunData, checkpoint: Checkpoint | No
                 "output_dir"
             )
     return saved
+
+
+def base_of(config: RunConfig, checkpoint: Checkpoint | None) -> dict[str, str | None]:
+    """The base model's name, revision and commit, as `Progress` keeps them; nothing of a folder.
+
+    A run holds on to the commit that it began with, wherever a branch has moved since.
+
+    Raises:
+        UserError: The run file names another model or revision than the checkpoint's, and with it another commit; or
+            the model cannot be found.
+    """
+    model = config.model
+    if is_folder(model.name_or_path):
+        return {}
+    named: dict[str, str | None] = {"name": model.name_or_path, "revision": model.revision}
+    saved = checkpoint.progress.base if checkpoint else {}
+    if saved.get("commit") and all(saved[key] == value for key, value in named.items()):
+        return dict(saved)
+    commit = base_commit(model)
+    if checkpoint and saved.get("commit") and commit != saved["commit"]:
+        raise UserError(
+            f"checkpoint {checkpoint.folder} was trained from {saved['name']} at commit {saved['commit']}, and the run "
+            f"file's {model.name_or_path} is at {commit} (model.revision: {model.revision}); set model.revision: "
+            f"{saved['commit']} to go on, or start in a new output_dir"
+        )
+    return {**named, "commit": commit}
 
 
 def measured_by(config: RunConfig, data: RunData) -> str:

@@ -27,6 +27,7 @@ from farnear.run_folder import Resume, RunFolder, check_start, claimed
 from farnear.signals import Signals
 from farnear.status import write_failure, write_status
 from farnear.training.bad_steps import BadSteps, Numbers
+from farnear.training.cards import licences_in_words, run_card
 from farnear.training.checkpoint import Progress, checkpoint_to_resume, folder_name, whole_checkpoint
 from farnear.training.describe import derived_numbers
 from farnear.training.guard import Guard, StopAskedError
@@ -120,6 +121,7 @@ def _train(world: World, config: RunConfig, resume: Resume | None, guard: Guard,
         parts = loop_parts(run)
         if world.is_main:
             print(derived_numbers(parts, run.data, run.built), flush=True)
+            print(f"{'licence':>10}  {licences_in_words(config, run.facts)}", flush=True)
             if progress.step:
                 left = counted(parts.total_steps - progress.step, "step")
                 print(
@@ -129,20 +131,21 @@ def _train(world: World, config: RunConfig, resume: Resume | None, guard: Guard,
         if config.evaluation.eval_on_start and progress.step == 0:
             measure(run, "before", 0)
         progress = train(parts, progress)
-    if config.training.load_best_model_at_end and progress.best_step is not None:
-        load_best(run, progress.best_step)
+    exported_step = progress.step
+    if config.training.load_best_model_at_end and progress.best_step is not None and load_best(run, progress.best_step):
+        exported_step = progress.best_step
     measure(run, "after", progress.step)
-    export(run)
+    export(run, exported_step, after=True)
     watch.at("summary")
     with watch.patient():
         run.trackers.close()
         if world.is_main:
             print(f"exported {run.folder.export}", flush=True)
         seconds = perf_counter() - started
-        return on_main_rank(world, lambda: finish(run, progress, seconds))
+        return on_main_rank(world, lambda: finish(run, progress, exported_step, seconds))
 
 
-def load_best(run: Run, step: int) -> None:
+def load_best(run: Run, step: int) -> bool:
     """Bring the weights to the best checkpoint's; where it has been damaged, say so and keep the last. A collective."""
     run.watch.at("checkpoint: load the best")
     best = run.folder.checkpoints / folder_name(step)
@@ -152,13 +155,22 @@ def load_best(run: Run, step: int) -> None:
         except UserError as error:
             if run.world.is_main:
                 print(f"{error}: the last model is measured and exported in place of the best", flush=True)
-            return
+            return False
         load_state(checkpoint, run.state, run.world)
+    return True
 
 
-def finish(run: Run, progress: Progress, seconds: float) -> dict[str, Any]:
+def finish(run: Run, progress: Progress, exported_step: int, seconds: float) -> dict[str, Any]:
     """Sum the run up, and say that it is finished."""
-    summary = write_summary(run.config, run.folder, run.world.world_size, seconds, run.data.train)
+    summary = write_summary(
+        run.config,
+        run.folder,
+        run.world.world_size,
+        seconds,
+        run.data.train,
+        exported_step=exported_step,
+        base_commit=progress.base.get("commit"),
+    )
     write_status(run.folder, "finished", step=progress.step, exit_code=0)
     return summary
 
@@ -213,7 +225,7 @@ def loop_parts(run: Run) -> Parts:
         evaluate=lambda step: measure(run, "during", step),
         save=lambda progress, is_due: save(run, with_place(progress, run.order, total_steps), periodic=is_due),
         mine_again=mined_again,
-        export=lambda: export(run),
+        export=lambda step: export(run, step),
         hurry=hurry,
         total_steps=total_steps,
         eval_steps=steps_of(config.evaluation.eval_steps, total_steps),
@@ -273,9 +285,20 @@ def roll_back(run: Run) -> tuple[int, Numbers] | None:
     return checkpoint.progress.step, checkpoint.progress.numbers
 
 
-def export(run: Run) -> None:
-    """Write the folder that `SentenceTransformer(path)` loads: what was trained, and all else from the base model."""
+def export(run: Run, step: int, *, after: bool = False) -> None:
+    """Write the folder that `SentenceTransformer(path)` loads: what was trained, and all else from the base model.
+
+    Args:
+        step: That the weights are of.
+        after: Whether they were measured after the training.
+    """
     run.watch.at("export")
+    folder = run.folder.export
     with run.watch.patient():
         weights = {name.removeprefix("model."): weight for name, weight in run.strategy.full_weights().items()}
-        on_main_rank(run.world, lambda: run.kind.export(weights, run.folder.export))
+
+        def write() -> None:
+            card = run_card(run.config, run.folder, run.facts, step, name=folder.name, after=after)
+            run.kind.export(weights, folder, card)
+
+        on_main_rank(run.world, write)

@@ -14,12 +14,21 @@ from farnear.training.metrics import mean_loss
 
 
 def write_summary(
-    config: RunConfig, folder: RunFolder, world_size: int, seconds: float, index: Index
+    config: RunConfig,
+    folder: RunFolder,
+    world_size: int,
+    seconds: float,
+    index: Index,
+    *,
+    exported_step: int,
+    base_commit: str | None,
 ) -> dict[str, Any]:
     """Write and return the summary.
 
     Args:
         index: Of the training shards, for what of them could not be used.
+        exported_step: That the weights in `export/` are of.
+        base_commit: Of a base model on the hub.
         seconds: From the start of this process group's work to now, evaluations and export included.
     """
     steps = _lines(folder.metrics)
@@ -41,7 +50,9 @@ def write_summary(
         "excluded": index.excluded,
         "ignored_members": index.ignored_members,
         "quarantined": len({(pair["shard"], pair["key"]) for pair in _lines(folder.quarantine)}),
+        "base_commit": base_commit,
         "export": str(folder.export),
+        "exported_step": exported_step,
     }
     for kind in ("before", "after"):
         of_kind = [evaluation for evaluation in evaluations if evaluation["kind"] == kind]
