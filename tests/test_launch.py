@@ -378,10 +378,15 @@ def test_a_rank_of_torchrun_ends_with_it(tmp_path: Path, monkeypatch: pytest.Mon
 def test_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
-    threads = [local.threads_of_a_rank(ranks)["OMP_NUM_THREADS"] for ranks in (1, 3, 16, 32)]
+    threads = [local.variables_of_ranks(ranks, has_gpus=True)["OMP_NUM_THREADS"] for ranks in (1, 3, 16, 32)]
     assert threads == ["16", "5", "1", "1"]
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert local.threads_of_a_rank(2) == {"OMP_NUM_THREADS": "7"}
+    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "INFO")
+    assert local.variables_of_ranks(2, has_gpus=False) == {
+        "OMP_NUM_THREADS": "7",
+        "DS_ACCELERATOR": "cpu",
+        "TORCH_CPP_LOG_LEVEL": "INFO",
+    }
 
 
 def test_a_killed_torchrun_takes_its_ranks_along(tmp_path: Path) -> None:

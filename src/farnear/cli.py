@@ -24,6 +24,7 @@ from farnear.commands.status import add_status
 from farnear.commands.submit import add_submit
 from farnear.environment import prepare_environment
 from farnear.errors import UserError, as_user_error
+from farnear.noise import quiet
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -67,6 +68,7 @@ def train_command(words: Sequence[str]) -> int:
             end_with_parent(os.getppid())
         config = load_config(arguments.run_file, arguments.overrides)
         prepare_environment()
+        quiet()
         farnear.train(config, arguments.resume)
         return 0
     except (UserError, OSError) as error:
@@ -122,6 +124,7 @@ def _add_demo(commands: "argparse._SubParsersAction[Parser]") -> None:
 
 def _demo(arguments: argparse.Namespace) -> int:
     prepare_environment()
+    quiet()
     if arguments.reranker:
         from farnear.demo_reranker import run_reranker_demo
 

@@ -177,7 +177,7 @@ class _LiveLine:
         """Draw it anew."""
         width = shutil.get_terminal_size().columns - 1
         ascii_only = None if (self._out.encoding or "").lower().startswith("utf") else True
-        form = f"{{bar:{min(_BAR, max(width // 5, 1))}}} {{desc}}"
+        form = f"|{{bar:{min(_BAR, max(width // 5, 1))}}}| {{desc}}"
         line = tqdm.format_meter(done, max(total, 1), 0, ncols=width, ascii=ascii_only, bar_format=form, prefix=text)
         with self._lock:
             if line != self._text:
