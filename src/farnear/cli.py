@@ -22,6 +22,7 @@ from farnear.commands.prefetch import add_prefetch
 from farnear.commands.shards import add_shards
 from farnear.commands.status import add_status
 from farnear.commands.submit import add_submit
+from farnear.commands.watch import add_watch
 from farnear.environment import prepare_environment
 from farnear.errors import UserError, as_user_error
 from farnear.noise import quiet
@@ -94,6 +95,7 @@ def _farnear_parser() -> Parser:
     add_mine(commands)
     add_submit(commands)
     add_status(commands)
+    add_watch(commands)
     _add_report(commands)
     return parser
 

@@ -64,7 +64,6 @@ def quiet(environment: Mapping[str, str] = os.environ) -> None:
         logging.getLogger().addHandler(kept)
     if not _is_asked_for("py", environment):
         logging.captureWarnings(True)
-        warnings.simplefilter("default")
     if rank and not log:
         sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8")
     import torch  # noqa: F401

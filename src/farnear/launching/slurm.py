@@ -97,11 +97,24 @@ def _sbatch(script: Path) -> str:
     return ended.stdout.strip().partition(";")[0]
 
 
+def waiting_job(path: Path) -> str | None:
+    """What SLURM says of the job of a run folder; None where there is none, or it does not say."""
+    folder = RunFolder(path)
+    if not folder.submitted.exists():
+        return None
+    jobs = _squeue("%i %T (%r)", f"--name={_job_name(folder)}").splitlines()
+    return f"job {jobs[0].strip()}" if jobs else None
+
+
 def _jobs_called(name: str) -> str:
     """Ids of this user's jobs of a name; none where SLURM does not say."""
-    command = ["squeue", "--noheader", "--format=%i", f"--name={name}", f"--user={os.getuid()}"]
+    return " ".join(_squeue("%i", f"--name={name}", f"--user={os.getuid()}").split())
+
+
+def _squeue(form: str, *options: str) -> str:
+    command = ["squeue", "--noheader", f"--format={form}", *options]
     try:
-        return " ".join(subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.split())
+        return subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
     except (OSError, subprocess.TimeoutExpired):
         return ""
 
