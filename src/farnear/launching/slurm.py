@@ -28,6 +28,7 @@ from farnear.files import replace_text
 from farnear.resources import resource_root
 from farnear.run_folder import RunFolder, check_start
 from farnear.slurm_section import SlurmConfig
+from farnear.tracking import refuse_missing_trackers
 from farnear.wording import counted
 
 LEAST_LEAD_SECONDS = 60
@@ -190,6 +191,10 @@ def _notes(config: RunConfig) -> Iterator[str]:
         yield "no GPU is asked for; slurm.gpus_per_node does"
     if not slurm.cpus_per_task and "--cpus-per" not in asked and "--exclusive" not in asked:
         yield "most clusters give all ranks and data workers of a node one core unless slurm.cpus_per_task says more"
+    try:
+        refuse_missing_trackers(config.training.report_to)
+    except UserError as error:
+        yield f"on this node {error}"
 
 
 def _refuse_what_cannot_be(config: RunConfig, nodes: int) -> None:

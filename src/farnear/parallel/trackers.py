@@ -16,6 +16,8 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from os import environ
 from pathlib import Path
 from queue import Full, Queue
@@ -27,8 +29,9 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, TensorBoar
 
 from farnear.errors import UserError
 from farnear.files import replace_text
+from farnear.noise import sweep
 from farnear.run_folder import RunFolder
-from farnear.tracking import is_installed
+from farnear.tracking import PACKAGES, is_installed
 
 PROJECT = "farnear"
 SECONDS_TO_START = 180.0
@@ -174,9 +177,12 @@ class _Follower:
 
     def _run(self, config: dict[str, Any]) -> None:
         try:
+            import_module(next(package for package in PACKAGES[self.name] if find_spec(package)))
+            sweep()
             self.tracker = self._make()
             self.tracker.start()
-            self.tracker.store_init_configuration(config)
+            if not self.goes_on:  # MLflow lets nobody change what it was told
+                self.tracker.store_init_configuration(config)
         except BaseException as error:  # some exit
             self._error = _in_a_line(error)
             return
