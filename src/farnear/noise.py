@@ -9,7 +9,7 @@ training's own lines are lost among them. Here all of it comes to one place:
 
 A library's own variable wins: where ``TRANSFORMERS_VERBOSITY``, ``HF_HUB_VERBOSITY``, ``DATASETS_VERBOSITY``,
 ``ACCELERATE_LOG_LEVEL``, ``TORCH_LOGS`` or ``PYTHONWARNINGS`` is set, its messages appear as if farnear were not there;
-``TORCH_CPP_LOG_LEVEL`` is torch's for what it writes from C++.
+``TORCH_CPP_LOG_LEVEL`` is torch's for what it writes from C++, and ``HF_HUB_DISABLE_PROGRESS_BARS=0`` shows all bars.
 
 Only commands do this. A program that calls `farnear.train` has its own idea of logging.
 """
@@ -69,12 +69,13 @@ def quiet(environment: Mapping[str, str] = os.environ) -> None:
     import torch  # noqa: F401
     from transformers.utils import logging as of_transformers
 
-    # Of loading and writing weights; those of downloads stay.
-    downloads = of_transformers.is_progress_bar_enabled()
-    if downloads and "HF_HUB_DISABLE_PROGRESS_BARS" not in environment:
+    # Bars of loading and writing weights; those of downloads stay.
+    hidden = environment.get("HF_HUB_DISABLE_PROGRESS_BARS")
+    if hidden is None or hidden.upper() in ("1", "ON", "YES", "TRUE"):
+        of_transformers.disable_progress_bar()
+    if hidden is None:
         from huggingface_hub.utils.tqdm import enable_progress_bars
 
-        of_transformers.disable_progress_bar()
         enable_progress_bars()
     sweep(environment)
 

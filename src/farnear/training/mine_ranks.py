@@ -55,8 +55,8 @@ def mine_on_ranks(config: RunConfig, folder: Path, inputs: str, signals: Signals
         # It speaks of what was there before, which from now on is changed.
         on_main_rank(world, lambda: (folder / DONE).unlink(missing_ok=True))
         guard, watch = Guard(world, signals), Watch()
-        with Terminal(watch, is_main=world.is_main):
-            mined = _mine(config, world, folder, guard.stop_if_asked, watch)
+        with Terminal(watch, is_main=world.is_main) as terminal:
+            mined = _mine(config, world, folder, guard.stop_if_asked, watch, terminal)
         if world.is_main:
             replace_text(folder / DONE, json.dumps({"inputs": inputs, "files": files_left(folder)}, indent=1) + "\n")
             print(summary(mined), flush=True)
@@ -83,7 +83,9 @@ def summary(mined: Mined) -> str:
     )
 
 
-def _mine(config: RunConfig, world: World, folder: Path, between: Callable[[], None], watch: Watch) -> Mined:
+def _mine(
+    config: RunConfig, world: World, folder: Path, between: Callable[[], None], watch: Watch, terminal: Terminal
+) -> Mined:
     watch.at("shards")
     if config.data.dataloader_num_workers:
         prepare_workers()
@@ -93,5 +95,6 @@ def _mine(config: RunConfig, world: World, folder: Path, between: Callable[[], N
     built = build_model(config, EmbedderKind(config), world)
     refuse_unsupported(built.model, config.model.name_or_path, kinds_held(data))
     facts = embedder_facts(config, built, world)
+    terminal.begin()
     by = built.inference(config, world, between=between, told=watch.counts("mining"))
     return mine_judged(config, data, by, folder, facts)

@@ -56,8 +56,8 @@ class Terminal:
         self._thread: threading.Thread | None = None
         self._live: _LiveLine | None = None
 
-    def begin(self, course: Course, logging_steps: int) -> None:
-        """The first step is next: from now on there is something to draw."""
+    def begin(self, course: Course | None = None, logging_steps: int = 1) -> None:
+        """What was to be opened is open: from now on there is something to draw. A training has a course."""
         self._course, self._logging_steps = course, logging_steps
         if self._thread is not None and is_terminal(sys.stdout):
             self._live = _LiveLine()
@@ -110,7 +110,10 @@ class Terminal:
     def _now(self, place: Place) -> tuple[int, int, str]:
         """What the live line shows: (done, total, text)."""
         course, record = self._course, self._last
-        assert course is not None
+        if course is None:
+            count = place.count
+            text = f"{place.in_step}{self._stretch.left()}"
+            return (0, 1, text) if count is None else (count.done, count.total, text)
         step = record["step"] if record is not None else max((place.step or 0) - 1, 0)
         if _is_alone(place):
             count = place.count
