@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from own_lines import noise
 from pair_makers import one_thread  # noqa: F401
 from stages_here import run_stages_here
 
@@ -20,7 +21,8 @@ def test_a_small_demo_ends_with_lines_that_work(
     monkeypatch.setattr(demo, "EVAL_PAIRS", 20)
     out = tmp_path / "demo"
     assert main(["demo", "--out", str(out), "--strategy", "zero2", "--ranks", "2", "--seed", "5"]) == 0
-    printed = capfd.readouterr().out
+    printed, complaints = capfd.readouterr()
+    assert noise(printed.splitlines()) == [] and complaints == ""
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["strategy"], summary["world_size"], summary["steps"]) == ("zero2", 2, 2)
     assert {"ndcg@10_before", "ndcg@10_after", "seconds", "pairs_per_s"} <= summary.keys()

@@ -15,6 +15,7 @@ import psutil
 import pytest
 import yaml
 from conftest import WriteRunFile
+from own_lines import noise
 from tiny_runs import make_inputs, run_tree
 
 from farnear import outcome, resources
@@ -378,10 +379,15 @@ def test_a_rank_of_torchrun_ends_with_it(tmp_path: Path, monkeypatch: pytest.Mon
 def test_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
-    threads = [local.threads_of_a_rank(ranks)["OMP_NUM_THREADS"] for ranks in (1, 3, 16, 32)]
+    threads = [local.variables_of_ranks(ranks, has_gpus=True)["OMP_NUM_THREADS"] for ranks in (1, 3, 16, 32)]
     assert threads == ["16", "5", "1", "1"]
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert local.threads_of_a_rank(2) == {"OMP_NUM_THREADS": "7"}
+    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "INFO")
+    assert local.variables_of_ranks(2, has_gpus=False) == {
+        "OMP_NUM_THREADS": "7",
+        "DS_ACCELERATOR": "cpu",
+        "TORCH_CPP_LOG_LEVEL": "INFO",
+    }
 
 
 def test_a_killed_torchrun_takes_its_ranks_along(tmp_path: Path) -> None:
@@ -453,9 +459,8 @@ def _launched(folder: Path) -> "subprocess.Popen[str]":
         f"sys.exit(main({words}))"
     )
     before = _steps(folder)
-    launched = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+    with open(folder / "printed.txt", "w") as printed:
+        launched = subprocess.Popen([sys.executable, "-c", program], stdout=printed, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while _steps(folder) < before + 2 and time.monotonic() < deadline and launched.poll() is None:
         time.sleep(0.1)
@@ -493,6 +498,8 @@ def test_a_signal_has_the_ranks_save_and_the_launch_say_so(long_run: Path, to: s
     last = text.splitlines()[-1]
     assert last.startswith(f"farnear: stopped by {name}")
     assert last.endswith(f"after step {steps}, saved in step-{steps:08d}; the same command with --resume continues")
+    if to != "every process":  # Python's own may complain when they are ended
+        assert noise([*(long_run / "printed.txt").read_text().splitlines(), *text.splitlines()]) == []
     status = json.loads((long_run / "run" / "status.json").read_text())
     assert (status["state"], status["exit_code"], status["checkpoint"]) == ("stopped", 75, f"step-{steps:08d}")
     assert (long_run / "run" / "checkpoints" / status["checkpoint"]).is_dir()

@@ -26,8 +26,10 @@ from farnear.commands.push import add_push
 from farnear.commands.shards import add_shards
 from farnear.commands.status import add_status
 from farnear.commands.submit import add_submit
+from farnear.commands.watch import add_watch
 from farnear.environment import prepare_environment
 from farnear.errors import UserError, as_user_error
+from farnear.noise import quiet
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -71,6 +73,7 @@ def train_command(words: Sequence[str]) -> int:
             end_with_parent(os.getppid())
         config = load_config(arguments.run_file, arguments.overrides)
         prepare_environment()
+        quiet()
         farnear.train(config, arguments.resume)
         return 0
     except (UserError, OSError) as error:
@@ -98,6 +101,7 @@ def _farnear_parser() -> Parser:
     add_encode(commands)
     add_submit(commands)
     add_status(commands)
+    add_watch(commands)
     add_export(commands)
     add_push(commands)
     _add_report(commands)
@@ -130,6 +134,7 @@ def _add_demo(commands: "argparse._SubParsersAction[Parser]") -> None:
 
 def _demo(arguments: argparse.Namespace) -> int:
     prepare_environment()
+    quiet()
     if arguments.reranker:
         from farnear.demo_reranker import run_reranker_demo
 

@@ -30,7 +30,7 @@ def log_to_own_file(environment: Mapping[str, str] = os.environ) -> TextIO | Non
     rank = int(environment.get("RANK", 0))
     folder = Path(environment[LOG_DIR])
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"rank-{rank:05d}.log"
+    path = rank_log(folder, rank)
     sys.stdout.flush()
     sys.stderr.flush()
     if rank == 0:
@@ -45,6 +45,11 @@ def log_to_own_file(environment: Mapping[str, str] = os.environ) -> TextIO | Non
     with open(path, "ab") as file:
         _turn(file.fileno())
     return terminal
+
+
+def rank_log(folder: Path, rank: int) -> Path:
+    """A rank's file."""
+    return folder / f"rank-{rank:05d}.log"
 
 
 def _turn(target: int) -> None:

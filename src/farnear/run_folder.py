@@ -115,6 +115,16 @@ class RunFolder:
         return self.path / "card.json"
 
     @property
+    def tensorboard(self) -> Path:
+        """TensorBoard's files."""
+        return self.path / "tensorboard"
+
+    @property
+    def trackers(self) -> Path:
+        """By what other trackers know the run."""
+        return self.path / "trackers.json"
+
+    @property
     def submitted(self) -> Path:
         """The resolved run file of the newest job that was submitted."""
         return self.path / "submit.yaml"
@@ -146,8 +156,9 @@ class RunFolder:
             self.bad_steps,
             self.status,
             self.card,
+            self.trackers,
         )
-        return (self.config, *records, self.export, self.summary, self.report)
+        return (self.config, *records, self.export, self.tensorboard, self.summary, self.report)
 
 
 def published_checkpoints(checkpoints: Path) -> list[Path]:

@@ -397,8 +397,8 @@ class TrainingConfig(Section):
     """On a spike: return to the newest checkpoint's weights and go on with the next batch, or stop the run."""
     load_best_model_at_end: bool = False
     """Whether the best checkpoint by the evaluations, not the last one, is evaluated and exported at the end."""
-    report_to: tuple[str, ...] = ()
-    """Trackers beside metrics.jsonl, by accelerate's names: tensorboard, wandb, trackio, mlflow, ..."""
+    report_to: tuple[str, ...] = ("tensorboard",)
+    """Trackers beside metrics.jsonl, by accelerate's names: tensorboard, wandb, trackio, mlflow, ...; or none."""
 
     @field_validator("report_to", mode="before")
     @classmethod

@@ -1,6 +1,7 @@
 """`status.json` in a run folder: how the run stands or has ended, for a person and for what starts it again.
 
     {"state": "running", "step": null, "host": "n1", "pid": 7, "time": "2026-11-22T01:00:00Z"}
+    {"state": "running", "step": 0, "total_steps": 600, "epochs": 3, "ranks": 8, ...}       farnear.course.Course
     {"state": "finished", ...}                                     exit code 0
     {"state": "stopped", "exit_code": 75, "checkpoint": "step-00000012", "reason": "SIGTERM at rank 1", ...}
     {"state": "failed", "exit_code": 1, "checkpoint": "step-00000008", "reason": "step 9: the loss is ...", ...}
@@ -14,6 +15,7 @@ import os
 import platform
 from typing import Any, Literal
 
+from farnear.course import FACTS
 from farnear.errors import RunInterruptedError, UserError
 from farnear.files import locked, replace_text
 from farnear.run_folder import RunFolder, published_checkpoints
@@ -50,8 +52,10 @@ def write_failure(folder: RunFolder, error: BaseException, rank: int | None = No
     }
     try:
         with locked(folder.path):
-            if (read_status(folder) or {}).get("state") == "running":
-                write_status(folder, "stopped" if is_stop else "failed", **facts)
+            status = read_status(folder) or {}
+            if status.get("state") == "running":
+                course = {name: status[name] for name in FACTS if name in status}
+                write_status(folder, "stopped" if is_stop else "failed", **course, **facts)
     except OSError:
         return
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from farnear.command_line import Parser, parse, positive
 from farnear.environment import prepare_environment
 from farnear.errors import UserError, as_user_error
+from farnear.noise import quiet
 from farnear.outcome import tell
 from farnear.processes import end_with_parent
 
@@ -94,6 +95,7 @@ def rank_command(words: list[str]) -> int:
             end_with_parent(os.getppid())
         config = load_config(arguments.run_file, arguments.overrides) if arguments.run_file else None
         prepare_environment()
+        quiet()
         from farnear.training.doctor_ranks import examine
 
         examine(config, arguments.wanted, arguments.folder, arguments.seconds)

@@ -8,6 +8,7 @@ from pathlib import Path
 from farnear.command_line import Parser, parse, positive
 from farnear.environment import prepare_environment
 from farnear.errors import UserError, as_user_error
+from farnear.noise import quiet
 from farnear.outcome import announce, tell
 from farnear.processes import end_with_parent
 
@@ -73,6 +74,7 @@ def rank_command(words: list[str]) -> int:
         with Signals() as signals:
             announce()
             prepare_environment()
+            quiet()
             from farnear.training.encode_ranks import Encoding, encode_on_ranks
 
             encode_on_ranks(config, arguments.folder, Encoding(**arguments.encoding), signals)

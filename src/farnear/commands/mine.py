@@ -7,6 +7,7 @@ from pathlib import Path
 from farnear.command_line import Parser, parse, positive
 from farnear.environment import prepare_environment
 from farnear.errors import UserError, as_user_error
+from farnear.noise import quiet
 from farnear.outcome import announce, tell
 from farnear.processes import end_with_parent
 
@@ -64,6 +65,7 @@ def rank_command(words: list[str]) -> int:
         with Signals() as signals:
             announce()
             prepare_environment()
+            quiet()
             from farnear.training.mine_ranks import mine_on_ranks, mining_config
 
             mine_on_ranks(mining_config(config), arguments.folder, arguments.inputs, signals)

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from farnear.data.index import modality_name
 from farnear.data.read import BadInputError, InputReader
 from farnear.errors import RunStoppedError, UserError
+from farnear.noise import quiet_worker
 from farnear.processes import end_with_starter, main_module_hidden
 
 Int64 = npt.NDArray[np.int64]
@@ -254,6 +255,7 @@ def _started(loader: DataLoader[Any]) -> Iterator[Any]:
 
 def _start_worker(worker: int) -> None:
     end_with_starter()
+    quiet_worker()
     # A mini-batch's pages are in memory together. Given back to the system and fetched again for each mini-batch, that
     # memory costs a fifth of the time of decoding.
     Image.core.set_blocks_max(_BLOCKS_KEPT)  # type: ignore[attr-defined]

@@ -15,7 +15,9 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from farnear.config import RunConfig
-from farnear.launching.findings import Finding, Subject, fail, gigabytes, note, ok
+from farnear.errors import UserError
+from farnear.launching.findings import Finding, Subject, fail, failed_by, gigabytes, note, ok
+from farnear.tracking import is_installed, refuse_missing_trackers
 from farnear.wording import counted
 
 # Imported only where they are used, so that a machine may lack them.
@@ -24,6 +26,7 @@ USED_BY = {
     "webdataset": "farnear shards, which writes them",
     "datasets": "farnear shards from-hf",
     "peft": "model.lora",
+    "tensorboard": "training.report_to: tensorboard, the curves of every run",
 }
 TOLD = ("torch", "transformers", "sentence-transformers", "accelerate", "deepspeed")
 NOT_OURS_BYTES = 1 << 30
@@ -45,6 +48,11 @@ def versions(subject: Subject) -> list[Finding]:
     for requirement in requirements:
         if requirement.marker is None or any(requirement.marker.evaluate({"extra": extra}) for extra in extras):
             findings += _package(requirement, subject.config)
+    if subject.config is not None:
+        try:
+            refuse_missing_trackers(subject.config.training.report_to)
+        except UserError as error:
+            findings += failed_by(error)
     if findings:
         return findings
     return ok(", ".join([f"Python {platform.python_version()}", *(f"{name} {_installed(name)}" for name in TOLD)]))
@@ -90,7 +98,7 @@ def _extras(config: RunConfig | None) -> Iterator[str]:
         yield "http"
     if config.training.optim == "adamw_8bit":
         yield "bnb"
-    if "wandb" in config.training.report_to:
+    if "wandb" in config.training.report_to and is_installed("wandb"):
         yield "wandb"
 
 

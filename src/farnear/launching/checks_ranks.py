@@ -4,7 +4,6 @@ What is measured is in `farnear.training.doctor_ranks`, on the other side of the
 """
 
 import json
-import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 from farnear.errors import UserError
 from farnear.launching.checks_run import is_indexed
 from farnear.launching.findings import Finding, Subject, fail, failed_by, note, ok
-from farnear.launching.local import accelerate_command, python_command, threads_of_a_rank
+from farnear.launching.local import accelerate_command, python_command, variables_of_ranks
 from farnear.launching.supervision import supervise
 from farnear.wording import counted
 
@@ -96,10 +95,7 @@ def _launched(subject: Subject, wanted: Sequence[str]) -> tuple[dict[str, Any], 
             # As `farnear launch` does it, which leaves an open number to accelerate.
             asked = config.num_processes if config is not None else subject.ranks
             _, command = accelerate_command(strategy, words, subject.config_file, asked, program=PROGRAM)
-            environment |= threads_of_a_rank(asked or subject.ranks)
-        if not subject.gpus:
-            # Said before anybody asks DeepSpeed, which warns when it has to find out.
-            environment["DS_ACCELERATOR"] = os.environ.get("DS_ACCELERATOR", "cpu")
+            environment |= variables_of_ranks(asked or subject.ranks, has_gpus=bool(subject.gpus))
         error: str | None = None
         try:
             code = supervise(command, environment, seconds=SECONDS_TO_START + 12 * subject.seconds)

@@ -18,7 +18,7 @@ from farnear.data.run_shards import shard_store, shards_to_encode
 from farnear.errors import UserError
 from farnear.files import replace_text
 from farnear.launching.hardware import read_hardware
-from farnear.launching.local import accelerate_command, python_command, ranks_of_machine, threads_of_a_rank
+from farnear.launching.local import accelerate_command, python_command, ranks_of_machine, variables_of_ranks
 from farnear.launching.mining import files_of_model
 from farnear.launching.nodes import Nodes
 from farnear.launching.supervision import supervise
@@ -137,7 +137,7 @@ def encode(
     else:
         _, command = accelerate_command(strategy, arguments, None, config.num_processes, program=PROGRAM)
     print(f"on {hardware}: {counted(ranks, 'rank')}, {config.model.name_or_path}, into {folder}", flush=True)
-    return supervise(command, threads_of_a_rank(ranks))
+    return supervise(command, variables_of_ranks(ranks, has_gpus=bool(hardware.gpus)))
 
 
 def _inputs_of(config: RunConfig, truncate_dim: int | None, precision: str, about: Mapping[str, Any]) -> str:

@@ -4,8 +4,10 @@ import importlib.util
 import os
 
 from farnear.config import RunConfig
+from farnear.errors import UserError
 from farnear.launching.forecast import USABLE_SHARE, Forecast
 from farnear.launching.memory import Memory
+from farnear.tracking import refuse_missing_trackers
 
 _PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 
@@ -21,6 +23,10 @@ def foreseen(forecast: Forecast) -> tuple[list[str], list[str]]:
         errors.append(f"{attention}; set sdpa or varlen")
     elif attention:
         notes.append(f"{attention}, which says nothing of the machine that is planned for")
+    if (tracker := _tracker(forecast.config)) and forecast.machine.is_this:
+        errors.append(tracker)
+    elif tracker:
+        notes.append(f"{tracker}; that says nothing of the machine that is planned for")
     if forecast.estimated:
         notes.append(
             f"the model's code could not be followed without numbers ({forecast.estimated}), so activations and FLOPs "
@@ -93,6 +99,14 @@ def _memory(forecast: Forecast) -> list[str]:
         else "no strategy fits: take more GPUs, lora, or a smaller model"
     )
     return [f"strategy {chosen.name} needs {needed}, whatever the mini-batch, and would run out of memory; {advice}"]
+
+
+def _tracker(config: RunConfig) -> str | None:
+    try:
+        refuse_missing_trackers(config.training.report_to)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _gigabytes(memory: Memory) -> str:

@@ -20,10 +20,12 @@ from farnear.launching.accelerate_config import check_config_file
 from farnear.launching.hardware import Hardware, read_hardware
 from farnear.launching.nodes import Nodes
 from farnear.launching.supervision import supervise
+from farnear.noise import QUIET
 from farnear.rank_logs import LOG_DIR
 from farnear.resources import resource_root
 from farnear.run_folder import Resume, RunFolder, check_start, claimed, published_checkpoints
 from farnear.status import read_status, write_failure, write_status
+from farnear.tracking import refuse_missing_trackers
 from farnear.wording import counted, utc_now
 
 SECONDS_TO_LET_GO = 2.0
@@ -62,6 +64,7 @@ def launch(
     if num_processes is not None:
         overrides = [*overrides, f"num_processes={num_processes}"]
     config = load_config(run_file, overrides)
+    refuse_missing_trackers(config.training.report_to)
     check_start(Path(config.output_dir), resume)
     model = Path(config.model.name_or_path)
     if not model.exists() and not model.is_absolute() and model.parent != Path() and model.parent.is_dir():
@@ -83,7 +86,7 @@ def launch(
         if nodes.num_machines > 1:
             total = ranks_here * nodes.num_machines
         shown, run = accelerate_command(config.strategy, arguments, config_file, total, nodes)
-    environment = {**threads_of_a_rank(ranks_here), **nodes.environment()}
+    environment = {**variables_of_ranks(ranks_here, has_gpus=bool(hardware.gpus)), **nodes.environment()}
     if log_dir is not None:
         log_dir.mkdir(parents=True, exist_ok=True)
         environment[LOG_DIR] = os.path.abspath(log_dir)
@@ -177,10 +180,17 @@ def accelerate_command(
     return [_program("accelerate"), "launch", *words], [sys.executable, "-m", "accelerate.commands.launch", *words]
 
 
-def threads_of_a_rank(ranks: int) -> dict[str, str]:
-    """The cores' share for each rank of this machine. torchrun would set one, with a warning."""
+def variables_of_ranks(ranks: int, *, has_gpus: bool) -> dict[str, str]:
+    """What launchers and ranks of this machine find in their environment, as far as the user has not set it."""
     cores = len(os.sched_getaffinity(0))
-    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // ranks)))}
+    variables = {
+        # The cores' share; torchrun would set one, with a warning.
+        "OMP_NUM_THREADS": str(max(1, cores // ranks)),
+        # Said before anybody asks DeepSpeed, which warns when it has to find out.
+        **({} if has_gpus else {"DS_ACCELERATOR": "cpu"}),
+        **QUIET,
+    }
+    return {name: os.environ.get(name, value) for name, value in variables.items()}
 
 
 def _short(path: Path) -> str:

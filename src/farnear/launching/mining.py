@@ -13,7 +13,7 @@ from typing import Any
 from farnear.config import RunConfig, load_config
 from farnear.errors import UserError
 from farnear.launching.hardware import read_hardware
-from farnear.launching.local import accelerate_command, python_command, ranks_of_machine, threads_of_a_rank
+from farnear.launching.local import accelerate_command, python_command, ranks_of_machine, variables_of_ranks
 from farnear.launching.nodes import Nodes
 from farnear.launching.run_data import fingerprints
 from farnear.launching.supervision import supervise
@@ -62,7 +62,7 @@ def mine(
     else:
         _, command = accelerate_command(strategy, arguments, None, config.num_processes, program=PROGRAM)
     print(f"on {hardware}: {counted(ranks, 'rank')}, {config.model.name_or_path}, into {folder}", flush=True)
-    return supervise(command, threads_of_a_rank(ranks))
+    return supervise(command, variables_of_ranks(ranks, has_gpus=bool(hardware.gpus)))
 
 
 def inputs_of(config: RunConfig) -> str:

@@ -28,6 +28,7 @@ from farnear.files import replace_text
 from farnear.resources import resource_root
 from farnear.run_folder import RunFolder, check_start
 from farnear.slurm_section import SlurmConfig
+from farnear.tracking import refuse_missing_trackers
 from farnear.wording import counted
 
 LEAST_LEAD_SECONDS = 60
@@ -97,11 +98,24 @@ def _sbatch(script: Path) -> str:
     return ended.stdout.strip().partition(";")[0]
 
 
+def waiting_job(path: Path) -> str | None:
+    """What SLURM says of the job of a run folder; None where there is none, or it does not say."""
+    folder = RunFolder(path)
+    if not folder.submitted.exists():
+        return None
+    jobs = _squeue("%i %T (%r)", f"--name={_job_name(folder)}").splitlines()
+    return f"job {jobs[0].strip()}" if jobs else None
+
+
 def _jobs_called(name: str) -> str:
     """Ids of this user's jobs of a name; none where SLURM does not say."""
-    command = ["squeue", "--noheader", "--format=%i", f"--name={name}", f"--user={os.getuid()}"]
+    return " ".join(_squeue("%i", f"--name={name}", f"--user={os.getuid()}").split())
+
+
+def _squeue(form: str, *options: str) -> str:
+    command = ["squeue", "--noheader", f"--format={form}", *options]
     try:
-        return " ".join(subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.split())
+        return subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
     except (OSError, subprocess.TimeoutExpired):
         return ""
 
@@ -177,6 +191,10 @@ def _notes(config: RunConfig) -> Iterator[str]:
         yield "no GPU is asked for; slurm.gpus_per_node does"
     if not slurm.cpus_per_task and "--cpus-per" not in asked and "--exclusive" not in asked:
         yield "most clusters give all ranks and data workers of a node one core unless slurm.cpus_per_task says more"
+    try:
+        refuse_missing_trackers(config.training.report_to)
+    except UserError as error:
+        yield f"on this node {error}"
 
 
 def _refuse_what_cannot_be(config: RunConfig, nodes: int) -> None:

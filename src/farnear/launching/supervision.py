@@ -25,6 +25,7 @@ from pathlib import Path
 import psutil
 
 from farnear.errors import RunInterruptedError, UserError
+from farnear.noise import OWN_WARNINGS
 from farnear.outcome import OUTCOME_FILE, announced, read_outcome
 from farnear.processes import end_with_parent
 
@@ -199,4 +200,4 @@ def _send(process: psutil.Process, number: signal.Signals) -> None:
 
 def _warnings() -> str:
     """PYTHONWARNINGS without multiprocessing's complaint that ranks which were ended did not tidy up themselves."""
-    return ",".join(filter(None, ["ignore:resource_tracker:UserWarning", os.environ.get("PYTHONWARNINGS")]))
+    return ",".join(filter(None, [OWN_WARNINGS, os.environ.get("PYTHONWARNINGS")]))

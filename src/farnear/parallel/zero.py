@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 from farnear.config import RunConfig
 from farnear.errors import UserError
+from farnear.noise import sweep
 from farnear.parallel.collectives import agree_on_max
 from farnear.parallel.loading import is_on_main_rank_only, partition_one_by_one, send_buffers
 from farnear.parallel.strategy import Features, LossScale, NonFiniteGradientError, ParameterSlice, adam_state
@@ -66,6 +67,7 @@ class Zero:
             ) from None
         # An operator of its CPU inference that DeepSpeed would compile at start, with a compiler and minutes to spare.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        sweep()
         # It warns of an optimizer other than its own, which is what we bring on purpose.
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         self._gathered_parameters = deepspeed.zero.GatheredParameters

@@ -26,6 +26,9 @@ from farnear.model.embedder import to_device
 from farnear.parallel.collectives import agree_on_max, exchange_ints, gather_together
 from farnear.retrieve.inference import Inference
 
+COUNTED = {"query": "queries", "document": "pages"}
+"""What is counted of each side."""
+
 
 @torch.no_grad()
 def encode(by: Inference, index: Index, store: ShardStore, side: str, rows: npt.NDArray[np.int64]) -> Tensor:
@@ -41,8 +44,9 @@ def encode(by: Inference, index: Index, store: ShardStore, side: str, rows: npt.
     Raises:
         RunStoppedError: On every rank, when an embedding is not finite.
     """
-    world, modality_n = by.world, index.input_modality_I[rows]
+    world, modality_n, what = by.world, index.input_modality_I[rows], COUNTED[side]
     parts, places = [], []
+    done = 0
     for modality in np.unique(modality_n):
         of_modality = np.flatnonzero(modality_n == modality)
         own = np.array_split(of_modality, world.world_size)[world.rank]
@@ -51,7 +55,8 @@ def encode(by: Inference, index: Index, store: ShardStore, side: str, rows: npt.
         batches = -(-len(share) // by.batch_size)
         turns = agree_on_max([batches], world.device)[0]
         features: dict[str, Any] = {}
-        for positions, features in load_features(
+        batch_of_all = by.batch_size * world.world_size
+        loaded = load_features(
             index,
             store,
             by.preprocess,
@@ -60,15 +65,17 @@ def encode(by: Inference, index: Index, store: ShardStore, side: str, rows: npt.
             batch_size=by.batch_size,
             page_tokens=by.page_tokens,
             num_workers=by.num_workers,
-        ):
-            by.between()
+        )
+        for turn, (positions, features) in enumerate(loaded):
+            by.turn(what, done + min(turn * batch_of_all, len(of_modality)), len(rows))
             e_nD = by.forward(to_device(features, world.device)).float()
             parts.append(e_nD[: len(own)])
             places.append(torch.from_numpy(share[positions][: len(own)]).to(world.device))
-        for _ in range(turns - batches):
-            by.between()
+        for turn in range(batches, turns):
+            by.turn(what, done + min(turn * batch_of_all, len(of_modality)), len(rows))
             if by.model.forward_is_collective:
                 by.forward(to_device(features, world.device))
+        done += len(of_modality)
     e_nD, place_n = torch.cat(parts), torch.cat(places)
     rows_W = [(n, n) for (n,) in exchange_ints([len(e_nD)], world.device)]
     e_ND, place_N = gather_together([e_nD, place_n], rows_W)
@@ -107,22 +114,25 @@ def encode_parts(
     own = [turn for of_round in turns for turn in of_round if turn.is_own or is_collective]
     jobs = [Job(side, turn.modality, turn.rows, needed) for turn in own]
     workers = Workers(InputReader(index, store), by.preprocess, min(by.num_workers, len(jobs)), 2, False)
+    total, done = sum(map(len, parts)), 0
     with closing(workers.run(iter(jobs))) as results:
         for number, of_round in enumerate(turns):
             embedded, places = [], []
-            for turn in of_round:
-                by.between()
+            rows_of_round = sum(map(len, rounds[number]))
+            for place, turn in enumerate(of_round):
+                by.turn(COUNTED[side], done + rows_of_round * place // len(of_round), total)
                 if not turn.is_own and not is_collective:
                     continue
                 features, bad = next(results)
                 e_nD = by.forward(to_device(features, world.device)).float()
                 if turn.is_own:
-                    e_nD[[place for place, _ in bad]] = 0.0
+                    e_nD[[one for one, _ in bad]] = 0.0
                     embedded.append(e_nD.cpu())
                     places.append(torch.from_numpy(turn.places))
             e_nD = torch.cat(embedded)[torch.cat(places).argsort()] if embedded else torch.zeros(0, 0)
             not_finite = agree_on_max([int((~e_nD.isfinite().all(dim=1)).sum())], world.device)[0]
-            _refuse_not_finite(not_finite, sum(map(len, rounds[number])), side)
+            _refuse_not_finite(not_finite, rows_of_round, side)
+            done += rows_of_round
             if embedded:
                 yield number * world.world_size + world.rank, e_nD
 

@@ -14,7 +14,7 @@ from farnear.parallel.strategy import Forward
 from farnear.parallel.world import World
 
 
-def nothing() -> None:
+def nothing(*_: object) -> None:
     """Do nothing, in place of a call that is not wanted."""
 
 
@@ -32,6 +32,8 @@ class Inference:
         between: Called before every batch, equally often on every rank, so that it may be a collective; what it raises
             ends the work.
         moved: Called as a rank goes on alone.
+        told: Called before every batch with what is counted ("pages"), how many of them are done, of how many, on all
+            ranks together.
     """
 
     model: Forward
@@ -43,6 +45,12 @@ class Inference:
     pick: PairPicker | None = None
     between: Callable[[], None] = nothing
     moved: Callable[[], None] = nothing
+    told: Callable[[str, int, int], None] = nothing
+
+    def turn(self, what: str, done: int, total: int) -> None:
+        """What comes before every batch; see ``told`` and ``between``."""
+        self.told(what, min(done, total), total)
+        self.between()
 
     def forward(self, features: dict[str, Any]) -> Any:
         """What the model makes of features on its device."""

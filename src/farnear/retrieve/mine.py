@@ -99,7 +99,7 @@ def mine(
     absent: list[int] = on_main_rank(world, lambda: _absent(parts, told, len(blocks)))
     miner = BlockMiner(index, embeddings, mining, seed, world, score_pairs, by.moved, unusable)
     for first in range(0, len(absent), world.world_size):
-        by.between()
+        by.turn("pairs searched for", len(index) * (first + len(blocks) - len(absent)) // len(blocks), len(index))
         of_round = absent[first : first + world.world_size]
         number = of_round[world.rank] if world.rank < len(of_round) else None
         pairs = blocks[number] if number is not None else blocks[0][:0]

@@ -55,6 +55,7 @@ def score_pairs(by: Inference, index: Index, store: ShardStore, query_n: Int64, 
     world = by.world
     kind_n = index.input_modality_I[query_n] | index.input_modality_I[document_n]
     parts, places = [np.zeros(0, np.float32)], [np.zeros(0, np.int64)]
+    done = 0
     for kind in np.unique(kind_n):
         of_kind = np.flatnonzero(kind_n == kind)
         # Entries of one page beside each other: it is read, and seen, once for all of them in a batch.
@@ -62,7 +63,8 @@ def score_pairs(by: Inference, index: Index, store: ShardStore, query_n: Int64, 
         own = np.array_split(of_kind, world.world_size)[world.rank]
         # A rank without a share still takes part in collective forwards; what it scores is cut off again.
         share = own if len(own) else of_kind[:1]
-        score_n, _ = _score_in_turns(by, index, store, query_n[share], document_n[share])
+        score_n, _ = _score_in_turns(by, index, store, query_n[share], document_n[share], done=done, total=len(kind_n))
+        done += len(of_kind)
         parts.append(score_n[: len(own)])
         places.append(own)
     own_n = [torch.from_numpy(np.concatenate(columns)).to(world.device) for columns in (parts, places)]
@@ -151,11 +153,22 @@ def reranked(candidate_Qk: Int64, score_n: Float32) -> Int64:
 
 
 def _score_in_turns(
-    by: Inference, index: Index, store: ShardStore, query_n: Int64, document_n: Int64, *, needed: bool = True
+    by: Inference,
+    index: Index,
+    store: ShardStore,
+    query_n: Int64,
+    document_n: Int64,
+    *,
+    needed: bool = True,
+    done: int = 0,
+    total: int | None = None,
 ) -> tuple[Float32, Bool]:
     """Scores of this rank's pairs, in batches of one kind, and which are of inputs that can be used.
 
     Ranks take equally many turns, idle where a rank is done.
+
+    Args:
+        done, total: Pairs of all ranks before these, and in all; by the turns, unless given.
     """
     kind_n = index.input_modality_I[query_n] | index.input_modality_I[document_n]
     starts = np.append(np.flatnonzero(np.diff(kind_n, prepend=0)), len(kind_n))
@@ -165,18 +178,20 @@ def _score_in_turns(
         for part in (slice(start, min(start + by.batch_size, last)) for start in range(first, last, by.batch_size))
     ]
     turns = agree_on_max([len(jobs)], by.world.device)[0]
+    of_turn = by.batch_size * by.world.world_size
+    total = of_turn * turns if total is None else total
     parts, usable = [torch.zeros(0)], [np.zeros(0, np.bool_)]
     features: dict[str, Any] = {}
     workers = Workers(InputReader(index, store), by.preprocess, min(by.num_workers, len(jobs)), 2, False)
     with closing(workers.run(iter(jobs))) as results:
-        for job, (features, bad) in zip(jobs, results, strict=True):
-            by.between()
+        for turn, (job, (features, bad)) in enumerate(zip(jobs, results, strict=True)):
+            by.turn("pairs", done + turn * of_turn, total)
             parts.append(_score(by, features).cpu())
             assert job.pair_n2 is not None
             is_bad_n2 = np.isin(job.pair_n2, [place for place, _ in bad])
             usable.append(~(is_bad_n2[:, 0] | is_bad_n2[:, 1]))
-    for _ in range(turns - len(jobs)):
-        by.between()
+    for turn in range(len(jobs), turns):
+        by.turn("pairs", done + turn * of_turn, total)
         if by.model.forward_is_collective:
             _score(by, features)
     return torch.cat(parts).numpy(), np.concatenate(usable)

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from farnear.parallel.world import on_main_rank
 from farnear.retrieve.encode import encode
 from farnear.retrieve.evaluate import DEPTH, RetrievalTask, embeddings_of
-from farnear.retrieve.inference import Inference
+from farnear.retrieve.inference import Inference, nothing
 from farnear.retrieve.measure import measure
 from farnear.retrieve.rerank import given_candidates, pairs_of, reranked, score_pairs
 from farnear.retrieve.search import top_k
@@ -71,7 +71,7 @@ def found_by(embedder: Inference, task: RetrievalTask, k: int) -> FirstStage:
         return ranked_Qk[:, :k].astype(np.int64), measure(ranked_Qk, task.relevant)
 
     candidate_Qk, measures = on_main_rank(embedder.world, search)
-    alone = replace(embedder, num_workers=0)
+    alone = replace(embedder, num_workers=0, told=nothing)
 
     def one(query: int) -> None:
         row = task.index.query_N[task.query_pair_Q[[query]]]
@@ -87,7 +87,7 @@ def given(task: RetrievalTask, k: int) -> FirstStage:
 
 def rerank(task: RetrievalTask, first: FirstStage, reranker: Inference) -> SecondStage:
     """Score the candidates and measure their new order. A collective; leaves a strategy in training mode."""
-    alone = replace(reranker, num_workers=0)
+    alone = replace(reranker, num_workers=0, told=nothing)
     candidate_Qk = first.candidate_Qk
 
     def score(by: Inference, candidate_qk: Int64, query_q: slice) -> npt.NDArray[np.float32]:

@@ -42,6 +42,7 @@ def embedder_beside(
     *,
     between: Callable[[], None] = nothing,
     moved: Callable[[], None] = nothing,
+    told: Callable[[str, int, int], None] = nothing,
 ) -> Iterator[Inference]:
     """An embedder, held until the context ends.
 
@@ -57,12 +58,18 @@ def embedder_beside(
     preprocess = Preprocessing(model)
     module = Embedder(model, bf16=config.training.precision == "bf16", fp16=config.training.fp16)
     forward = ForwardOnly(module.to(world.device))
-    yield inference_of(config, forward, model, preprocess, world, between=between, moved=moved)
+    yield inference_of(config, forward, model, preprocess, world, between=between, moved=moved, told=told)
 
 
 @contextmanager
 def reranker_beside(
-    config: RunConfig, name: str, kinds: Collection[str], world: World, *, between: Callable[[], None] = nothing
+    config: RunConfig,
+    name: str,
+    kinds: Collection[str],
+    world: World,
+    *,
+    between: Callable[[], None] = nothing,
+    told: Callable[[str, int, int], None] = nothing,
 ) -> Iterator[tuple[Inference, str]]:
     """A cross-encoder, held until the context ends, and a fingerprint of its weights. A collective.
 
@@ -89,7 +96,8 @@ def reranker_beside(
     forward = ForwardOnly(module.to(world.device))
     half = precision != "fp32"
     pick = settle_pages_once(forward.forward, preprocess, pick, kinds, world, half_precision=half)
-    yield inference_of(config, forward, model, preprocess, world, pick=pick, between=between), frozen_hash(module)
+    by = inference_of(config, forward, model, preprocess, world, pick=pick, between=between, told=told)
+    yield by, frozen_hash(module)
 
 
 def mine_judged(config: RunConfig, data: RunData, by: Inference, folder: Path, facts: Mapping[str, Any]) -> Mined:
@@ -103,7 +111,8 @@ def mine_judged(config: RunConfig, data: RunData, by: Inference, folder: Path, f
     with ExitStack() as stack:
         judge: dict[str, Any] = {}
         if name is not None:
-            beside = reranker_beside(config, name, kinds_of(data.train), by.world, between=by.between)
+            kinds = kinds_of(data.train)
+            beside = reranker_beside(config, name, kinds, by.world, between=by.between, told=by.told)
             teacher, weights = stack.enter_context(beside)
             judge["score_pairs"] = partial(score_own_pairs, teacher, data.train, data.store, needed=most == 0)
             judge["reranker_facts"] = {"name": name, "weights": weights}

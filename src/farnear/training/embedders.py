@@ -104,7 +104,9 @@ class EmbedderKind:
     def evaluate(self, task: RetrievalTask, built: BuiltModel, setting: Setting) -> Evaluated:
         """See `Kind`: the measures by Matryoshka dimension, the full one decides."""
         dims = measured_dims(self._config, embedding_dimension(built.model))
-        by = built.inference(self._config, setting.world, between=setting.between, moved=setting.moved)
+        by = built.inference(
+            self._config, setting.world, between=setting.between, moved=setting.moved, told=setting.told
+        )
         measures = evaluate(task, by, dims)
         figures = "  ".join(f"{dim}: {of_dim['ndcg@10']:.4f}" for dim, of_dim in measures.items())
         return Evaluated(measures, str(dims[0]), f"by dim  {figures}")

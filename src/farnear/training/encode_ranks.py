@@ -28,7 +28,7 @@ from farnear.retrieve.collection import refuse_dim
 from farnear.retrieve.collection_writing import write_collection
 from farnear.retrieve.embeddings import distinct_inputs, encode_all
 from farnear.retrieve.encode import encode
-from farnear.retrieve.inference import Inference
+from farnear.retrieve.inference import Inference, nothing
 from farnear.run_folder import DONE, RunFolder, claimed, files_of_collection
 from farnear.signals import Signals
 from farnear.training.embedders import EmbedderKind, embedder_facts
@@ -37,6 +37,8 @@ from farnear.training.guard import Guard, StopAskedError
 from farnear.training.mine_ranks import mining_config
 from farnear.training.opening import prepare_workers
 from farnear.training.shards import kinds_of, open_to_encode, refuse_unsupported
+from farnear.training.terminal import Terminal
+from farnear.training.watch import Watch
 from farnear.wording import counted
 
 PARTS = "parts"
@@ -77,7 +79,9 @@ def encode_on_ranks(config: RunConfig, folder: Path, encoding: Encoding, signals
         on_main_rank(world, lambda: claim.enter_context(claimed(RunFolder(folder))))
         # It speaks of what was there before, which from now on is changed.
         on_main_rank(world, lambda: (folder / DONE).unlink(missing_ok=True))
-        _encode(config, world, folder, encoding, Guard(world, signals).stop_if_asked)
+        guard, watch = Guard(world, signals), Watch()
+        with Terminal(watch, is_main=world.is_main) as terminal:
+            _encode(config, world, folder, encoding, guard.stop_if_asked, watch, terminal)
     except StopAskedError as asked:
         raise RunInterruptedError(
             f"stopped by {asked}; what is embedded is kept, and the same command goes on"
@@ -87,16 +91,27 @@ def encode_on_ranks(config: RunConfig, folder: Path, encoding: Encoding, signals
         stop_world()
 
 
-def _encode(config: RunConfig, world: World, folder: Path, encoding: Encoding, between: Callable[[], None]) -> None:
+def _encode(
+    config: RunConfig,
+    world: World,
+    folder: Path,
+    encoding: Encoding,
+    between: Callable[[], None],
+    watch: Watch,
+    terminal: Terminal,
+) -> None:
     if config.data.dataloader_num_workers:
         prepare_workers()
+    watch.at("shards")
     index, store = open_to_encode(config.data, world)
     between()
+    watch.at("model")
     built = build_model(config, EmbedderKind(config), world)
     refuse_unsupported(built.model, config.model.name_or_path, kinds_of(index))
     facts = embedder_facts(config, built, world)
     refuse_dim(encoding.truncate_dim or facts["dim"], facts["dim"], encoding.precision)
-    by = built.inference(config, world, between=between)
+    terminal.begin()
+    by = built.inference(config, world, between=between, told=watch.counts("encoding"))
     embeddings = encode_all(by, index, store, folder / PARTS, facts)
     about = {**facts, **encoding.about, **_seconds_alone(by, index, store), "device": _device(world)}
 
@@ -118,7 +133,7 @@ def _encode(config: RunConfig, world: World, folder: Path, encoding: Encoding, b
 
 def _seconds_alone(by: Inference, index: Index, store: ShardStore) -> dict[str, float]:
     """What a query, and a page, takes that comes alone, read and prepared: the median of some. A collective."""
-    alone = replace(by, num_workers=0)
+    alone = replace(by, num_workers=0, told=nothing)
     found = {}
     by.model.train(False)
     try:

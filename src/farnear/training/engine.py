@@ -59,10 +59,19 @@ class BuiltModel:
         pick: PairPicker | None = None,
         between: Callable[[], None] = nothing,
         moved: Callable[[], None] = nothing,
+        told: Callable[[str, int, int], None] = nothing,
     ) -> Inference:
         """The model under its strategy as it embeds or scores; see `inference_of`."""
         return inference_of(
-            config, self.strategy, self.model, self.preprocess, world, pick=pick, between=between, moved=moved
+            config,
+            self.strategy,
+            self.model,
+            self.preprocess,
+            world,
+            pick=pick,
+            between=between,
+            moved=moved,
+            told=told,
         )
 
 
@@ -110,16 +119,19 @@ def inference_of(
     pick: PairPicker | None = None,
     between: Callable[[], None] = nothing,
     moved: Callable[[], None] = nothing,
+    told: Callable[[str, int, int], None] = nothing,
 ) -> Inference:
     """A model as it embeds or scores, in the run file's batches.
 
     Args:
         forward: The strategy that trains the model, or what only computes with it.
         model, preprocess: As `BuiltModel` has them.
-        pick, between, moved: As in `Inference`.
+        pick, between, moved, told: As in `Inference`.
     """
     batch_size, num_workers = config.evaluation.per_device_eval_batch_size, config.data.dataloader_num_workers
-    return Inference(forward, world, preprocess, page_tokens(model), batch_size, num_workers, pick, between, moved)
+    return Inference(
+        forward, world, preprocess, page_tokens(model), batch_size, num_workers, pick, between, moved, told
+    )
 
 
 def build_step(

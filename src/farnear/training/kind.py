@@ -16,6 +16,7 @@ from farnear.data.loader import Deals
 from farnear.model.embedder import WorkerPreprocessing
 from farnear.parallel.world import World
 from farnear.retrieve.evaluate import RetrievalTask
+from farnear.retrieve.inference import nothing
 from farnear.training.checkpoint import Progress
 from farnear.training.choices import Choices
 from farnear.training.scale import LearnedScale
@@ -65,12 +66,14 @@ class Setting:
         folder: Of the run.
         between: Called before every batch, equally often on every rank; what it raises ends the evaluation.
         moved: Called as rank 0 goes on alone.
+        told: Called before every batch with what is counted, how many of them are done, of how many.
     """
 
     world: World
     folder: Path
     between: Callable[[], None]
     moved: Callable[[], None]
+    told: Callable[[str, int, int], None] = nothing
 
 
 class Kind(Protocol):

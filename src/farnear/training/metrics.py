@@ -1,17 +1,16 @@
-"""What a run writes about itself while it goes: JSON lines in its folder, progress on the terminal.
+"""What a run writes about itself while it goes: JSON lines in its folder.
 
 `metrics.jsonl` holds one object a step and `eval.jsonl` one an evaluation; everything that draws or compares runs reads
 those. A resumed run continues the files from its checkpoint's step: lines of steps that are trained again are cut off
-first, so that a step never stands there twice. Only rank 0 writes and speaks.
+first, so that a step never stands there twice. Only rank 0 writes.
 """
 
 import json
 import math
 import resource
-from collections import deque
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from time import monotonic
 from typing import Any
 
 import torch
@@ -57,43 +56,21 @@ def cut_after(path: Path, step: int) -> None:
             file.write(b"".join(line + b"\n" for line in kept))
 
 
+def readable_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a file, as far as they can be read; none where it is not there."""
+    records = []
+    with suppress(OSError):
+        for line in path.read_bytes().splitlines():
+            with suppress(ValueError):  # a kill came in the middle of it
+                records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict)]
+
+
 def mean_loss(records: Iterable[Mapping[str, Any]]) -> float | None:
     """Of the pairs in some steps. An epoch's last batch may hold one pair only, whose loss is 0."""
     known = [record for record in records if record["loss"] is not None and record["pairs"]]
     pairs = sum(record["pairs"] for record in known)
     return sum(record["loss"] * record["pairs"] for record in known) / pairs if pairs else None
-
-
-class ProgressLines:
-    """Progress lines: the loss since the line before, and the time that is left by the last fifty steps."""
-
-    def __init__(self, total_steps: int, logging_steps: int) -> None:
-        self._total_steps = total_steps
-        self._logging_steps = logging_steps
-        self._recent: deque[tuple[int, float]] = deque(maxlen=50)
-        self._since_line: list[Mapping[str, Any]] = []
-
-    def show(self, record: Mapping[str, Any]) -> None:
-        """Print a step's line when it is due."""
-        step = record["step"]
-        self._recent.append((step, monotonic()))
-        self._since_line.append(record)
-        if step % self._logging_steps and step != self._total_steps:
-            return
-        (first, then), (last, now) = self._recent[0], self._recent[-1]
-        left = (
-            "" if last == first else f"  {_duration((self._total_steps - last) * (now - then) / (last - first))} left"
-        )
-        norm = f"{record['grad_norm']:.3f}"
-        if math.isnan(record["grad_norm"]):
-            # Where nothing is left out, fp16 has scaled a gradient too far up.
-            norm = f"none, {what} not finite" if (what := record["left_out"]) else "too large for fp16, step skipped"
-        print(
-            f"step {step}/{self._total_steps}  loss {mean_loss(self._since_line) or 0.0:.4f}  lr {record['lr']:.2e}  "
-            f"grad norm {norm}  {record['pairs_per_s']:.1f} pairs/s{left}",
-            flush=True,
-        )
-        self._since_line.clear()
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -109,9 +86,3 @@ def model_flops_utilisation(flops: float, seconds: Mapping[str, float], device: 
         return None
     gpu = gpu_of_device(torch.cuda.get_device_name(device))
     return None if gpu is None else flops / max(seconds["pass_one"] + seconds["pass_two"], 1e-9) / gpu.bf16_flops
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -24,6 +24,8 @@ from farnear.training.engine import build_model
 from farnear.training.guard import Guard, StopAskedError
 from farnear.training.opening import prepare_workers
 from farnear.training.shards import kinds_held, open_data, refuse_unsupported
+from farnear.training.terminal import Terminal
+from farnear.training.watch import Watch
 from farnear.wording import counted
 
 
@@ -52,8 +54,9 @@ def mine_on_ranks(config: RunConfig, folder: Path, inputs: str, signals: Signals
         on_main_rank(world, lambda: claim.enter_context(claimed(RunFolder(folder))))
         # It speaks of what was there before, which from now on is changed.
         on_main_rank(world, lambda: (folder / DONE).unlink(missing_ok=True))
-        guard = Guard(world, signals)
-        mined = _mine(config, world, folder, guard.stop_if_asked)
+        guard, watch = Guard(world, signals), Watch()
+        with Terminal(watch, is_main=world.is_main) as terminal:
+            mined = _mine(config, world, folder, guard.stop_if_asked, watch, terminal)
         if world.is_main:
             replace_text(folder / DONE, json.dumps({"inputs": inputs, "files": files_left(folder)}, indent=1) + "\n")
             print(summary(mined), flush=True)
@@ -80,13 +83,18 @@ def summary(mined: Mined) -> str:
     )
 
 
-def _mine(config: RunConfig, world: World, folder: Path, between: Callable[[], None]) -> Mined:
+def _mine(
+    config: RunConfig, world: World, folder: Path, between: Callable[[], None], watch: Watch, terminal: Terminal
+) -> Mined:
+    watch.at("shards")
     if config.data.dataloader_num_workers:
         prepare_workers()
     data = open_data(config.data, config.evaluation, world)
     between()
+    watch.at("model")
     built = build_model(config, EmbedderKind(config), world)
     refuse_unsupported(built.model, config.model.name_or_path, kinds_held(data))
     facts = embedder_facts(config, built, world)
-    by = built.inference(config, world, between=between)
+    terminal.begin()
+    by = built.inference(config, world, between=between, told=watch.counts("mining"))
     return mine_judged(config, data, by, folder, facts)

@@ -11,6 +11,7 @@ import multiprocessing
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from multiprocessing import forkserver
 from pathlib import Path
@@ -20,6 +21,7 @@ import xxhash
 
 import farnear
 from farnear.config import RunConfig, dump_config, load_config
+from farnear.course import Course
 from farnear.data.faults import Fault
 from farnear.data.order import Order
 from farnear.data.remote import shown
@@ -29,11 +31,12 @@ from farnear.model.base import at_commit
 from farnear.model.card_facts import CardFacts
 from farnear.model.export import heal_export
 from farnear.parallel.strategy import LossScale, Strategy
-from farnear.parallel.trackers import Trackers
+from farnear.parallel.trackers import Told, Trackers
 from farnear.parallel.world import World, on_main_rank
 from farnear.processes import deaf_children
 from farnear.run_folder import Resume, RunFolder
 from farnear.status import write_status
+from farnear.tracking import refuse_missing_trackers
 from farnear.training.cards import facts_of_run
 from farnear.training.checkpoint import Checkpoint, Progress, checkpoint_to_resume, folder_name
 from farnear.training.choices import Choices
@@ -41,8 +44,9 @@ from farnear.training.embedders import EmbedderKind
 from farnear.training.engine import BuiltModel, build_model
 from farnear.training.guard import Guard
 from farnear.training.kind import Gradient, Kind, Setting
-from farnear.training.metrics import cut_after
+from farnear.training.metrics import cut_after, readable_lines
 from farnear.training.mined import negatives_of_checkpoint
+from farnear.training.optim import steps_of
 from farnear.training.rerankers import RerankerKind
 from farnear.training.restoring import load_state
 from farnear.training.resume import (
@@ -56,6 +60,7 @@ from farnear.training.retention import Retention, set_aside
 from farnear.training.saving import Saver, point_at_best
 from farnear.training.scale import LearnedScale, TrainedState
 from farnear.training.shards import RunData, open_data
+from farnear.training.terminal import Terminal
 from farnear.training.watch import Watch
 from farnear.wording import counted
 
@@ -65,7 +70,7 @@ class Run:
     """What the phases of a run share.
 
     Attributes:
-        total_steps: Of the whole run, from its first step.
+        course: Of the whole run, from its first step.
         kind: What is trained.
         gradient: Of a batch.
         choices: Made for it by the memory that was found.
@@ -74,6 +79,7 @@ class Run:
         saver: Publishes it.
         guard: Knows when the run is to stop.
         watch: Is told where it is.
+        terminal: Shows it.
         facts: For the cards of what it exports.
     """
 
@@ -82,7 +88,7 @@ class Run:
     folder: RunFolder
     data: RunData
     order: Order
-    total_steps: int
+    course: Course
     kind: Kind
     built: BuiltModel
     gradient: Gradient
@@ -92,6 +98,7 @@ class Run:
     saver: Saver
     guard: Guard
     watch: Watch
+    terminal: Terminal
     trackers: Trackers
     facts: CardFacts
 
@@ -101,7 +108,12 @@ class Run:
 
 
 def open_run(
-    config: RunConfig, resume: Resume | None, world: World, guard: Guard | None = None, watch: Watch | None = None
+    config: RunConfig,
+    resume: Resume | None,
+    world: World,
+    guard: Guard | None = None,
+    watch: Watch | None = None,
+    terminal: Terminal | None = None,
 ) -> tuple[Run, Progress]:
     """Everything that must be there before the first step, and where the run stands. A collective.
 
@@ -110,6 +122,7 @@ def open_run(
         StopAskedError: A signal has come. Nothing is done that would have to be saved.
     """
     guard, watch = guard or Guard(world), watch or Watch()
+    refuse_missing_trackers(config.training.report_to)
 
     def begin(part: str) -> None:
         watch.at(part, step=0)
@@ -147,17 +160,24 @@ def open_run(
             tell_of_other_ranks(checkpoint, config, world)
     kind.refuse(built.model, data)
     begin("first stage")
-    kind.prepare(data, Setting(world, folder.path, guard.stop_if_asked, lambda: watch.at("first stage: search")))
+    searched = partial(watch.at, "first stage: search")
+    kind.prepare(data, Setting(world, folder.path, guard.stop_if_asked, searched, watch.counts("first stage")))
     if checkpoint is not None:
         progress = with_best_that_compares(progress, config, data, folder, resume, world)
     begin("run folder")
-    on_main_rank(world, lambda: prepare_folder(config, folder, progress, data.train.faults, damaged))
+    course, trackers = course_of_run(config, order, total_steps, data, world), Trackers()
+
+    def prepare() -> None:
+        told = what_was_told(folder) if progress.step else Told()
+        prepare_folder(config, folder, progress, course, data.train.faults, damaged)
+        trackers.start(config.training.report_to, folder, config.model_dump(mode="json"), progress.step, told)
+
+    on_main_rank(world, prepare)
     about = about_the_run(config)
     commit = progress.base.get("commit")
     how: dict[str, Any] = {"total_steps": total_steps, "commit": commit, "versions": about["versions"]}
     facts = on_main_rank(world, lambda: facts_of_run(config, data, built, world, **how))
     on_main_rank(world, lambda: replace_text(folder.card, facts.model_dump_json(indent=1) + "\n"))
-    trackers = Trackers(config.training.report_to if world.is_main else (), folder.path, config.model_dump(mode="json"))
     begin("choices")
     gradient, choices = kind.step(built, data, progress, world, watch, scale)
     progress = replace(progress, choices=asdict(choices))
@@ -177,7 +197,7 @@ def open_run(
         folder=folder,
         data=data,
         order=order,
-        total_steps=total_steps,
+        course=course,
         kind=kind,
         built=built,
         gradient=gradient,
@@ -187,6 +207,7 @@ def open_run(
         saver=saver,
         guard=guard,
         watch=watch,
+        terminal=terminal or Terminal(watch, is_main=world.is_main),
         trackers=trackers,
         facts=facts,
     )
@@ -196,6 +217,28 @@ def open_run(
 def held_to_commit(config: RunConfig, progress: Progress) -> RunConfig:
     """The run file with the base model at the commit that the run trains; what is written down stays as it was said."""
     return config.model_copy(update={"model": at_commit(config.model, progress.base.get("commit"))})
+
+
+def course_of_run(config: RunConfig, order: Order, total_steps: int, data: RunData, world: World) -> Course:
+    """What the run goes through."""
+    return Course(
+        total_steps=total_steps,
+        epochs=order.schedule.epoch_of(total_steps - 1) + 1,
+        ranks=world.world_size,
+        eval_steps=steps_of(config.evaluation.eval_steps, total_steps),
+        save_steps=steps_of(config.training.save_steps, total_steps),
+        refresh_steps=steps_of(config.mining.refresh_every, total_steps),
+        evaluates=data.whole is not None,
+    )
+
+
+def what_was_told(folder: RunFolder) -> Told:
+    """What the records say that trackers have been told, before they are cut back."""
+    steps = [int(record.get("step", 0)) for record in readable_lines(folder.metrics)[-1:]]
+    evaluations = [
+        (str(record.get("kind")), int(record.get("step", 0))) for record in readable_lines(folder.evaluations)
+    ]
+    return Told(max(steps, default=0), frozenset(evaluations))
 
 
 def set_loss_scale(strategy: Strategy, saved: Progress) -> None:
@@ -224,7 +267,12 @@ def prepare_workers() -> None:
 
 
 def prepare_folder(
-    config: RunConfig, folder: RunFolder, progress: Progress, faults: Sequence[Fault], damaged: Mapping[Path, str]
+    config: RunConfig,
+    folder: RunFolder,
+    progress: Progress,
+    course: Course,
+    faults: Sequence[Fault],
+    damaged: Mapping[Path, str],
 ) -> None:
     """Save the resolved run file, check that it loads to the same config, and cut the records back to where it stands.
 
@@ -257,7 +305,7 @@ def prepare_folder(
     told = [{**asdict(fault), "shard": shown(fault.shard)} for fault in faults]
     replace_text(folder.faults, "".join(json.dumps(record) + "\n" for record in told))
     folder.summary.unlink(missing_ok=True)
-    write_status(folder, "running", step=step)
+    write_status(folder, "running", step=step, **course.as_plain())
 
 
 def set_all_aside(damaged: Mapping[Path, str]) -> None:

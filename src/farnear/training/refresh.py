@@ -41,14 +41,16 @@ def mine_again(run: Run, progress: Progress) -> tuple[Negatives, Progress]:
     config, world, step, started = run.config, run.world, progress.step, perf_counter()
     path = negatives_path(run.folder, step)
 
-    def between() -> None:
-        run.watch.at("mining", step=step)
-        run.guard.stop_if_asked()
-
     run.watch.at("mining", step=step)
     with run.watch.patient():
         facts = {**embedder_facts(config, run.built, world), "step": step}
-    by = run.built.inference(config, world, between=between, moved=lambda: run.watch.at("mining: search", step=step))
+    by = run.built.inference(
+        config,
+        world,
+        between=run.guard.stop_if_asked,
+        moved=lambda: run.watch.at("mining: search", step=step),
+        told=run.watch.counts("mining", step),
+    )
     mined = mine_judged(config, run.data, by, path.parent, facts)
     run.watch.at("mining: read", step=step)
     with run.watch.patient():

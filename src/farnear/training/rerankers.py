@@ -89,8 +89,15 @@ class RerankerKind:
         tasks = [data.whole, data.sample if self._config.evaluation.eval_steps is not None else None]
         if name is None or data.whole is None:
             return
-        how = {"between": setting.between, "moved": setting.moved}
-        with embedder_beside(self._config, name, kinds_of(data.whole.index), setting.world, **how) as embedder:
+        with embedder_beside(
+            self._config,
+            name,
+            kinds_of(data.whole.index),
+            setting.world,
+            between=setting.between,
+            moved=setting.moved,
+            told=setting.told,
+        ) as embedder:
             self._found = {task.fingerprint: found_by(embedder, task, k) for task in tasks if task is not None}
 
     def step(
@@ -149,7 +156,7 @@ class RerankerKind:
         """See `Kind`: the measures of the reranked candidates."""
         evaluation = self._config.evaluation
         first = self._found.get(task.fingerprint) or given(task, evaluation.rerank_k)
-        by = built.inference(self._config, setting.world, pick=self._pick, between=setting.between)
+        by = built.inference(self._config, setting.world, pick=self._pick, between=setting.between, told=setting.told)
         second = rerank(task, first, by)
         seconds = {"embedder": first.seconds_per_query, "reranker": second.seconds_per_query}
         more: dict[str, Any] = {"rerank_k": evaluation.rerank_k, "pairs": second.pairs, "embedder": first.measures}

@@ -33,15 +33,16 @@ from farnear.training.describe import derived_numbers
 from farnear.training.guard import Guard, StopAskedError
 from farnear.training.kind import Setting
 from farnear.training.loop import Parts, train
-from farnear.training.metrics import ProgressLines, append_line
+from farnear.training.metrics import append_line, readable_lines
 from farnear.training.opening import Run, open_run, set_all_aside, set_loss_scale
-from farnear.training.optim import learning_rate_schedule, steps_of
+from farnear.training.optim import learning_rate_schedule
 from farnear.training.quarantine import Quarantine
 from farnear.training.refresh import mine_again
 from farnear.training.restoring import load_state
 from farnear.training.resume import new_course, with_place
 from farnear.training.saving import point_at_best
 from farnear.training.summary import write_summary
+from farnear.training.terminal import Terminal
 from farnear.training.watch import Watch
 from farnear.training.watchdog import SHARE_OF_TIMEOUT, Watchdog, clear_heartbeats
 from farnear.wording import counted
@@ -66,11 +67,13 @@ def train_in(
     """
     folder = RunFolder(Path(config.output_dir))
     watch = Watch(PATIENCE.total_seconds())
+    terminal = Terminal(watch, is_main=world.is_main)
     with ExitStack() as stack:
         on_main_rank(world, lambda: _claim(folder, resume, stack))
-        stack.enter_context(Watchdog(watch, folder, world.rank, world.world_size, _end_hung(folder)))
+        stack.enter_context(Watchdog(watch, folder, world.rank, world.world_size, _end_hung(folder, terminal)))
+        stack.enter_context(terminal)
         try:
-            return _train(world, config, resume, Guard(world, signals), watch)
+            return _train(world, config, resume, Guard(world, signals), watch, terminal)
         except BaseException as error:
             told = _told(error, world, watch)
             write_failure(folder, told, None if isinstance(told, UserError) else world.rank)
@@ -103,8 +106,9 @@ def _claim(folder: RunFolder, resume: Resume | None, claim: ExitStack) -> None:
     write_status(folder, "running", step=None)
 
 
-def _end_hung(folder: RunFolder) -> Callable[[RunStoppedError | None], None]:
+def _end_hung(folder: RunFolder, terminal: Terminal) -> Callable[[RunStoppedError | None], None]:
     def end(error: RunStoppedError | None) -> None:
+        terminal.close()
         if error is not None:
             write_failure(folder, error)
             tell(error)
@@ -114,10 +118,12 @@ def _end_hung(folder: RunFolder) -> Callable[[RunStoppedError | None], None]:
     return end
 
 
-def _train(world: World, config: RunConfig, resume: Resume | None, guard: Guard, watch: Watch) -> dict[str, Any]:
+def _train(
+    world: World, config: RunConfig, resume: Resume | None, guard: Guard, watch: Watch, terminal: Terminal
+) -> dict[str, Any]:
     started = perf_counter()
-    run, progress = open_run(config, resume, world, guard, watch)
-    with run.saver:
+    run, progress = open_run(config, resume, world, guard, watch, terminal)
+    with run.saver, run.trackers:
         parts = loop_parts(run)
         if world.is_main:
             print(derived_numbers(parts, run.data, run.built), flush=True)
@@ -131,14 +137,13 @@ def _train(world: World, config: RunConfig, resume: Resume | None, guard: Guard,
         if config.evaluation.eval_on_start and progress.step == 0:
             measure(run, "before", 0)
         progress = train(parts, progress)
-    exported_step = progress.step
-    if config.training.load_best_model_at_end and progress.best_step is not None and load_best(run, progress.best_step):
-        exported_step = progress.best_step
-    measure(run, "after", progress.step)
-    export(run, exported_step, after=True)
-    watch.at("summary")
+        exported_step, best = progress.step, progress.best_step
+        if config.training.load_best_model_at_end and best is not None and load_best(run, best):
+            exported_step = best
+        measure(run, "after", progress.step)
+        export(run, exported_step, after=True)
+        watch.at("summary")
     with watch.patient():
-        run.trackers.close()
         if world.is_main:
             print(f"exported {run.folder.export}", flush=True)
         seconds = perf_counter() - started
@@ -171,13 +176,14 @@ def finish(run: Run, progress: Progress, exported_step: int, seconds: float) -> 
         exported_step=exported_step,
         base_commit=progress.base.get("commit"),
     )
-    write_status(run.folder, "finished", step=progress.step, exit_code=0)
+    write_status(run.folder, "finished", step=progress.step, **run.course.as_plain(), exit_code=0)
     return summary
 
 
 def loop_parts(run: Run) -> Parts:
     """What the loop turns."""
-    config, world, training, total_steps = run.config, run.world, run.config.training, run.total_steps
+    config, world, training, course = run.config, run.world, run.config.training, run.course
+    total_steps = course.total_steps
     loader = TrainLoader(
         run.order,
         run.kind.dealing(run.data, run.built, run.choices, world),
@@ -188,16 +194,23 @@ def loop_parts(run: Run) -> Parts:
         prefetch_shards=config.data.remote_prefetch_shards,
         pin_memory=world.device.type == "cuda",
     )
-    lines = ProgressLines(total_steps, training.logging_steps)
+    run.terminal.pace.take(
+        evaluations=readable_lines(run.folder.evaluations),
+        minings=readable_lines(run.folder.minings),
+        saves=readable_lines(run.folder.saves),
+    )
+    run.terminal.begin(course, training.logging_steps)
 
     def record(figures: dict[str, Any]) -> None:
         if world.is_main:
             append_line(run.folder.metrics, figures)
-            lines.show(figures)
-            run.trackers.log(figures, figures["step"])
+            run.terminal.step(figures)
+            run.trackers.log_step(figures)
 
     def mined_again(progress: Progress) -> Progress:
+        started = perf_counter()
         negatives, progress = mine_again(run, progress)
+        run.terminal.pace.took("mining", perf_counter() - started)
         loader.deal_by(run.kind.dealing(replace(run.data, negatives=negatives), run.built, run.choices, world))
         return progress
 
@@ -228,9 +241,9 @@ def loop_parts(run: Run) -> Parts:
         export=lambda step: export(run, step),
         hurry=hurry,
         total_steps=total_steps,
-        eval_steps=steps_of(config.evaluation.eval_steps, total_steps),
-        save_steps=steps_of(training.save_steps, total_steps),
-        refresh_steps=steps_of(config.mining.refresh_every, total_steps),
+        eval_steps=course.eval_steps,
+        save_steps=course.save_steps,
+        refresh_steps=course.refresh_steps,
     )
 
 
@@ -244,20 +257,21 @@ def measure(run: Run, kind: str, step: int) -> float:
     if task is None:
         return float("nan")
 
-    def between() -> None:
-        run.watch.at("evaluation", step=step)
-        run.guard.stop_if_asked()
-
+    started = perf_counter()
     setting = Setting(
-        run.world, run.folder.path, between=between, moved=lambda: run.watch.at("evaluation: search", step=step)
+        run.world,
+        run.folder.path,
+        between=run.guard.stop_if_asked,
+        moved=lambda: run.watch.at("evaluation: search", step=step),
+        told=run.watch.counts("evaluation", step),
     )
     found = run.kind.evaluate(task, run.built, setting)
     if run.world.is_main:
-        size = {"queries": len(task.relevant), "pages": task.pages}
-        append_line(
-            run.folder.evaluations, {"step": step, "kind": kind, **size, "metrics": found.measures, **found.more}
-        )
-        run.trackers.log({"eval": found.measures}, step)
+        record = {"step": step, "kind": kind, "queries": len(task.relevant), "pages": task.pages}
+        record |= {"seconds": round(perf_counter() - started, 2), "metrics": found.measures, **found.more}
+        append_line(run.folder.evaluations, record)
+        run.terminal.pace.take(evaluations=[record])
+        run.trackers.log_evaluation(kind, found.measures, step)
         print(f"nDCG@10 {kind} training {found.text}  ({task.pages} pages, {len(task.relevant)} queries)", flush=True)
     return found.measures[found.headline][run.config.evaluation.metric_for_best_model]
 
@@ -265,7 +279,9 @@ def measure(run: Run, kind: str, step: int) -> float:
 def save(run: Run, progress: Progress, *, periodic: bool) -> None:
     """Have a checkpoint published, and `best` point at the best one. A collective."""
     if progress.step != run.saver.saved_step:
+        started = perf_counter()
         run.saver.save(run.state, progress, periodic=periodic)
+        run.terminal.pace.took("save", perf_counter() - started)
     elif run.world.is_main:
         point_at_best(run.folder, progress)
 

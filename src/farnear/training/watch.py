@@ -1,7 +1,8 @@
 """Where a rank is: the phase, step and mini-batch that its training is in, and the pairs that it has in hand.
 
 The training says so as it goes, which costs an assignment. Others read it: the watchdog, which tells all ranks by
-heartbeats, and reports it when nothing moves any more. The thread that saves checkpoints has a place of its own.
+heartbeats, and reports it when nothing moves any more; and the terminal, which shows how far it is with what takes
+long. The thread that saves checkpoints has a place of its own.
 """
 
 import math
@@ -19,6 +20,18 @@ Int64 = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
+class Count:
+    """How far a phase is, on all ranks together: ``done`` of ``total`` pages, queries, pairs."""
+
+    what: str
+    done: int
+    total: int
+
+    def __str__(self) -> str:
+        return f"{self.done:,} of {self.total:,} {self.what}"
+
+
+@dataclass(frozen=True)
 class Place:
     """Where a rank is.
 
@@ -26,18 +39,27 @@ class Place:
         step: From 1, as in metrics.jsonl.
         mini_batch: From 1, of all that the phase goes through.
         pairs: Rows of the index that are in hand.
+        count: How far the phase is, where that can be counted.
     """
 
     phase: str
     step: int | None = None
     mini_batch: int | None = None
     pairs: Int64 | None = None
+    count: Count | None = None
 
     def __str__(self) -> str:
-        parts = [f"step {self.step}" if self.step is not None else "", self.phase]
+        return ", ".join(filter(None, [f"step {self.step}" if self.step is not None else "", self.in_step]))
+
+    @property
+    def in_step(self) -> str:
+        """The same without the step."""
+        parts = [self.phase]
         if self.mini_batch is not None:
             parts.append(f"mini-batch {self.mini_batch}")
-        return ", ".join(filter(None, parts))
+        if self.count is not None:
+            parts.append(str(self.count))
+        return ", ".join(parts)
 
     def as_plain(self) -> dict[str, Any]:
         """For a record; without the pairs."""
@@ -63,7 +85,13 @@ class Watch:
         self.name_of_pair: Callable[[int], str] = str
 
     def at(
-        self, phase: str, *, step: int | None = None, mini_batch: int | None = None, pairs: Int64 | None = None
+        self,
+        phase: str,
+        *,
+        step: int | None = None,
+        mini_batch: int | None = None,
+        pairs: Int64 | None = None,
+        count: Count | None = None,
     ) -> None:
         """The training has come to this phase; it stays in its step, and has the step's pairs in hand, unless told."""
         self.place = Place(
@@ -71,8 +99,13 @@ class Watch:
             self.place.step if step is None else step,
             mini_batch,
             self.place.pairs if pairs is None else pairs,
+            count,
         )
         self.moves += 1
+
+    def counts(self, phase: str, step: int | None = None) -> Callable[[str, int, int], None]:
+        """What to call with (what, done, total) as a phase goes on."""
+        return lambda what, done, total: self.at(phase, step=step, count=Count(what, done, total))
 
     @contextmanager
     def patient(self, seconds: float = PATIENCE.total_seconds()) -> Iterator[None]:
