@@ -275,7 +275,8 @@ def model_beside(config: RunConfig, name: str) -> ModelConfig:
 def models_named(config: RunConfig) -> list[ModelConfig]:
     """The model that is trained, and those that are asked beside it."""
     names = (config.evaluation.embedder, config.mining.reranker)
-    return [config.model, *(model_beside(config, name) for name in names if name is not None)]
+    trained = list(config.model.towers.values()) or [config.model]
+    return [*trained, *(model_beside(config, name) for name in names if name is not None)]
 
 
 def known_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
@@ -323,7 +324,10 @@ def _advice(key: str) -> str:
     leaf = key.rsplit(".", 1)[-1]
     if leaf in FOREIGN_KEYS:
         return f"{key} is not a key of farnear: {FOREIGN_KEYS[leaf]}"
-    nearest = max(known_keys(), key=lambda known: _likeness(key, known))
+    # Of equals the one in the same section.
+    nearest = max(
+        known_keys(), key=lambda known: (_likeness(key, known), known.rpartition(".")[0] == key.rpartition(".")[0])
+    )
     if _likeness(key, nearest) < 0.5:
         section = key.rpartition(".")[0]
         there = [known.rpartition(".")[2] for known in known_keys() if known.rpartition(".")[0] == section]

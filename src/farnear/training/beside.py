@@ -17,10 +17,11 @@ from farnear.config import RunConfig, model_beside
 from farnear.errors import UserError
 from farnear.model.embedder import Embedder, Preprocessing
 from farnear.model.hub import refuse_missing_folder
-from farnear.model.load import load_model, stored_kind
+from farnear.model.load import load_model
 from farnear.model.load_reranker import load_reranker
 from farnear.model.pairs import PairPicker, PairPreprocessing
 from farnear.model.reranker import Reranker, shares_images
+from farnear.model.stored import stored_kind
 from farnear.model.trainable import frozen_hash
 from farnear.parallel.forward_only import ForwardOnly
 from farnear.parallel.world import World

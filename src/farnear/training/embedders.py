@@ -15,7 +15,7 @@ from farnear.errors import UserError
 from farnear.loss.own import load_own_loss
 from farnear.model.embedder import Embedder, Preprocessing
 from farnear.model.export import export_model
-from farnear.model.load import embedding_dimension, load_model
+from farnear.model.load import load_model
 from farnear.model.pixels import page_tokens
 from farnear.parallel.world import World
 from farnear.retrieve.evaluate import RetrievalTask, evaluate
