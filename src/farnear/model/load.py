@@ -29,7 +29,7 @@ from farnear.model.patches import multiply_patches
 from farnear.model.pixels import call_settings, image_processor_of, is_qwen_family
 from farnear.model.router import join
 from farnear.model.stored import stored_configs, stored_kind
-from farnear.model.towers import KINDS, know_combinations, readers
+from farnear.model.towers import KINDS, know_combinations, modalities_of, readers
 from farnear.offline import PREFETCH, is_offline
 from farnear.sections import ModelConfig
 
@@ -63,7 +63,7 @@ def load_model(
     know_combinations(model)
     if config.router is None and config.pooling is not None and (own := _pooling_of(model)) != config.pooling:
         raise UserError(
-            f"model {config.name_or_path} has its own pooling ({own or 'none'}), but model.pooling says {config.pooling}; "
+            f"model {config.name_or_path} has its own pooling ({own or 'by its last layers'}), but model.pooling says {config.pooling}; "
             "take model.pooling out of the run file"
         )
     bring_to(dtype, model)
@@ -157,7 +157,7 @@ def refuse_text_alone(model: "BaseModel", config: ModelConfig) -> None:
     """Raise UserError for a model that reads nothing but texts."""
     if not any(model.supports(kind) for kind in KINDS if kind != "text"):  # type: ignore[arg-type]
         raise UserError(
-            f"model {config.title} has no image support (modalities: {', '.join(map(str, model.modalities))}), "
+            f"model {config.title} has no image support (modalities: {modalities_of(model)}), "
             "so it cannot read pages; set model.name_or_path to a vision-language model, or join it with one that "
             "reads images in model.router"
         )

@@ -19,7 +19,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize
 from torch import nn
 
 from farnear.errors import UserError
-from farnear.model.towers import KINDS, combinations_of
+from farnear.model.towers import KINDS, combinations_of, modalities_of
 from farnear.sections import ModelConfig
 
 # Whose embeddings the others are projected to: the first of these that there is.
@@ -71,7 +71,7 @@ def _mappings(
         if not tower.supports(name):  # type: ignore[arg-type]
             raise UserError(
                 f"model.router.{name}: model {config.towers[name].name_or_path} reads no {name} (modalities: "
-                f"{', '.join(map(str, tower.modalities))}); name one that does"
+                f"{modalities_of(tower)}); name one that does"
             )
         mappings[None, name] = name
     for name, tower in sorted(towers.items(), key=lambda one: one[0] == "text"):

@@ -56,6 +56,11 @@ def takes(model: "BaseModel", side: str, kind: str) -> bool:
     return word in known
 
 
+def modalities_of(model: "BaseModel") -> str:
+    """All that a model reads, in words."""
+    return ", ".join("+".join(one) if isinstance(one, tuple) else str(one) for one in model.modalities)
+
+
 def readers(model: "BaseModel") -> list[Any]:
     """The modules that read anything, each once."""
     first: Any = model[0]

@@ -31,14 +31,14 @@ from farnear.retrieve.mine import Mined, mine
 from farnear.retrieve.rerank import score_own_pairs
 from farnear.training.engine import inference_of
 from farnear.training.pages_once import settle_pages_once
-from farnear.training.shards import RunData, kinds_of, refuse_unsupported
+from farnear.training.shards import Held, RunData, kinds_of, refuse_unsupported
 
 
 @contextmanager
 def embedder_beside(
     config: RunConfig,
     name: str,
-    kinds: Collection[str],
+    kinds: Collection[Held],
     world: World,
     *,
     between: Callable[[], None] = nothing,
@@ -63,7 +63,7 @@ def embedder_beside(
 
 @contextmanager
 def reranker_beside(
-    config: RunConfig, name: str, kinds: Collection[str], world: World, *, between: Callable[[], None] = nothing
+    config: RunConfig, name: str, kinds: Collection[Held], world: World, *, between: Callable[[], None] = nothing
 ) -> Iterator[tuple[Inference, str]]:
     """A cross-encoder, held until the context ends, and a fingerprint of its weights. A collective.
 

@@ -86,7 +86,7 @@ def _mine(config: RunConfig, world: World, folder: Path, between: Callable[[], N
     data = open_data(config.data, config.evaluation, world)
     between()
     built = build_model(config, EmbedderKind(config), world)
-    refuse_unsupported(built.model, config.model.name_or_path, kinds_held(data))
+    refuse_unsupported(built.model, config.model.title, kinds_held(data))
     facts = embedder_facts(config, built, world)
     by = built.inference(config, world, between=between)
     return mine_judged(config, data, by, folder, facts)
