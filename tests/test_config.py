@@ -108,7 +108,7 @@ def test_advice_for_foreign_keys_names_known_keys_only() -> None:
         ("training.global_batch_size=100000000000000", ["training.global_batch_size", "1048576"]),
         ("loss={matryoshka_dims: [64, 32], matryoshka_weights: [1, 0]}", ["matryoshka_weights must be positive"]),
         ("model={name_or_path: x, min_pixels: 9, max_pixels: 4}", ["min_pixels 9 is above max_pixels 4"]),
-        ("model.name_or_path=", ["model.name_or_path", "not None"]),
+        ("model.name_or_path=", ["'model.name_or_path' is missing", "model.router"]),
         ("model.router={text: a, image: b}", ["name_or_path and router are both given", "take one of them out"]),
         ("model={router: {text: a}}", ["model.router: it has text", "two models or more"]),
         ("model={router: {text: a, query: b}}", ["model.router: it has text, query", "by their side"]),

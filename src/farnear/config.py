@@ -186,6 +186,8 @@ class RunConfig(Section):
             if "pair" in asked:
                 raise ValueError("mini-batches of pairs are a reranker's, and there is no section reranker")
             return self
+        if self.model.router is not None:
+            raise ValueError("a reranker reads query and page in one model; set model.name_or_path, not model.router")
         if self.loss != LossConfig():
             raise ValueError(
                 "section loss is an embedder's; a reranker's loss stands in section reranker: take one out"
@@ -275,8 +277,7 @@ def model_beside(config: RunConfig, name: str) -> ModelConfig:
 def models_named(config: RunConfig) -> list[ModelConfig]:
     """The model that is trained, and those that are asked beside it."""
     names = (config.evaluation.embedder, config.mining.reranker)
-    trained = list(config.model.towers.values()) or [config.model]
-    return [*trained, *(model_beside(config, name) for name in names if name is not None)]
+    return [*config.model.by_key.values(), *(model_beside(config, name) for name in names if name is not None)]
 
 
 def known_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:

@@ -149,6 +149,11 @@ class ModelConfig(Section):
     prompts: dict[str, str] | None = None
     """Prompts by name; `query` and `document` are used in training, evaluation and export. Unset: the model's own."""
 
+    @field_validator("name_or_path", mode="before")
+    @classmethod
+    def _null_is_unset(cls, value: Any) -> Any:
+        return "" if value is None else value
+
     @field_validator("freeze", mode="before")
     @classmethod
     def _one_or_several(cls, value: Any) -> Any:
@@ -166,6 +171,11 @@ class ModelConfig(Section):
         shared = self.model_copy(update={"router": None, "prompts": None, "freeze": (), "normalize": False})
         joined = self.router.by_route if self.router else {}
         return {name: shared.model_copy(update=tower.model_dump()) for name, tower in joined.items()}
+
+    @property
+    def by_key(self) -> "dict[str, ModelConfig]":
+        """The models that are loaded, by the key of the run file that names each."""
+        return {f"model.router.{name}": tower for name, tower in self.towers.items()} or {"model.name_or_path": self}
 
     @model_validator(mode="after")
     def _one_model_or_joined(self) -> "ModelConfig":

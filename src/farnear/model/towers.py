@@ -58,7 +58,10 @@ def takes(model: "BaseModel", side: str, kind: str) -> bool:
 
 def modalities_of(model: "BaseModel") -> str:
     """All that a model reads, in words."""
-    return ", ".join("+".join(one) if isinstance(one, tuple) else str(one) for one in model.modalities)
+    known = model.modalities
+    # Where there are messages any of the single ones go together.
+    singles = [kind for kind in known if isinstance(kind, str)]
+    return ", ".join(singles if "message" in known else ["+".join(one) if isinstance(one, tuple) else one for one in known])
 
 
 def readers(model: "BaseModel") -> list[Any]:
@@ -102,6 +105,8 @@ def know_combinations(model: "BaseModel") -> None:
 
 def unreached(model: Any) -> list[str]:
     """Names of the modules and parameters of dual encoders that no input goes through."""
+    if not hasattr(model, "modalities"):  # a plan's stand-in
+        return []
     names = {id(module): name for name, module in model.named_modules()}
     return [
         f"{names[id(reader.model)]}.{name}"

@@ -24,7 +24,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from farnear.errors import UserError
-from farnear.model.towers import leave_out_unreached, readers
+from farnear.model.towers import is_router, leave_out_unreached
 from farnear.sections import ModelConfig
 
 if TYPE_CHECKING:  # a plan needs neither the model nor the seconds of this import
@@ -153,10 +153,10 @@ def add_adapters(model: "BaseModel", config: ModelConfig, *, seed: int) -> Any:
     inner: Any = model.transformers_model
     if inner is None:
         raise UserError(f"model.lora: {config.name_or_path} holds no transformers model; take model.lora out")
-    if len(models := readers(model)) > 1:
+    if any(is_router(module) for module in model.modules()):
         raise UserError(
-            f"model.lora adapts one model, and {config.name_or_path} is a Router of {len(models)}; take it out, or "
-            "freeze what is not to train"
+            f"model.lora adapts one model, and {config.name_or_path} is a Router of several; take it out, or freeze "
+            "what is not to train"
         )
     settings = lora_settings(config)
     from peft import LoraConfig, get_peft_model
