@@ -128,3 +128,56 @@ def test_a_run_on_inputs(
     tmp_path: Path, models: dict[str, dict[str, Any]], model: str, members: Members, moved: list[str]
 ) -> None:
     trained_and_checked(tmp_path, write_shards(tmp_path / "data", members), models[model], moved)
+
+
+UNSUPPORTED: list[tuple[str, dict[str, bytes], str]] = [
+    ("clip", {"query.txt": b"q", "wav": sound(1, 8000)}, "documents of the kind audio, which .* does not take .mod"),
+    ("clip", {"query.txt": b"q", "png": page(1), "txt": b"w"}, "documents of the kind image.text, which"),
+    ("siglip", {"query.messages.json": chat(1), "png": page(1)}, "queries of the kind message, which"),
+    ("vlm", {"query.txt": b"q", "messages.json": chat(1, "audio"), "wav": sound(1, 8000)}, "documents .* audio.message"),
+    ("vlm", {"query.wav": sound(2, 8000), "query.txt": b"q", "png": page(1)}, "queries of the kind audio.text, which"),
+    ("clap", {"query.txt": b"q", "png": page(1)}, r"documents of the kind image, .* \(modalities: text, audio\)"),
+    ("text+clip", {"query.txt": b"q", "mp4": film(1)}, "documents of the kind video, which .* does not take there"),
+    ("text, then vlm", {"query.png": page(1), "png": page(2)}, "queries of the kind image, which .* does not take there"),
+]
+
+
+@pytest.mark.parametrize(("model", "members", "says"), UNSUPPORTED)
+def test_a_kind_that_the_model_does_not_take_is_refused(
+    tmp_path: Path, models: dict[str, dict[str, Any]], model: str, members: dict[str, bytes], says: str
+) -> None:
+    data = write_shards(tmp_path / "data", lambda i: members if i == 2 else text_and_page(i))
+    with pytest.raises(UserError, match=says) as caught:
+        farnear.train(shape_config(tmp_path, data, models[model]))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_sounds_keep_their_tone_at_another_rate() -> None:
+    def tone(rate: int) -> np.ndarray:
+        return np.sin(2 * np.pi * 440 * np.arange(rate) / rate).astype(np.float32)
+
+    for rate, other in ((44_100, 16_000), (8000, 48_000)):
+        sounded = resampled({"array": tone(rate), "sampling_rate": rate}, other)
+        assert sounded["sampling_rate"] == other and sounded["array"].dtype == np.float32
+        assert abs(len(sounded["array"]) - other) <= 2
+        edge = other // 20  # where a filter begins and ends
+        assert np.abs(sounded["array"] - tone(other)[: len(sounded["array"])])[edge:-edge].max() < 0.02
+    same = {"array": tone(8000), "sampling_rate": 8000}
+    assert resampled(same, 8000) is same
+
+
+def test_a_chat_is_given_arrays_and_the_reader_keeps_its_own(models: dict[str, dict[str, Any]]) -> None:
+    omni = load_model(ModelConfig(**models["omni"]), with_weights=False)
+    heard = {"array": np.zeros(800, np.float32), "sampling_rate": 8000}
+    seen = {"array": np.zeros((3, 32, 32, 3), np.uint8), "video_metadata": None}
+    one = [
+        {"role": "system", "content": "a text"},
+        {"role": "user", "content": [{"type": "audio", "audio": heard}, {"type": "video", "video": seen}]},
+    ]
+    taken, arguments = given_to(omni, [one], "query")
+    audio, video = taken[0][1]["content"]
+    assert audio["audio"].shape == (1600,) and video["video"].shape == (3, 32, 32, 3)
+    assert arguments["processing_kwargs"]["video"]["video_metadata"][0]["total_num_frames"] == 3
+    assert one[1]["content"][0]["audio"] is heard
+    assert given_to(omni, ["a.png"], "query") == ([{"text": "a.png"}], {})

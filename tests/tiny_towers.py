@@ -46,12 +46,19 @@ def joined(folder: Path) -> dict[str, dict[str, str]]:
     return {"router": {"text": str(text), "image": str(image)}}
 
 
-def save_tiny_text_encoder(folder: Path, *, hidden_size: int = 32, as_sentence_transformer: bool = True) -> Path:
+def save_tiny_text_encoder(
+    folder: Path, *, hidden_size: int = 32, dropout: float = 0.0, as_sentence_transformer: bool = True
+) -> Path:
     """A BERT, like all-MiniLM: mean pooling and normalisation where it is a SentenceTransformer."""
     raw = folder if not as_sentence_transformer else folder.with_name(f"{folder.name}-raw")
-    tokenizer = _tokenizer()
+    tokenizer = tiny_tokenizer()
     config = transformers.BertConfig(
-        vocab_size=len(tokenizer), max_position_embeddings=TEXT_LENGTH, pad_token_id=0, **_layers(hidden_size)
+        vocab_size=len(tokenizer),
+        max_position_embeddings=TEXT_LENGTH,
+        pad_token_id=0,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        **_layers(hidden_size),
     )
     _save(raw, transformers.BertModel, config, tokenizer)
     if as_sentence_transformer:
@@ -63,7 +70,7 @@ def save_tiny_text_encoder(folder: Path, *, hidden_size: int = 32, as_sentence_t
 
 def save_tiny_clip(folder: Path, *, projection_dim: int = 48, as_sentence_transformer: bool = False) -> Path:
     """A CLIP. Its scale is a single number that no embedding depends on."""
-    tokenizer = _tokenizer()
+    tokenizer = tiny_tokenizer()
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     text = {"vocab_size": len(tokenizer), "max_position_embeddings": TEXT_LENGTH, **_layers(32), **special}
     config = transformers.CLIPConfig(text_config=text, vision_config=_vision(32), projection_dim=projection_dim)
@@ -78,7 +85,7 @@ def save_tiny_clip(folder: Path, *, projection_dim: int = 48, as_sentence_transf
 
 def save_tiny_siglip(folder: Path, *, hidden_size: int = 48, as_sentence_transformer: bool = False) -> Path:
     """A SigLIP, or a SigLIP 2 of fixed size, which is the same: its tokenizer gives no mask, and it reads the last token."""
-    tokenizer = _tokenizer(model_input_names=["input_ids"])
+    tokenizer = tiny_tokenizer(model_input_names=["input_ids"])
     text = {"vocab_size": len(tokenizer), "max_position_embeddings": TEXT_LENGTH, **_layers(hidden_size)}
     text |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "projection_size": hidden_size}
     config = transformers.SiglipConfig(text_config=text, vision_config=_vision(hidden_size))
@@ -91,7 +98,7 @@ def save_tiny_siglip(folder: Path, *, hidden_size: int = 48, as_sentence_transfo
 
 def save_tiny_clap(folder: Path) -> Path:
     """A CLAP: texts and sounds at `AUDIO_RATE`."""
-    tokenizer = _tokenizer()
+    tokenizer = tiny_tokenizer()
     text = {"vocab_size": len(tokenizer), "max_position_embeddings": TEXT_LENGTH + 8, **_layers(32), "pad_token_id": 0}
     audio = {
         "num_mel_bins": 16,
@@ -120,7 +127,7 @@ def save_tiny_clap(folder: Path) -> Path:
 
 def save_tiny_omni(folder: Path, *, hidden_size: int = 64) -> Path:
     """The thinker of a Qwen2.5-Omni, raw: texts, images, videos, and sounds at 16 kHz."""
-    plain = _tokenizer(special_tokens=PLACES.values())
+    plain = tiny_tokenizer(special_tokens=PLACES.values())
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=plain.backend_tokenizer,
         pad_token="<pad>",
@@ -201,7 +208,7 @@ def _vision(hidden_size: int) -> dict[str, int]:
     return {"image_size": IMAGE_SIDE, "patch_size": PATCH_SIDE, **_layers(hidden_size)}
 
 
-def _tokenizer(special_tokens: Iterable[str] = (), **keys: Any) -> transformers.PreTrainedTokenizerFast:
+def tiny_tokenizer(special_tokens: Iterable[str] = (), **keys: Any) -> transformers.PreTrainedTokenizerFast:
     """By bytes; each text ends in </s>."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

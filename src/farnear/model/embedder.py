@@ -98,7 +98,10 @@ class Preprocessing(WorkerPreprocessing):
         def call(processing_kwargs: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
             of_call = {**own, **(processing_kwargs or {})}
             how = {**arguments, **({"processing_kwargs": of_call} if of_call else {})}
-            return self._model.preprocess(taken, prompt=self._prompts[side], task=side, **how)
+            # Told what its inputs are, a Router does not look at them for what they might be.
+            reads: Any = self._model[0] if "modality" in how else self._model
+            features: Mapping[str, Any] = reads.preprocess(taken, prompt=self._prompts[side], task=side, **how)
+            return features
 
         return self._features(call)
 

@@ -135,9 +135,10 @@ def frozen_parts(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     def below(name: str, part: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         parameters = list(part.parameters())
         is_frozen = not any(parameter.requires_grad for parameter in parameters)
-        # sentence-transformers' own modules hand on the dict of all features, inputs included. And a part that draws
-        # random numbers would, left out, change what is drawn after it.
-        can_be_kept = not isinstance(part, FeaturesModule) and not has_dropout(part)
+        # sentence-transformers' own modules hand on the dict of all features, inputs included, and a Router calls those
+        # of a route one by one. And a part that draws random numbers would, left out, change what is drawn after it.
+        hands_on = any(isinstance(inner, FeaturesModule) for inner in part.modules())
+        can_be_kept = not hands_on and not has_dropout(part)
         if is_frozen and can_be_kept and next(part.children(), None) is not None:
             if sum(parameter.numel() for parameter in parameters) >= worth:
                 yield name, part

@@ -180,6 +180,10 @@ def _keep_limits_of_pages_in_size(reader: Any, run_file: dict[str, Any]) -> None
     Other processors may know no other way; they are left alone, and so are limits of videos.
     """
     image_processor = image_processor_of(reader)
+    if "image" not in getattr(reader, "modalities", ()):
+        # All towers were given the same, and a tokenizer stores what it was given.
+        for name in ("min_pixels", "max_pixels"):
+            getattr(getattr(reader, "tokenizer", None), "init_kwargs", {}).pop(name, None)
     if not is_qwen_family(image_processor):
         return
     size = dict(image_processor.size)

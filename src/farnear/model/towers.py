@@ -116,8 +116,18 @@ def unreached(model: Any) -> list[str]:
     ]
 
 
+def freeze_unreached(model: Any) -> None:
+    """Do not train what no input goes through; in place."""
+    for name in unreached(model):
+        owner, _, leaf = name.rpartition(".")
+        getattr(model.get_submodule(owner), leaf).requires_grad_(False)
+
+
 def leave_out_unreached(model: Any) -> None:
-    """Take out of a model what no input goes through; in place."""
+    """Take out of a model that is only to be trained what no input goes through; in place.
+
+    The last thing to do to it: its methods that look at the whole find nothing there.
+    """
     for name in unreached(model):
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, None)

@@ -24,7 +24,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from farnear.errors import UserError
-from farnear.model.towers import is_router, leave_out_unreached
+from farnear.model.towers import freeze_unreached, is_router
 from farnear.sections import ModelConfig
 
 if TYPE_CHECKING:  # a plan needs neither the model nor the seconds of this import
@@ -47,7 +47,7 @@ _SAMPLE = 1024
 
 
 def choose_trainable(model: "BaseModel", config: ModelConfig, *, seed: int) -> None:
-    """Add the adapters that the section asks for, freeze what it names, and leave out what nothing reaches; in place.
+    """Add the adapters that the section asks for, freeze what it names and what no input reaches; in place.
 
     Args:
         seed: Of the adapters' random weights, which have to be the same on every rank.
@@ -59,7 +59,7 @@ def choose_trainable(model: "BaseModel", config: ModelConfig, *, seed: int) -> N
         add_adapters(model, config, seed=seed)
     freeze(model, config.freeze)
     _refuse_frozen_copies(model)
-    leave_out_unreached(model)
+    freeze_unreached(model)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(
             f"model.freeze ({', '.join(config.freeze)}) leaves no parameter to train; take a pattern out of it"
