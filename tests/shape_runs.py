@@ -1,8 +1,8 @@
 """A run of two steps with any model on any kind of input, and everything that such a run has to show.
 
-    trained_and_checked    train, then: the loss is finite and every named part has moved; the evaluation ran; the
-                           export, loaded by sentence-transformers alone, embeds as the trained model; and the cached
-                           step's gradient is the plain one
+trained_and_checked    train, then: the loss is finite and every named part has moved; the evaluation ran; the
+                       export, loaded by sentence-transformers alone, embeds as the trained model; and the cached
+                       step's gradient is the plain one
 """
 
 import io

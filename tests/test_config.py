@@ -113,7 +113,10 @@ def test_advice_for_foreign_keys_names_known_keys_only() -> None:
         ("model={router: {text: a}}", ["model.router: it has text", "two models or more"]),
         ("model={router: {text: a, query: b}}", ["model.router: it has text, query", "by their side"]),
         ("model={router: {text: a, image: {name: b}}}", ["'model.router.image.name'", "'model.router.image.name_or"]),
-        ("model={router: {text: a, image: b}, revision: c}", ["revision goes with name_or_path", "router.text.revision"]),
+        (
+            "model={router: {text: a, image: b}, revision: c}",
+            ["revision goes with name_or_path", "router.text.revision"],
+        ),
         ("model={router: {text: a, image: b}, lora: {r: 2}}", ["lora adapts one model", "take it out"]),
         ("foo=1", ["unknown key 'foo'; the keys there are output_dir, strategy"]),
         ("data.train={a: 1, a: 2}", ["the key 'a' stands twice"]),

@@ -89,7 +89,9 @@ def images_and_texts(i: int) -> dict[str, bytes]:
 
 def chats(i: int) -> dict[str, bytes]:
     """Chats with an image and without on both sides."""
-    query = {"query.messages.json": chat(i)} if i % 2 else {"query.messages.json": chat(i, "image"), "query.png": page(i)}
+    query = (
+        {"query.messages.json": chat(i)} if i % 2 else {"query.messages.json": chat(i, "image"), "query.png": page(i)}
+    )
     return {**query, "messages.json": chat(i, "image"), "png": page(100 + i)}
 
 
@@ -134,11 +136,19 @@ UNSUPPORTED: list[tuple[str, dict[str, bytes], str]] = [
     ("clip", {"query.txt": b"q", "wav": sound(1, 8000)}, "documents of the kind audio, which .* does not take .mod"),
     ("clip", {"query.txt": b"q", "png": page(1), "txt": b"w"}, "documents of the kind image.text, which"),
     ("siglip", {"query.messages.json": chat(1), "png": page(1)}, "queries of the kind message, which"),
-    ("vlm", {"query.txt": b"q", "messages.json": chat(1, "audio"), "wav": sound(1, 8000)}, "documents .* audio.message"),
+    (
+        "vlm",
+        {"query.txt": b"q", "messages.json": chat(1, "audio"), "wav": sound(1, 8000)},
+        "documents .* audio.message",
+    ),
     ("vlm", {"query.wav": sound(2, 8000), "query.txt": b"q", "png": page(1)}, "queries of the kind audio.text, which"),
     ("clap", {"query.txt": b"q", "png": page(1)}, r"documents of the kind image, .* \(modalities: text, audio\)"),
     ("text+clip", {"query.txt": b"q", "mp4": film(1)}, "documents of the kind video, which .* does not take there"),
-    ("text, then vlm", {"query.png": page(1), "png": page(2)}, "queries of the kind image, which .* does not take there"),
+    (
+        "text, then vlm",
+        {"query.png": page(1), "png": page(2)},
+        "queries of the kind image, which .* does not take there",
+    ),
 ]
 
 

@@ -3,9 +3,7 @@
 Each is trained, evaluated and exported, and its cached gradient compared with the plain one (`shape_runs`).
 """
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from pair_makers import one_thread  # noqa: F401

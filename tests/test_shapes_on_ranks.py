@@ -1,18 +1,15 @@
 """Joined models on two ranks under every strategy: exact, trained, and exported. Minutes."""
 
 from pathlib import Path
-from typing import Any
 
 import exactness
 import pytest
-import torch
 from ranks import run_ranks
 from sentence_transformers import SentenceTransformer
-from shape_runs import assert_same_embeddings, page, shape_config, write_shards
+from shape_runs import page, shape_config, write_shards
 from tiny_towers import save_tiny_clip, save_tiny_text_encoder
 
 import farnear
-from farnear.model.load import load_model
 from farnear.parallel.world import start_world, stop_world
 from farnear.training.gradient_check import check_gradient
 from farnear.training.shards import open_data

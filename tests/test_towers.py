@@ -214,6 +214,8 @@ def test_mini_batches_of_each_tower_are_padded_as_its_own_tokenizer_does(towers:
                 for features in (apart, [merge(apart)])
             )
         assert torch.allclose(wanted, found, atol=1e-5), side
+        shorter = merge(apart)["attention_mask"][0]
+        assert (int(shorter[0]), int(shorter[-1])) == ((1, 0) if side == "query" else (0, 1))
 
 
 def test_pages_of_a_router_travel_and_cost_as_those_of_their_tower(towers: dict[str, str]) -> None:
@@ -267,7 +269,9 @@ def test_a_router_goes_on_where_it_stopped(towers: dict[str, str], tmp_path: Pat
     shutil.rmtree(tmp_path / "cut" / "run" / "checkpoints" / "step-00000002")
     farnear.train(shape_config(tmp_path / "cut", data, router, training=every), resume="auto")
     assert steps("cut") == steps("whole")
-    first, second = (load_file(next((tmp_path / name).rglob("export/text_*/*.safetensors"))) for name in ("whole", "cut"))
+    first, second = (
+        load_file(next((tmp_path / name).rglob("export/text_*/*.safetensors"))) for name in ("whole", "cut")
+    )
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 

@@ -84,7 +84,7 @@ def save_tiny_clip(folder: Path, *, projection_dim: int = 48, as_sentence_transf
 
 
 def save_tiny_siglip(folder: Path, *, hidden_size: int = 48, as_sentence_transformer: bool = False) -> Path:
-    """A SigLIP, or a SigLIP 2 of fixed size, which is the same: its tokenizer gives no mask, and it reads the last token."""
+    """A SigLIP, or a SigLIP 2 of fixed size, which is the same: no mask, and the last token is read."""
     tokenizer = tiny_tokenizer(model_input_names=["input_ids"])
     text = {"vocab_size": len(tokenizer), "max_position_embeddings": TEXT_LENGTH, **_layers(hidden_size)}
     text |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "projection_size": hidden_size}

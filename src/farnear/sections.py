@@ -109,8 +109,8 @@ class RouterConfig(Section):
         by_side = {"query", "document"} & set(names)
         if len(names) < 2 or (by_side and len(by_side) < len(names)):
             raise ValueError(
-                f"it has {', '.join(names) or 'no model'}, and joins two models or more by what they read (text, image, "
-                "audio, video), or two by their side (query, document); name them so"
+                f"it has {', '.join(names) or 'no model'}, and joins two models or more by what they read (text, "
+                "image, audio, video), or two by their side (query, document); name them so"
             )
         return self
 
@@ -186,7 +186,9 @@ class ModelConfig(Section):
         if self.router and self.revision is not None:
             raise ValueError("revision goes with name_or_path; give each model of router its own, router.text.revision")
         if self.router and self.lora is not None:
-            raise ValueError("lora adapts one model and router joins several; take it out, or freeze what is not to train")
+            raise ValueError(
+                "lora adapts one model and router joins several; take it out, or freeze what is not to train"
+            )
         return self
 
     @model_validator(mode="after")

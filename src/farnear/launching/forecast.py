@@ -28,8 +28,8 @@ from farnear.launching.memory import (
 from farnear.launching.passes import Side, elements_of_passes, flops_of_step, kept_bytes, sides_of
 from farnear.launching.run_data import RunData, run_data
 from farnear.launching.step_time import Machine, Network, StepTime, Work, network_of, save_seconds, step_time
-from farnear.model.stored import ROUTES
 from farnear.model.blueprint import TOKENS_OF_TEMPLATE, Blueprint, find_config
+from farnear.model.stored import ROUTES
 from farnear.resources import resource
 
 SHARE_OF_GRAPHS = 0.6

@@ -63,8 +63,8 @@ def load_model(
     know_combinations(model)
     if config.router is None and config.pooling is not None and (own := _pooling_of(model)) != config.pooling:
         raise UserError(
-            f"model {config.name_or_path} has its own pooling ({own or 'by its last layers'}), but model.pooling says {config.pooling}; "
-            "take model.pooling out of the run file"
+            f"model {config.name_or_path} has its own pooling ({own or 'by its last layers'}), but model.pooling says "
+            f"{config.pooling}; take model.pooling out of the run file"
         )
     bring_to(dtype, model)
     return model
@@ -198,12 +198,12 @@ def _keep_limits_of_pages_in_size(reader: Any, run_file: dict[str, Any]) -> None
 
 
 def _pad_as_trained(reader: Any) -> None:
-    """Have SigLIP's texts padded to the length that it was trained with, unless the checkpoint says otherwise; in place.
+    """Have SigLIP's texts padded to the length that it was trained with, unless the checkpoint says how; in place.
 
     It reads the last token's place, and its tokenizer masks nothing: padded to the longest text of a batch, as
     sentence-transformers does, a text's embedding depends on the texts beside it.
     """
-    settings = getattr(reader, "config", None) if isinstance(reader, Transformer) else None
+    settings: Any = getattr(reader, "config", None) if isinstance(reader, Transformer) else None
     if not str(getattr(settings, "model_type", "")).startswith("siglip") or "text" not in reader.modalities:
         return
     text = reader.processing_kwargs.setdefault("text", {})

@@ -1,8 +1,8 @@
 """Which part of a model reads an input, and which parts nothing that is read ever reaches.
 
-The first module of a SentenceTransformer reads its inputs. Where that is a Router, it hands each on to one of its routes,
-by the input's side (query, document) and kind, and the route's first module reads. A kind is what the index calls it:
-``text``, ``image+text``, ...; chat messages are ``message``, with the media in them beside: ``image+message``.
+The first module of a SentenceTransformer reads its inputs. Where that is a Router, it hands each on to one of its
+routes, by the input's side (query, document) and kind, and the route's first module reads. A kind is what the index
+calls it: ``text``, ``image+text``, ...; chat messages are ``message``, with the media in them ``image+message``.
 
 A dual encoder (CLIP, SigLIP, CLAP) that a Router gives images alone has a text half that nothing goes through, in some
 of them the larger one. Its own scale no embedding depends on either. Trained, such parts would cost memory and traffic,
@@ -61,7 +61,9 @@ def modalities_of(model: "BaseModel") -> str:
     known = model.modalities
     # Where there are messages any of the single ones go together.
     singles = [kind for kind in known if isinstance(kind, str)]
-    return ", ".join(singles if "message" in known else ["+".join(one) if isinstance(one, tuple) else one for one in known])
+    return ", ".join(
+        singles if "message" in known else ["+".join(one) if isinstance(one, tuple) else one for one in known]
+    )
 
 
 def readers(model: "BaseModel") -> list[Any]:
@@ -112,7 +114,9 @@ def unreached(model: Any) -> list[str]:
         f"{names[id(reader.model)]}.{name}"
         for reader in readers(model)
         if hasattr(reader, "modality_config")
-        for name in _unreached_of(reader, {kind for side in SIDES for kind in KINDS if _reads(model, side, kind, reader)})
+        for name in _unreached_of(
+            reader, {kind for side in SIDES for kind in KINDS if _reads(model, side, kind, reader)}
+        )
     ]
 
 
@@ -149,5 +153,6 @@ def _reads(model: "BaseModel", side: str, kind: str, reader: Any) -> bool:
 
 def _word(kind: str) -> "Modality":
     """As sentence-transformers calls a kind."""
-    parts = sorted(kind.split("+"))
-    return "message" if "message" in parts else tuple(parts) if len(parts) > 1 else kind  # type: ignore[return-value]
+    parts: list[Any] = sorted(kind.split("+"))
+    word: Any = "message" if "message" in parts else tuple(parts) if len(parts) > 1 else kind
+    return word

@@ -307,7 +307,8 @@ def _blank_like(index: Index, row: int) -> Any:
     blank = stand_in(modality)
     for part in index.parts(row):
         kind = int(index.part_kind_M[part])
-        name, value = "text", "word " * max(1, int(index.part_size_M[part]) // 5)
+        name: str = "text"
+        value: Any = "word " * max(1, int(index.part_size_M[part]) // 5)
         if kind == IMAGE:
             name, value = "image", Image.new("RGB", (int(index.part_width_M[part]), int(index.part_height_M[part])))
         elif kind in (AUDIO, VIDEO):

@@ -119,10 +119,9 @@ def refuse_unsupported(model: Any, name: str, kinds: Collection[Held]) -> None:
     for side, kind in sorted(kinds):
         if not takes(model, side, kind):
             raise UserError(
-                f"the shards hold {'queries' if side == 'query' else 'documents'} of the kind {kind}, which model {name} "
-                f"does not take{' there' if is_router(model[0]) else ''} (modalities: "
-                f"{modalities_of(model)}); take another model, or "
-                "leave those samples out"
+                f"the shards hold {'queries' if side == 'query' else 'documents'} of the kind {kind}, which model "
+                f"{name} does not take{' there' if is_router(model[0]) else ''} (modalities: {modalities_of(model)}); "
+                "take another model, or leave those samples out"
             )
 
 
