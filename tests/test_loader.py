@@ -314,6 +314,14 @@ def test_there_is_a_stand_in_for_every_modality(modality: str) -> None:
     assert ("+".join(kind) if isinstance(kind, tuple) else kind) == modality
 
 
+def test_a_stand_in_for_messages_has_their_media() -> None:
+    """Where a forward is a collective it has to go through the same parts of the model."""
+    [message] = stand_in("audio+image+message")
+    assert [part["type"] for part in message["content"]] == ["audio", "image", "text"]
+    assert {"array", "sampling_rate"} == message["content"][0]["audio"].keys()
+    assert message["content"][1]["image"].size == (64, 64)
+
+
 def divides_by_zero(inputs: list[Any], side: str) -> dict[str, Any]:
     raise ZeroDivisionError("a defect in the preprocess function")
 

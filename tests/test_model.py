@@ -18,7 +18,8 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from farnear.errors import UserError
 from farnear.model.embedder import Embedder, Preprocessing, to_device
 from farnear.model.export import export_model
-from farnear.model.load import cast_weights, describe_base, load_model
+from farnear.model.load import cast_weights, load_model
+from farnear.model.stored import describe_base
 from farnear.model.tiny import save_tiny_model
 from farnear.model.trainable import choose_trainable
 from farnear.sections import ModelConfig

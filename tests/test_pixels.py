@@ -105,7 +105,7 @@ def clip(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     ).save_pretrained(folder)
     images = CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
     CLIPProcessor(image_processor=images, tokenizer=tokenizer).save_pretrained(folder)
-    return load_model(ModelConfig(name_or_path=str(folder), pooling="mean"))
+    return load_model(ModelConfig(name_or_path=str(folder)))
 
 
 def assert_same(expected: Any, actual: dict[str, Any], atol: float = 1e-5) -> None:

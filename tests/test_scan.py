@@ -45,7 +45,7 @@ SIDES: dict[str, tuple[dict[str, bytes], str]] = {
     "image and text": ({"jpg": image_bytes(3, "JPEG"), "txt": b"a caption"}, "image+text"),
     "all": ({"png": image_bytes(4), "txt": b"t", "flac": b"bytes", "mkv": b"bytes"}, "audio+image+text+video"),
     "messages": ({"messages.json": json.dumps([{"role": "user", "content": "hello"}]).encode()}, "message"),
-    "messages with an image": ({"messages.json": json.dumps(CHAT).encode(), "png": image_bytes(5)}, "message"),
+    "messages with an image": ({"messages.json": json.dumps(CHAT).encode(), "png": image_bytes(5)}, "image+message"),
 }
 
 
@@ -73,7 +73,7 @@ def test_a_query_in_json_with_an_image_beside_it(tmp_path: Path) -> None:
     assert modality_name(int(index.input_modality_I[index.query_N[0]])) == "image+text"
     assert index.query_hash_N[0] != hash_query("q")
     index = index_members(tmp_path, [("k.json", as_json(query=CHAT)), PAGE, ("k.query.png", image_bytes(9))])
-    assert modality_name(int(index.input_modality_I[index.query_N[0]])) == "message"
+    assert modality_name(int(index.input_modality_I[index.query_N[0]])) == "image+message"
 
 
 def test_sizes_offsets_and_hashes(tmp_path: Path) -> None:

@@ -188,6 +188,8 @@ class RunConfig(Section):
             if "pair" in asked:
                 raise ValueError("mini-batches of pairs are a reranker's, and there is no section reranker")
             return self
+        if self.model.router is not None:
+            raise ValueError("a reranker reads query and page in one model; set model.name_or_path, not model.router")
         if self.loss != LossConfig():
             raise ValueError(
                 "section loss is an embedder's; a reranker's loss stands in section reranker: take one out"
@@ -277,7 +279,7 @@ def model_beside(config: RunConfig, name: str) -> ModelConfig:
 def models_named(config: RunConfig) -> list[ModelConfig]:
     """The model that is trained, and those that are asked beside it."""
     names = (config.evaluation.embedder, config.mining.reranker)
-    return [config.model, *(model_beside(config, name) for name in names if name is not None)]
+    return [*config.model.by_key.values(), *(model_beside(config, name) for name in names if name is not None)]
 
 
 def known_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
@@ -325,7 +327,10 @@ def _advice(key: str) -> str:
     leaf = key.rsplit(".", 1)[-1]
     if leaf in FOREIGN_KEYS:
         return f"{key} is not a key of farnear: {FOREIGN_KEYS[leaf]}"
-    nearest = max(known_keys(), key=lambda known: _likeness(key, known))
+    # Of equals the one in the same section.
+    nearest = max(
+        known_keys(), key=lambda known: (_likeness(key, known), known.rpartition(".")[0] == key.rpartition(".")[0])
+    )
     if _likeness(key, nearest) < 0.5:
         section = key.rpartition(".")[0]
         there = [known.rpartition(".")[2] for known in known_keys() if known.rpartition(".")[0] == section]

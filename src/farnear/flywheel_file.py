@@ -191,7 +191,7 @@ def _refuse_misplaced(where: str, does: Does, config: RunConfig, before: Mapping
         *(("data.negatives", path, ("negatives.jsonl",)) for path in config.data.negatives),
     ]
     models = ("an embedder",) if does == "mine" or config.reranker is None else ("an embedder", "a reranker")
-    wanted.append(("model.name_or_path", config.model.name_or_path, models))
+    wanted += [(key, one.name_or_path, models) for key, one in config.model.by_key.items()]
     if config.reranker is not None:
         wanted.append(("reranker.embeddings", config.reranker.embeddings, ("embeddings",)))
     for key, value, kinds in wanted:

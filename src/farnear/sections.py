@@ -68,11 +68,60 @@ def _patterns(value: Any) -> Any:
     return tuple(filter(None, [value])) if value is None or isinstance(value, str) else value
 
 
+class TowerConfig(Section):
+    """One of the models that `model.router` joins; its name alone will do."""
+
+    name_or_path: str = Field(min_length=1)
+    """A SentenceTransformer, or a model of transformers: a hub name or a folder."""
+    revision: str | None = None
+    """Commit, tag or branch on the hub."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        return {"name_or_path": value} if isinstance(value, str) else value
+
+
+class RouterConfig(Section):
+    """Models to join: by what each reads (text, image, ...), or by the side that it embeds (query, document)."""
+
+    text: TowerConfig | None = None
+    """Reads texts."""
+    image: TowerConfig | None = None
+    """Reads pages; the others are projected to the width of its embeddings."""
+    audio: TowerConfig | None = None
+    """Reads audio."""
+    video: TowerConfig | None = None
+    """Reads videos."""
+    query: TowerConfig | None = None
+    """Embeds queries, whatever they are."""
+    document: TowerConfig | None = None
+    """Embeds documents; the queries' model is projected to the width of its embeddings."""
+
+    @property
+    def by_route(self) -> dict[str, TowerConfig]:
+        """Those that are named."""
+        return {name: tower for name in type(self).model_fields if (tower := getattr(self, name)) is not None}
+
+    @model_validator(mode="after")
+    def _one_way_to_route(self) -> "RouterConfig":
+        names = list(self.by_route)
+        by_side = {"query", "document"} & set(names)
+        if len(names) < 2 or (by_side and len(by_side) < len(names)):
+            raise ValueError(
+                f"it has {', '.join(names) or 'no model'}, and joins two models or more by what they read (text, "
+                "image, audio, video), or two by their side (query, document); name them so"
+            )
+        return self
+
+
 class ModelConfig(Section):
     """Which model is trained and how it reads its inputs."""
 
-    name_or_path: str = Field(min_length=1)
-    """A SentenceTransformer with image support, or a vision-language model: a hub name or a folder."""
+    name_or_path: str = ""
+    """A SentenceTransformer that reads pages, a vision-language model, CLIP or SigLIP: a hub name or a folder."""
+    router: RouterConfig | None = None
+    """In place of name_or_path: models to join, {text: NAME, image: NAME} or {query: NAME, document: NAME}."""
     revision: str | None = None
     """Commit, tag or branch on the hub. Pin a commit for runs that must be repeatable."""
     trust_remote_code: bool = False
@@ -96,14 +145,51 @@ class ModelConfig(Section):
     pooling: Literal["lasttoken", "mean"] | None = None
     """Pooling added to a model that has none; unset means lasttoken. A model with its own pooling keeps it."""
     normalize: bool = True
-    """Whether a normalisation layer is added to a model that has none."""
+    """Whether a normalisation layer is added to a model that has none, and to what is joined."""
     prompts: dict[str, str] | None = None
     """Prompts by name; `query` and `document` are used in training, evaluation and export. Unset: the model's own."""
+
+    @field_validator("name_or_path", mode="before")
+    @classmethod
+    def _null_is_unset(cls, value: Any) -> Any:
+        return "" if value is None else value
 
     @field_validator("freeze", mode="before")
     @classmethod
     def _one_or_several(cls, value: Any) -> Any:
         return _patterns(value)
+
+    @property
+    def title(self) -> str:
+        """How the model is named to people."""
+        joined = self.router.by_route if self.router else {}
+        return self.name_or_path or " + ".join(f"{tower.name_or_path} ({name})" for name, tower in joined.items())
+
+    @property
+    def towers(self) -> "dict[str, ModelConfig]":
+        """What is joined, by route, each with what the section says of all; empty where the model is one."""
+        shared = self.model_copy(update={"router": None, "prompts": None, "freeze": (), "normalize": False})
+        joined = self.router.by_route if self.router else {}
+        return {name: shared.model_copy(update=tower.model_dump()) for name, tower in joined.items()}
+
+    @property
+    def by_key(self) -> "dict[str, ModelConfig]":
+        """The models that are loaded, by the key of the run file that names each."""
+        return {f"model.router.{name}": tower for name, tower in self.towers.items()} or {"model.name_or_path": self}
+
+    @model_validator(mode="after")
+    def _one_model_or_joined(self) -> "ModelConfig":
+        if self.name_or_path and self.router:
+            raise ValueError("name_or_path and router are both given, and a run trains one model; take one of them out")
+        if not self.name_or_path and not self.router:
+            raise ValueError("'model.name_or_path' is missing; set it, or model.router, which joins several models")
+        if self.router and self.revision is not None:
+            raise ValueError("revision goes with name_or_path; give each model of router its own, router.text.revision")
+        if self.router and self.lora is not None:
+            raise ValueError(
+                "lora adapts one model and router joins several; take it out, or freeze what is not to train"
+            )
+        return self
 
     @model_validator(mode="after")
     def _pixels_in_order(self) -> "ModelConfig":

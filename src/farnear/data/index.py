@@ -29,7 +29,7 @@ from farnear.wording import printable
 
 __all__ = ["FORMAT", "MODALITY_BITS", "Index", "modality_name", "open_index", "write_index"]
 
-FORMAT = "farnear index 4"
+FORMAT = "farnear index 5"
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
@@ -156,7 +156,7 @@ _COLUMNS = tuple(column.name for column in fields(Index) if column.name not in (
 
 
 def modality_name(bits: int) -> str:
-    """``"image"``, ``"image+text"``, ...: of ``input_modality_I``."""
+    """``"image"``, ``"image+text"``, for chat messages with an image ``"image+message"``: of ``input_modality_I``."""
     return "+".join(sorted(name for name, bit in MODALITY_BITS.items() if bits & bit))
 
 

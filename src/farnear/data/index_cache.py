@@ -33,7 +33,7 @@ from farnear.errors import UserError
 from farnear.files import locked
 from farnear.wording import counted
 
-SCAN_FORMAT = "farnear scan 4"
+SCAN_FORMAT = "farnear scan 5"
 INDEX_FILE = "index.arrow"
 
 ScanKey = tuple[str, bool]

@@ -32,7 +32,7 @@ EXTENSIONS = {
     "messages.json": MESSAGES,
 }
 MODALITIES = {JSON_TEXT: "text", TEXT: "text", IMAGE: "image", AUDIO: "audio", VIDEO: "video"}
-"""sentence-transformers' name of each kind's modality; the kinds of messages are ``"message"`` whatever is in them."""
+"""sentence-transformers' name of each kind's modality; those that are not here are kinds of messages."""
 
 _MEDIA = ("image", "audio", "video")
 _SUFFIX = re.compile(rf"(?:(?P<slot>query|neg\d+)\.)?(?P<extension>{'|'.join(map(re.escape, EXTENSIONS))})")

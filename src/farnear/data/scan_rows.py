@@ -77,8 +77,6 @@ class Rows:
         modality = 0
         for part in ordered:
             modality |= MODALITY_BITS[part.modality]
-        if modality & MODALITY_BITS["message"]:
-            modality = MODALITY_BITS["message"]
         self._inputs.append((len(ordered), hash_parts([part.hash for part in ordered]), modality))
         return len(self._inputs) - 1
 

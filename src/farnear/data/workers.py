@@ -233,15 +233,19 @@ def preparation_fault(preprocess: Preprocess, one: Any, side: str) -> str | None
 
 def stand_in(modality: str) -> Any:
     """A small input of a modality, to keep the place of one that cannot be used. It never counts in a loss."""
-    if modality == "message":
-        return [{"role": "user", "content": [{"type": "text", "text": "."}]}]
+    kinds = modality.split("+")
+    if "message" in kinds:
+        # With the same media, so that it goes through the same parts of a model.
+        media = {kind: stand_in(kind) for kind in kinds if kind != "message"}
+        parts = [{"type": kind, kind: one.get(kind) if isinstance(one, dict) else one} for kind, one in media.items()]
+        return [{"role": "user", "content": [*parts, {"type": "text", "text": "."}]}]
     makers: dict[str, Callable[[], Any]] = {
         "text": lambda: ".",
         "image": lambda: Image.new("RGB", (64, 64)),
         "audio": lambda: {"array": np.zeros(16_000, np.float32), "sampling_rate": 16_000},
         "video": lambda: {"array": np.zeros((4, 64, 64, 3), np.uint8), "video_metadata": None},
     }
-    values = {name: makers[name]() for name in modality.split("+")}
+    values = {name: makers[name]() for name in kinds}
     if len(values) > 1:
         return values
     ((name, value),) = values.items()

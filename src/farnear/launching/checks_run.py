@@ -15,8 +15,9 @@ from farnear.data.remote import RemoteFacts, is_remote, read_range, shown
 from farnear.data.run_shards import shard_sets, shard_store
 from farnear.data.shard_store import ShardFacts, ShardStore
 from farnear.errors import UserError
-from farnear.launching.findings import Finding, Subject, existing, fail, failed_by, gigabytes, note, ok
+from farnear.launching.findings import Finding, Subject, elements_in, existing, fail, failed_by, gigabytes, note, ok
 from farnear.run_folder import RunFolder, check_start, published_checkpoints
+from farnear.sections import ModelConfig
 from farnear.wording import counted
 
 # Scanning reads every byte. What takes longer than some seconds is left to `farnear shards index`.
@@ -27,8 +28,14 @@ FAILURES_TOLD = 3
 
 def model(subject: Subject) -> list[Finding]:
     """Whether the model is in a folder here, in the hub's cache, or on the hub."""
-    config = _run(subject)
-    name = config.model.name_or_path
+    found = []
+    for key, config in _run(subject).model.by_key.items():
+        found += [replace(one, do=one.do.replace("model.name_or_path", key)) for one in _model(config, subject)]
+    return found
+
+
+def _model(config: ModelConfig, subject: Subject) -> list[Finding]:
+    name = config.name_or_path
     folder = Path(name).expanduser()
     if folder.is_dir():
         weights = [path for kind in ("*.safetensors", "*/*.safetensors", "*.bin") for path in folder.glob(kind)]
@@ -39,11 +46,12 @@ def model(subject: Subject) -> list[Finding]:
         if not weights:
             return fail(f"{folder} holds no weights (*.safetensors)", "copy them there; a clone may hold pointers only")
         size = sum(path.stat().st_size for path in weights)
-        count = f"{subject.parameters / 1e6:,.1f} M parameters, " if subject.parameters else ""
+        parameters = elements_in(folder)
+        count = f"{parameters / 1e6:,.1f} M parameters, " if parameters else ""
         return ok(f"{folder}: {count}{gigabytes(size)} of weights")
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         return fail(f"there is no model folder {folder.absolute()}", "correct model.name_or_path")
-    return _on_the_hub(name, config.model.revision, subject.seconds)
+    return _on_the_hub(name, config.revision, subject.seconds)
 
 
 def _on_the_hub(name: str, revision: str | None, seconds: float) -> list[Finding]:

@@ -102,10 +102,10 @@ class Subject:
     @cached_property
     def parameters(self) -> int | None:
         """Of the model, from the headers of its files; None where it is not in a folder here."""
-        folder = Path(self.config.model.name_or_path).expanduser() if self.config is not None else None
-        if folder is None or not folder.is_dir():
+        if self.config is None:
             return None
-        return sum(map(_elements, folder.glob("*.safetensors"))) or None
+        found = [elements_in(Path(one.name_or_path).expanduser()) for one in self.config.model.by_key.values()]
+        return sum(found) if all(found) else None
 
 
 def gigabytes(number: float) -> str:
@@ -117,6 +117,12 @@ def existing(path: Path) -> Path:
     """The path, or the nearest folder above it that exists."""
     path = path.expanduser().absolute()
     return next(place for place in (path, *path.parents) if place.exists())
+
+
+def elements_in(model: Path) -> int:
+    """Numbers in the safetensors of a model's folder; 0 where there are none."""
+    # The modules of a Router, and linear layers, have folders of their own.
+    return sum(map(_elements, [*model.glob("*.safetensors"), *model.glob("*_*/*.safetensors")]))
 
 
 def _elements(path: Path) -> int:

@@ -29,6 +29,7 @@ from farnear.launching.passes import Side, elements_of_passes, flops_of_step, ke
 from farnear.launching.run_data import RunData, run_data
 from farnear.launching.step_time import Machine, Network, StepTime, Work, network_of, save_seconds, step_time
 from farnear.model.blueprint import TOKENS_OF_TEMPLATE, Blueprint, find_config
+from farnear.model.stored import ROUTES
 from farnear.resources import resource
 
 SHARE_OF_GRAPHS = 0.6
@@ -97,6 +98,13 @@ class Forecast:
         return min(fitting, key=lambda one: (one.time.total, sum(one.network.sent.values())), default=None)
 
 
+def _cannot_be_planned(whose: str) -> UserError:
+    return UserError(
+        f"{whose} memory and time cannot be planned yet; start it with a small training.max_steps to see them in "
+        "metrics.jsonl, and submit it with --no-plan"
+    )
+
+
 def forecast(config: RunConfig, run_file: Path, machine: Machine, pairs: int | None = None) -> Forecast:
     """Plan a run.
 
@@ -105,15 +113,16 @@ def forecast(config: RunConfig, run_file: Path, machine: Machine, pairs: int | N
         pairs: Training pairs, where the shards are not here.
 
     Raises:
-        UserError: There is no config.json, or none that describes a model; or the run trains a reranker.
+        UserError: There is no config.json, or none that describes a model; or it is one that cannot be planned.
     """
     if config.reranker is not None:
-        raise UserError(
-            "a reranker's memory and time cannot be planned yet; start it with a small training.max_steps to see them "
-            "in metrics.jsonl, and submit it with --no-plan"
-        )
+        raise _cannot_be_planned("a reranker's")
+    if config.model.router is not None or (Path(config.model.name_or_path).expanduser() / ROUTES).is_file():
+        raise _cannot_be_planned("a Router's")
     folder = find_config(config.model, run_file)
     model = Blueprint(config, folder)
+    if model.is_dual:
+        raise _cannot_be_planned("a dual encoder's")
     data = run_data(config, _page_tokens(model), model.pages.most_tokens + TOKENS_OF_TEMPLATE, pairs)
     batch = min(config.training.global_batch_size, data.pairs or config.training.global_batch_size)
     ranks = machine.ranks

@@ -66,9 +66,9 @@ def launch(
     config = load_config(run_file, overrides)
     refuse_missing_trackers(config.training.report_to)
     check_start(Path(config.output_dir), resume)
-    model = Path(config.model.name_or_path)
-    if not model.exists() and not model.is_absolute() and model.parent != Path() and model.parent.is_dir():
-        print(f"there is no folder {model}; looking for a model of that name on the hub", flush=True)
+    for model in (Path(one.name_or_path) for one in config.model.by_key.values()):
+        if not model.exists() and not model.is_absolute() and model.parent != Path() and model.parent.is_dir():
+            print(f"there is no folder {model}; looking for a model of that name on the hub", flush=True)
     hardware = read_hardware()
     ranks_here = ranks_of_machine(config, nodes, hardware)
     arguments = [str(run_file), *overrides, *RESUME_WORDS[resume]]

@@ -42,7 +42,7 @@ def mine(
             f"{run_file} trains a reranker, and what mines is an embedder; name one with --model, or its run file"
         )
     if model is not None:
-        words += [f"model.name_or_path={json.dumps(model)}", "model.revision=null"]
+        words += [f"model.name_or_path={json.dumps(model)}", "model.revision=null", "model.router=null"]
     if num_processes is not None:
         words.append(f"num_processes={num_processes}")
     config = load_config(run_file, words)
@@ -61,7 +61,7 @@ def mine(
         _, command = python_command(arguments, PROGRAM)
     else:
         _, command = accelerate_command(strategy, arguments, None, config.num_processes, program=PROGRAM)
-    print(f"on {hardware}: {counted(ranks, 'rank')}, {config.model.name_or_path}, into {folder}", flush=True)
+    print(f"on {hardware}: {counted(ranks, 'rank')}, {config.model.title}, into {folder}", flush=True)
     return supervise(command, variables_of_ranks(ranks, has_gpus=bool(hardware.gpus)))
 
 
@@ -73,7 +73,10 @@ def inputs_of(config: RunConfig) -> str:
 def deciding(config: RunConfig) -> dict[str, Any]:
     """The same by what a person calls it: keys of the run file, and content and files that they name."""
     without_eval = config.data.model_copy(update={"eval": (), "eval_corpus": ()})
-    models = {"model.name_or_path": config.model.name_or_path, "mining.reranker": config.mining.reranker}
+    models = {
+        **{key: one.name_or_path for key, one in config.model.by_key.items()},
+        "mining.reranker": config.mining.reranker,
+    }
     return {
         **{f"model.{key}": value for key, value in config.model.model_dump(mode="json").items()},
         **{

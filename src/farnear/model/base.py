@@ -13,7 +13,8 @@ from typing import Any
 from farnear.export_folder import CARD
 from farnear.model.card_facts import UNKNOWN, BaseFacts
 from farnear.model.hub import MODULES, is_folder, refuse_missing_folder, refuse_unless_fetched
-from farnear.model.load import stored_file, told_to_the_user
+from farnear.model.load import told_to_the_user
+from farnear.model.stored import stored_file
 from farnear.sections import ModelConfig
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")

@@ -36,6 +36,7 @@ class Blueprint(nn.Module):
         weight_bytes: As a run holds them.
         largest_trained: Elements of the largest trained parameter.
         small_trained: Elements of trained parameters that are small blocks for malloc.
+        is_dual: Whether it is a dual encoder (CLIP, SigLIP), of which nothing below is known but parameters.
         units: Elements of each transformer block, the last entry being all the rest: what FSDP2 gathers together.
     """
 
@@ -54,6 +55,8 @@ class Blueprint(nn.Module):
         if training.pure_bf16:
             for parameter in self.parameters():
                 parameter.data = parameter.data.to(torch.bfloat16)
+        # Such a model has a tower a kind, and no hidden state of both.
+        self.is_dual = hasattr(holder.model, "get_text_features")
         self._choose_trainable(config)
         parameters = list(self.parameters())
         trained = [parameter.numel() for parameter in parameters if parameter.requires_grad]

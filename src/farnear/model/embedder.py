@@ -11,7 +11,6 @@ their reduction stay fp32 under every strategy alike, and no strategy has a prec
 import io
 import pickle
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.model import BaseModel
 from torch import Tensor, nn
 
+from farnear.model.inputs import given_to
 from farnear.model.pixels import PixelBytes, preprocess_to_bytes, uint8_normalisation
 
 
@@ -92,9 +92,18 @@ class Preprocessing(WorkerPreprocessing):
 
     def __call__(self, inputs: list[Any], side: str) -> dict[str, Any]:
         """Features of one mini-batch; ``side`` is "query" or "document"."""
-        # A bare string that looks like a path or a URL would be opened as an image.
-        inputs = [{"text": one} if isinstance(one, str) else one for one in inputs]
-        return self._features(partial(self._model.preprocess, inputs, prompt=self._prompts[side], task=side))
+        taken, arguments = given_to(self._model, inputs, side)
+        own = arguments.pop("processing_kwargs", {})
+
+        def call(processing_kwargs: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
+            of_call = {**own, **(processing_kwargs or {})}
+            how = {**arguments, **({"processing_kwargs": of_call} if of_call else {})}
+            # Told what its inputs are, a Router does not look at them for what they might be.
+            reads: Any = self._model[0] if "modality" in how else self._model
+            features: Mapping[str, Any] = reads.preprocess(taken, prompt=self._prompts[side], task=side, **how)
+            return features
+
+        return self._features(call)
 
 
 def _pickled_without_weights(model: nn.Module) -> bytes:

@@ -22,13 +22,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from sentence_transformers.base.model import BaseModel
+from sentence_transformers.base.modules import Dense
 from torch import Tensor
 
 from farnear.errors import UserError
 from farnear.export_folder import CARD, LIST, files_of
 from farnear.files import give_usual_mode, sync, sync_tree
-from farnear.model.load import BaseCheckpoint, cast_weights, describe_base, load_model
+from farnear.model.load import cast_weights, load_model
 from farnear.model.load_reranker import load_plain_reranker
+from farnear.model.stored import StoredModel, describe_base
+from farnear.model.towers import unreached
 from farnear.model.trainable import add_adapters, freeze, frozen_hash
 from farnear.reranker_section import RerankerConfig
 from farnear.sections import ModelConfig
@@ -69,7 +72,9 @@ def export_model(
             "model.name_or_path and model.revision as they were when the run began"
         )
     _, unexpected = model.load_state_dict(dict(weights), strict=False)
-    lost = {name for name, parameter in model.named_parameters() if parameter.requires_grad} - weights.keys()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    left_out = tuple(unreached(model))
+    lost = {name for name in trained - weights.keys() if not _is_within(name, left_out)}
     if lost or unexpected:
         raise RuntimeError(
             f"weights do not fit the base model: missing {sorted(lost)[:3]}, unexpected {unexpected[:3]}"
@@ -83,9 +88,12 @@ def export_model(
         for path in (fresh / "adapter").glob("*.safetensors"):
             give_usual_mode(path)
         adapted.merge_and_unload(safe_merge=True)
-    cast_weights(model, base.dtype)
+    # A Dense layer comes up as fp32 in sentence-transformers, whatever is stored, and takes nothing else.
+    has_dense = reranker is None and any(isinstance(module, Dense) for module in model.modules())
+    cast_weights(model, torch.float32 if has_dense else base.dtype)
     model.save_pretrained(str(fresh), create_model_card=False)
-    _restore_names(fresh, base)
+    for stored in base.models:
+        _restore_names(fresh / stored.folder, stored)
     if card is not None:
         (fresh / CARD).write_text(card, encoding="utf-8")
     files = {name: size for name, size in files_of(fresh).items() if name != CARD}
@@ -112,7 +120,11 @@ def _former(folder: Path) -> Path:
     return folder.with_name(folder.name + ".old")
 
 
-def _restore_names(folder: Path, base: BaseCheckpoint) -> None:
+def _is_within(name: str, owners: tuple[str, ...]) -> bool:
+    return any(name == owner or name.startswith(f"{owner}.") for owner in owners)
+
+
+def _restore_names(folder: Path, base: StoredModel) -> None:
     config_file = folder / "config.json"
     if base.architectures and config_file.exists():
         settings = json.loads(config_file.read_text(encoding="utf-8"))
@@ -134,7 +146,7 @@ def _restore_names(folder: Path, base: BaseCheckpoint) -> None:
         index_file.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _name_in_base(name: str, base: BaseCheckpoint) -> str:
+def _name_in_base(name: str, base: StoredModel) -> str:
     if name in base.weight_names:
         return name
     candidates = [known for known in base.weight_names if known.endswith(f".{name}")]

@@ -10,7 +10,8 @@ tried at the start of a run, in which mini-batches must have the same embeddings
 (`farnear.training.choices`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from sentence_transformers.base.model import BaseModel
 from torch import Tensor
 
 from farnear.model.pixels import PixelBytes
+from farnear.model.towers import reader_of
 
 
 class CannotMergeError(ValueError):
@@ -25,14 +27,14 @@ class CannotMergeError(ValueError):
 
 
 class TokenPadding:
-    """Pads features by token as the model's tokenizer does: on its side, with its token.
+    """Pads features by token as a tokenizer does: on its side, with its token.
 
     Args:
-        model: Whose tokenizer it is.
+        reader: Whose tokenizer it is: a model, or the part of it that has read the features' inputs.
     """
 
-    def __init__(self, model: BaseModel) -> None:
-        tokenizer = getattr(model, "tokenizer", None)
+    def __init__(self, reader: Any) -> None:
+        tokenizer = getattr(reader, "tokenizer", None)
         self._pads_left = getattr(tokenizer, "padding_side", "right") == "left"
         self._padding = {"input_ids": getattr(tokenizer, "pad_token_id", None) or 0}
 
@@ -51,7 +53,7 @@ class FeatureMerger:
     """
 
     def __init__(self, model: BaseModel) -> None:
-        self._padded = TokenPadding(model)
+        self._model = model
 
     def __call__(self, features_m: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """One mini-batch's features of m.
@@ -60,23 +62,31 @@ class FeatureMerger:
             CannotMergeError: A feature is neither a tensor, nor a list, nor the same in all of them.
         """
         first = features_m[0]
+        # A Router says what its route was chosen by.
+        kinds = first.get("modality", "text")
+        kind = kinds if isinstance(kinds, str) else "+".join(kinds)
+        padded = TokenPadding(reader_of(self._model, first.get("task", "document"), kind))
         if any(features.keys() != first.keys() for features in features_m):
             raise CannotMergeError("the mini-batches have different features")
         masks = [features.get("attention_mask") for features in features_m]
         longest = max((mask.shape[1] for mask in masks if isinstance(mask, Tensor)), default=0)
-        return {name: self._merged(name, [features[name] for features in features_m], masks, longest) for name in first}
+        return {
+            name: _merged(name, [features[name] for features in features_m], masks, partial(padded, longest=longest))
+            for name in first
+        }
 
-    def _merged(self, name: str, values: list[Any], masks: list[Any], longest: int) -> Any:
-        first = values[0]
-        if isinstance(first, PixelBytes):
-            return PixelBytes(torch.cat([value.patch_PB for value in values]), first.normalisation)
-        if isinstance(first, Tensor) and first.ndim:
-            is_by_token = all(
-                mask is not None and value.shape[:2] == mask.shape for value, mask in zip(values, masks, strict=True)
-            )
-            return torch.cat([self._padded(name, value, longest) for value in values] if is_by_token else values)
-        if isinstance(first, list):
-            return [one for value in values for one in value]
-        if not isinstance(first, Tensor) and all(value == first for value in values):
-            return first
-        raise CannotMergeError(f"feature {name} is a {type(first).__name__}")
+
+def _merged(name: str, values: list[Any], masks: list[Any], padded: Callable[[str, Tensor], Tensor]) -> Any:
+    first = values[0]
+    if isinstance(first, PixelBytes):
+        return PixelBytes(torch.cat([value.patch_PB for value in values]), first.normalisation)
+    if isinstance(first, Tensor) and first.ndim:
+        is_by_token = all(
+            mask is not None and value.shape[:2] == mask.shape for value, mask in zip(values, masks, strict=True)
+        )
+        return torch.cat([padded(name, value) for value in values] if is_by_token else values)
+    if isinstance(first, list):
+        return [one for value in values for one in value]
+    if not isinstance(first, Tensor) and all(value == first for value in values):
+        return first
+    raise CannotMergeError(f"feature {name} is a {type(first).__name__}")

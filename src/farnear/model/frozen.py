@@ -36,6 +36,7 @@ class FrozenOutputs:
         kept_turns: How many mini-batches have all of their outputs kept: the first ones, for when one does not fit,
             nothing after it is kept either.
         trained_share: Of the weights beside the parts, those that train.
+        met: Of the parts, those that the last `looking` went through.
     """
 
     def __init__(self, module: nn.Module, budget_bytes: int = 0) -> None:
@@ -44,6 +45,7 @@ class FrozenOutputs:
         self._context: tuple[str, int] | None = None  # what to do, and in which turn
         self._is_full = False
         self.kept_bytes = 0
+        self.met: set[str] = set()
         parts = dict(frozen_parts(module))
         self.names = set(parts)
         # Counted now: a strategy may leave parameters without their elements.
@@ -83,6 +85,17 @@ class FrozenOutputs:
         finally:
             self._context = None
 
+    @contextmanager
+    def looking(self) -> Iterator[None]:
+        """See which parts a forward goes through; of several towers an input takes one."""
+        self.met = set()
+        self._context = ("look", 0)
+        try:
+            yield
+        finally:
+            self._context = None
+        self.met &= self.names
+
     def forget(self) -> None:
         """Let go of everything that is kept."""
         self._outputs.clear()
@@ -94,6 +107,7 @@ class FrozenOutputs:
             if self._context is None or name not in self.names:
                 return original(*args, **kwargs)
             what, turn = self._context
+            self.met.add(name)
             if what == "record":
                 output = original(*args, **kwargs)
                 self._keep(turn, name, output)
@@ -101,7 +115,7 @@ class FrozenOutputs:
             if any(x.requires_grad for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)):
                 self.names.discard(name)
                 return original(*args, **kwargs)
-            kept = self._outputs.get(turn, {}).get(name)
+            kept = self._outputs.get(turn, {}).get(name) if what == "replay" else None
             return _back(kept.pop(0), args, kwargs) if kept else original(*args, **kwargs)
 
         return forward
@@ -121,9 +135,10 @@ def frozen_parts(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     def below(name: str, part: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         parameters = list(part.parameters())
         is_frozen = not any(parameter.requires_grad for parameter in parameters)
-        # sentence-transformers' own modules hand on the dict of all features, inputs included. And a part that draws
-        # random numbers would, left out, change what is drawn after it.
-        can_be_kept = not isinstance(part, FeaturesModule) and not has_dropout(part)
+        # sentence-transformers' own modules hand on the dict of all features, inputs included, and a Router calls those
+        # of a route one by one. And a part that draws random numbers would, left out, change what is drawn after it.
+        hands_on = any(isinstance(inner, FeaturesModule) for inner in part.modules())
+        can_be_kept = not hands_on and not has_dropout(part)
         if is_frozen and can_be_kept and next(part.children(), None) is not None:
             if sum(parameter.numel() for parameter in parameters) >= worth:
                 yield name, part

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
 from farnear.errors import UserError
-from farnear.model.load import weight_files
+from farnear.model.stored import weight_files
 from farnear.reranker_section import RerankerConfig
 from farnear.sections import ModelConfig
 

@@ -1,13 +1,13 @@
 """From a checkpoint's name to a ``SentenceTransformer`` that is ready to train.
 
-Two kinds of checkpoint are accepted: one that is a SentenceTransformer already, which keeps its modules, prompts and
-pooling, and a raw vision-language model, which gets pooling and normalisation added.
+Three kinds of model are accepted: one that is a SentenceTransformer already, a Router of several among them, which
+keeps its modules, prompts and pooling; a raw model of transformers that reads pages, which gets pooling and
+normalisation added; and several of either kind, which are joined (`farnear.model.router`).
 
-Whatever type the checkpoint is stored in, the weights come up as fp32. sentence-transformers would keep a bf16
+Whatever type a checkpoint is stored in, the weights come up as fp32. sentence-transformers would keep a bf16
 checkpoint in bf16, where an AdamW update at a learning rate of 2e-5 is lost to rounding for most weights.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 from sentence_transformers.util import is_sentence_transformer_model
 from torch import nn
-from transformers.utils.hub import cached_file
 
 from farnear.errors import UserError
 from farnear.model.attention import VARLEN, register_varlen, tell_towers
@@ -28,32 +27,18 @@ from farnear.model.attention_choice import refuse_kernels
 from farnear.model.hub import is_folder, refuse_missing_folder, refuse_unless_fetched
 from farnear.model.patches import multiply_patches
 from farnear.model.pixels import call_settings, image_processor_of, is_qwen_family
+from farnear.model.router import join
+from farnear.model.stored import stored_configs, stored_kind
+from farnear.model.towers import KINDS, know_combinations, modalities_of, readers
 from farnear.offline import PREFETCH, is_offline
 from farnear.sections import ModelConfig
 
 if TYPE_CHECKING:
     from sentence_transformers.base.model import BaseModel
 
-FLOAT_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-
-
-@dataclass(frozen=True)
-class BaseCheckpoint:
-    """What the stored checkpoint looked like, for an export that looks the same.
-
-    Attributes:
-        weight_names: Of every stored tensor; empty where the weights are not safetensors.
-        dtype: Type most of the stored elements have.
-        architectures: As its config.json names them.
-    """
-
-    weight_names: frozenset[str]
-    dtype: torch.dtype
-    architectures: tuple[str, ...]
-
 
 def load_model(
-    config: ModelConfig, *, dtype: torch.dtype = torch.float32, with_weights: bool = True
+    config: ModelConfig, *, dtype: torch.dtype = torch.float32, with_weights: bool = True, seed: int = 0
 ) -> SentenceTransformer:
     """Load a model on the CPU with weights of one type.
 
@@ -61,13 +46,36 @@ def load_model(
         config: Section `model` of the run file.
         dtype: fp32, or bf16 for training.pure_bf16.
         with_weights: False builds it on the meta device, without reading weights or taking memory for them.
+        seed: Of what begins as random numbers, which has to be the same on every rank.
 
     Raises:
-        UserError: The checkpoint cannot be loaded, reads no images, or contradicts the section.
+        UserError: The checkpoint cannot be loaded, reads texts alone, or contradicts the section.
     """
+    if config.router is None:
+        model = _load_one(config, dtype, with_weights)
+    else:
+        towers = {}
+        for name, tower in config.towers.items():
+            with _told_by(f"model.router.{name}"):
+                towers[name] = _load_one(tower, dtype, with_weights)
+        model = join(towers, config, seed=seed)
+    refuse_text_alone(model, config)
+    know_combinations(model)
+    if config.router is None and config.pooling is not None and (own := _pooling_of(model)) != config.pooling:
+        raise UserError(
+            f"model {config.name_or_path} has its own pooling ({own or 'by its last layers'}), but model.pooling says "
+            f"{config.pooling}; take model.pooling out of the run file"
+        )
+    bring_to(dtype, model)
+    return model
+
+
+def _load_one(config: ModelConfig, dtype: torch.dtype, with_weights: bool) -> SentenceTransformer:
+    """A model by its name, with what a raw one lacks."""
     arguments = loading_arguments(config, dtype=dtype, with_weights=with_weights)
     with told_to_the_user(config):
-        refuse_kernels(config, stored_config(config))
+        for stored in stored_configs(config):
+            refuse_kernels(config, stored)
         has_modules = is_sentence_transformer_model(config.name_or_path, revision=config.revision)
     if has_modules and stored_kind(config) == "CrossEncoder":
         raise UserError(
@@ -86,22 +94,7 @@ def load_model(
             processor_kwargs=arguments.processor,
         )
     settle(model, config, arguments)
-    if not has_modules:
-        model = _with_pooling(model, config)
-    elif config.pooling is not None and (own := _pooling_of(model)) != config.pooling:
-        raise UserError(
-            f"model {config.name_or_path} has its own pooling ({own}), but model.pooling says {config.pooling}; "
-            "take model.pooling out of the run file"
-        )
-    bring_to(dtype, model)
-    return model
-
-
-def stored_kind(config: ModelConfig) -> str | None:
-    """SentenceTransformer or CrossEncoder, as a checkpoint that sentence-transformers has saved says; else None."""
-    about = stored_file(config, "config_sentence_transformers.json")
-    kind: str | None = json.loads(about.read_text(encoding="utf-8")).get("model_type") if about else None
-    return kind
+    return model if has_modules else _with_pooling(model, config)
 
 
 @dataclass(frozen=True)
@@ -152,19 +145,22 @@ def told_to_the_user(config: ModelConfig) -> Iterator[None]:
 
 
 def settle(model: "BaseModel", config: ModelConfig, arguments: LoadingArguments) -> None:
-    """What every loaded model goes through, in place.
-
-    Raises:
-        UserError: It reads no images.
-    """
-    if not model.supports("image"):
-        raise UserError(
-            f"model {config.name_or_path} has no image support (modalities: {', '.join(map(str, model.modalities))}), "
-            "so it cannot read pages; set model.name_or_path to a vision-language model"
-        )
+    """What every loaded model goes through, in place."""
     if config.attn_implementation == VARLEN:
         tell_towers(model)
-    _keep_limits_of_pages_in_size(model, arguments.processor)
+    for reader in readers(model):
+        _keep_limits_of_pages_in_size(reader, arguments.processor)
+        _pad_as_trained(reader)
+
+
+def refuse_text_alone(model: "BaseModel", config: ModelConfig) -> None:
+    """Raise UserError for a model that reads nothing but texts."""
+    if not any(model.supports(kind) for kind in KINDS if kind != "text"):  # type: ignore[arg-type]
+        raise UserError(
+            f"model {config.title} has no image support (modalities: {modalities_of(model)}), "
+            "so it cannot read pages; set model.name_or_path to a vision-language model, or join it with one that "
+            "reads images in model.router"
+        )
 
 
 def bring_to(dtype: torch.dtype, model: "BaseModel") -> None:
@@ -176,18 +172,22 @@ def bring_to(dtype: torch.dtype, model: "BaseModel") -> None:
         raise RuntimeError(f"weights came up as {', '.join(sorted(wrong))}, not {dtype}")
 
 
-def _keep_limits_of_pages_in_size(model: "BaseModel", run_file: dict[str, Any]) -> None:
+def _keep_limits_of_pages_in_size(reader: Any, run_file: dict[str, Any]) -> None:
     """Leave what a Qwen2-VL processor was told about pixels where it looks last: in its image processor's ``size``.
 
     transformers hands what ``from_pretrained`` was given to every call again, and there it deprecates ``min_pixels``
     and ``max_pixels``; a checkpoint may bring arguments of its own for every call, and they would beat the run file's.
     Other processors may know no other way; they are left alone, and so are limits of videos.
     """
-    image_processor = image_processor_of(model)
+    image_processor = image_processor_of(reader)
+    if "image" not in getattr(reader, "modalities", ()):
+        # All towers were given the same, and a tokenizer stores what it was given.
+        for name in ("min_pixels", "max_pixels"):
+            getattr(getattr(reader, "tokenizer", None), "init_kwargs", {}).pop(name, None)
     if not is_qwen_family(image_processor):
         return
     size = dict(image_processor.size)
-    weakest_first = [*list(call_settings(model))[::-1], dict(run_file)]
+    weakest_first = [*list(call_settings(reader))[::-1], dict(run_file)]
     for settings in weakest_first:
         size.update(settings.pop("size", None) or {})
     for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
@@ -197,6 +197,21 @@ def _keep_limits_of_pages_in_size(model: "BaseModel", run_file: dict[str, Any]) 
     image_processor.size = type(image_processor.size)(**size)
 
 
+def _pad_as_trained(reader: Any) -> None:
+    """Have SigLIP's texts padded to the length that it was trained with, unless the checkpoint says how; in place.
+
+    It reads the last token's place, and its tokenizer masks nothing: padded to the longest text of a batch, as
+    sentence-transformers does, a text's embedding depends on the texts beside it.
+    """
+    settings: Any = getattr(reader, "config", None) if isinstance(reader, Transformer) else None
+    if not str(getattr(settings, "model_type", "")).startswith("siglip") or "text" not in reader.modalities:
+        return
+    text = reader.processing_kwargs.setdefault("text", {})
+    if "padding" not in text:
+        length = getattr(settings, "text_config", settings).max_position_embeddings
+        text.update({"padding": "max_length", "max_length": length, **text})
+
+
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
     """Bring all floating weights to one type. Buffers stay: rotary frequencies in bf16 would blur positions."""
     for parameter in model.parameters():
@@ -204,59 +219,31 @@ def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def embedding_dimension(model: SentenceTransformer) -> int:
-    """Width of the model's embeddings."""
-    dimension = model.get_embedding_dimension()
-    if dimension is None:
-        raise RuntimeError("the model does not tell its embedding dimension")
-    return dimension
-
-
-def describe_base(config: ModelConfig) -> BaseCheckpoint:
-    """Names, type and architecture of the stored checkpoint, read from file headers only."""
-    weight_names: set[str] = set()
-    elements: dict[torch.dtype, int] = {}
-    for path in weight_files(config):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  (a safetensors file is no mapping)
-                weight_names.add(name)
-                tensor = file.get_slice(name)
-                if (dtype := FLOAT_TYPES.get(tensor.get_dtype())) is not None:
-                    elements[dtype] = elements.get(dtype, 0) + torch.Size(tensor.get_shape()).numel()
-    dtype = max(elements, key=lambda kind: elements[kind]) if elements else torch.float32
-    architectures = stored_config(config).get("architectures") or ()
-    return BaseCheckpoint(frozenset(weight_names), dtype, tuple(architectures))
-
-
 def _with_pooling(model: SentenceTransformer, config: ModelConfig) -> SentenceTransformer:
-    pooling = Pooling(embedding_dimension(model), config.pooling or "lasttoken")
-    modules = [model[0], pooling, *([Normalize()] if config.normalize else [])]
+    """A raw model's embedding: of its tokens, unless it has one of its own, as dual encoders do."""
+    reader: Any = model[0]
+    pooling = []
+    if reader.module_output_name == "token_embeddings":
+        # Without a chat template there is nothing of a generator's in it, and the last token is as any other.
+        reads_to_the_end = "message" in reader.modalities or _is_causal(reader)
+        mode = config.pooling or ("lasttoken" if reads_to_the_end else "mean")
+        pooling = [Pooling(reader.get_embedding_dimension(), mode)]
+    modules = [reader, *pooling, *([Normalize()] if config.normalize else [])]
     return SentenceTransformer(modules=modules, device=model.device.type, prompts=config.prompts)
 
 
+def _is_causal(reader: Transformer) -> bool:
+    return any(name.endswith("ForCausalLM") for name in reader.config.architectures or ())
+
+
 def _pooling_of(model: SentenceTransformer) -> str | None:
-    return next((str(module.pooling_mode) for module in model if isinstance(module, Pooling)), None)
+    return next((str(module.pooling_mode) for module in model.modules() if isinstance(module, Pooling)), None)
 
 
-def weight_files(config: ModelConfig) -> list[Path]:
-    """The checkpoint's safetensors; empty where it has others."""
-    index = stored_file(config, "model.safetensors.index.json")
-    if index is None:
-        single = stored_file(config, "model.safetensors")
-        return [single] if single else []
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    return [path for name in names if (path := stored_file(config, name)) is not None]
-
-
-def stored_config(config: ModelConfig) -> dict[str, Any]:
-    """The checkpoint's config.json; empty where there is none."""
-    path = stored_file(config, "config.json")
-    return json.loads(path.read_text(encoding="utf-8")) if path else {}
-
-
-def stored_file(config: ModelConfig, name: str) -> Path | None:
-    """One of the checkpoint's files, brought from the hub if need be; None where it has none of that name."""
-    found = cached_file(
-        config.name_or_path, name, revision=config.revision, _raise_exceptions_for_missing_entries=False
-    )
-    return Path(found) if found else None
+@contextmanager
+def _told_by(key: str) -> Iterator[None]:
+    """Errors of loading name the run file's key."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{key}: {str(error).replace('model.name_or_path', key)}") from None

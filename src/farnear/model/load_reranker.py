@@ -33,12 +33,11 @@ from farnear.model.load import (
     LoadingArguments,
     bring_to,
     loading_arguments,
+    refuse_text_alone,
     settle,
-    stored_config,
-    stored_file,
-    stored_kind,
     told_to_the_user,
 )
+from farnear.model.stored import stored_config, stored_file, stored_kind
 from farnear.reranker_section import RerankerConfig
 from farnear.sections import ModelConfig
 
@@ -95,6 +94,7 @@ def load_plain_reranker(
         else:
             model = _load_with_head(config, reranker, arguments, with_weights=with_weights)
     _refuse_contradictions(model, config, reranker)
+    refuse_text_alone(model, config)
     settle(model, config, arguments)
     _settle_template(model, config, reranker, is_own_model=is_own_model)
     if reranker.instruction is not None:

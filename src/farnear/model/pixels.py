@@ -25,6 +25,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from farnear.model.towers import SIDES, readers_of_pages, takes
+
 if TYPE_CHECKING:  # a plan needs neither the model nor the seconds of this import
     from sentence_transformers.base.model import BaseModel
 
@@ -80,12 +82,16 @@ class PixelBytes(NamedTuple):
 
 def uint8_normalisation(model: "BaseModel") -> Normalisation | str:
     """How the model's pages are normalised, if they can travel as uint8, and otherwise why they cannot."""
-    image_processor = image_processor_of(model)
+    found = readers_of_pages(model)
+    if len(found) != 1:
+        return f"{len(found)} parts of the model read images" if found else "the model reads no images"
+    reader = found[0]
+    image_processor = image_processor_of(reader)
     if not is_qwen_family(image_processor):
         return f"{type(image_processor).__name__} is not of the Qwen2-VL family"
     try:
-        rule = _normalisation(model)
-        return _first_difference(model, rule) or rule
+        rule = _normalisation(reader)
+        return _first_difference(model, reader, rule) or rule
     except Exception as error:  # whatever a processor raises that takes other arguments or has other attributes
         reason = " ".join(str(error).split())[:300]
         return f"{type(image_processor).__name__} cannot be tried ({type(error).__name__}: {reason})"
@@ -115,12 +121,12 @@ def is_qwen_family(image_processor: Any) -> bool:
     return any(base.__name__.startswith(_FAMILY) for base in type(image_processor).__mro__)
 
 
-def _normalisation(model: "BaseModel") -> Normalisation:
-    factor = float(_setting(model, "rescale_factor")) if _setting(model, "do_rescale") else 1.0
+def _normalisation(reader: Any) -> Normalisation:
+    factor = float(_setting(reader, "rescale_factor")) if _setting(reader, "do_rescale") else 1.0
     mean, std = torch.zeros(1), torch.ones(1)
-    if _setting(model, "do_normalize"):
+    if _setting(reader, "do_normalize"):
         mean, std = (
-            torch.atleast_1d(torch.as_tensor(_setting(model, name), dtype=torch.float32))
+            torch.atleast_1d(torch.as_tensor(_setting(reader, name), dtype=torch.float32))
             for name in ("image_mean", "image_std")
         )
     # float32 first and then the factor: so does the processor, and the results agree to the last bit.
@@ -128,26 +134,28 @@ def _normalisation(model: "BaseModel") -> Normalisation:
     return Normalisation(
         mean=tuple(mean.tolist()),
         std=tuple(std.tolist()),
-        patch_size=int(_setting(model, "patch_size")),
-        frames=int(_setting(model, "temporal_patch_size")),
+        patch_size=int(_setting(reader, "patch_size")),
+        frames=int(_setting(reader, "temporal_patch_size")),
     )
 
 
-def _first_difference(model: "BaseModel", rule: Normalisation) -> str | None:
+def _first_difference(model: "BaseModel", reader: Any, rule: Normalisation) -> str | None:
     """What differs when two images go both ways; None if nothing does."""
-    step = rule.patch_size * int(_setting(model, "merge_size"))
-    odd = 3 if _setting(model, "do_resize") else 0  # sizes that have to be changed, where sizes are changed
+    step = rule.patch_size * int(_setting(reader, "merge_size"))
+    odd = 3 if _setting(reader, "do_resize") else 0  # sizes that have to be changed, where sizes are changed
     random = np.random.default_rng(0)
     images = [
         Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
         for height, width in ((3 * step + odd, 2 * step - odd), (2 * step, 5 * step + odd))
     ]
 
-    # A reranker's chat template may know no message but those of a pair.
-    inputs: list[Any] = [({"text": "a"}, image) for image in images] if model.model_type == "CrossEncoder" else images
+    # A reranker's chat template may know no message but those of a pair; a Router may route by the side.
+    of_pairs = model.model_type == "CrossEncoder"
+    inputs: list[Any] = [({"text": "a"}, image) for image in images] if of_pairs else images
+    side = {} if of_pairs else {"task": next(side for side in SIDES if takes(model, side, "image"))}
 
     def call(**kwargs: Any) -> Mapping[str, Any]:
-        return model.preprocess(inputs, **kwargs)
+        return model.preprocess(inputs, **side, **kwargs)
 
     expected, actual = call(), preprocess_to_bytes(call, rule)
     if expected.keys() != actual.keys():
@@ -175,17 +183,21 @@ def page_tokens(model: "BaseModel") -> PageTokens:
     because it is too long for its width, costs as much as the largest. For others it is an estimate: the pixels that
     are left after resizing, as far as the processor's settings tell, in the model's patches.
     """
-    if is_qwen_family(image_processor_of(model)):
-        size = _sizes(model)
+    reader = next(iter(readers_of_pages(model)), model[0])
+    if is_qwen_family(image_processor_of(reader)):
+        size = _sizes(reader)
         return SmartResizeTokens(
-            patch_size=int(_setting(model, "patch_size")),
-            merge_size=int(_setting(model, "merge_size")),
-            min_pixels=_setting(model, "min_pixels") or size["shortest_edge"],
-            max_pixels=_setting(model, "max_pixels") or size["longest_edge"],
-            resizes=bool(_setting(model, "do_resize")),
+            patch_size=int(_setting(reader, "patch_size")),
+            merge_size=int(_setting(reader, "merge_size")),
+            min_pixels=_setting(reader, "min_pixels") or size["shortest_edge"],
+            max_pixels=_setting(reader, "max_pixels") or size["longest_edge"],
+            resizes=bool(_setting(reader, "do_resize")),
         )
-    low, high = _pixel_bounds(model)
-    return ProportionalTokens(_pixels_per_token(model), low, high)
+    pixels_per_token = _pixels_per_token(reader)
+    # SigLIP 2 of any size pads every page to so many patches.
+    if patches := _setting(reader, "max_num_patches"):
+        return ProportionalTokens(1.0, float(patches), float(patches))
+    return ProportionalTokens(pixels_per_token, *_pixel_bounds(reader))
 
 
 @dataclass(frozen=True)
@@ -238,10 +250,10 @@ class ProportionalTokens:
         return np.maximum(np.rint(tokens_n), 1).astype(np.int64)
 
 
-def _pixel_bounds(model: "BaseModel") -> tuple[float, float]:
+def _pixel_bounds(reader: Any) -> tuple[float, float]:
     """Fewest and most pixels of a page after resizing, as far as the settings of a processor tell."""
-    crop = _setting(model, "crop_size") if _setting(model, "do_center_crop") else None
-    size = dict(crop) if isinstance(crop, Mapping) else _sizes(model)
+    crop = _setting(reader, "crop_size") if _setting(reader, "do_center_crop") else None
+    size = dict(crop) if isinstance(crop, Mapping) else _sizes(reader)
     if size.get("height") and size.get("width"):
         pixels = float(size["height"] * size["width"])
         return pixels, pixels
@@ -256,46 +268,46 @@ def _pixel_bounds(model: "BaseModel") -> tuple[float, float]:
         bounds = 1, size["max_height"] * size["max_width"]
     else:
         bounds = 1, np.inf
-    fewest = float(_setting(model, "min_pixels") or bounds[0])
-    return fewest, max(fewest, float(_setting(model, "max_pixels") or bounds[1]))
+    fewest = float(_setting(reader, "min_pixels") or bounds[0])
+    return fewest, max(fewest, float(_setting(reader, "max_pixels") or bounds[1]))
 
 
-def _pixels_per_token(model: "BaseModel") -> float:
-    config = getattr(model[0], "config", None)
+def _pixels_per_token(reader: Any) -> float:
+    config = getattr(reader, "config", None)
     vision = getattr(config, "vision_config", config)
-    patch: Any = _setting(model, "patch_size") or getattr(vision, "patch_size", None)
+    patch: Any = _setting(reader, "patch_size") or getattr(vision, "patch_size", None)
     if isinstance(patch, Mapping):
         patch = patch.get("height")
-    return float(int(patch or 16) * int(_setting(model, "merge_size") or 1)) ** 2
+    return float(int(patch or 16) * int(_setting(reader, "merge_size") or 1)) ** 2
 
 
-def image_processor_of(model: "BaseModel") -> Any:
-    """The part of the model's processor that takes images; None where there is no processor."""
-    processor = getattr(model[0], "processor", None)
+def image_processor_of(reader: Any) -> Any:
+    """The part of a module's processor that takes images; None where there is no processor."""
+    processor = getattr(reader, "processor", None)
     return getattr(processor, "image_processor", processor)
 
 
-def _sizes(model: "BaseModel") -> dict[str, int]:
-    size: Any = _setting(model, "size")
+def _sizes(reader: Any) -> dict[str, int]:
+    size: Any = _setting(reader, "size")
     if isinstance(size, int):
         return {"height": size, "width": size}
     return {name: value for name, value in dict(size or {}).items() if value is not None}
 
 
-def _setting(model: "BaseModel", name: str) -> Any:
-    """A setting as it is in force when the model preprocesses."""
-    for holder in call_settings(model):
+def _setting(reader: Any, name: str) -> Any:
+    """A setting as it is in force when the module preprocesses."""
+    for holder in call_settings(reader):
         if holder.get(name) is not None:
             return holder[name]
-    return getattr(image_processor_of(model), name, None)
+    return getattr(image_processor_of(reader), name, None)
 
 
-def call_settings(model: "BaseModel") -> Iterator[dict[str, Any]]:
+def call_settings(reader: Any) -> Iterator[dict[str, Any]]:
     """What overrides an image processor's own settings in every call, the strongest first.
 
     sentence-transformers passes the arguments stored with the module. transformers passes to every part of a processor
     what its tokenizer was made with, and that is all that ``from_pretrained`` was given.
     """
-    stored = getattr(model[0], "processing_kwargs", None) or {}
+    stored = getattr(reader, "processing_kwargs", None) or {}
     yield stored.get("image") or {}
-    yield getattr(getattr(getattr(model[0], "processor", None), "tokenizer", None), "init_kwargs", None) or {}
+    yield getattr(getattr(getattr(reader, "processor", None), "tokenizer", None), "init_kwargs", None) or {}

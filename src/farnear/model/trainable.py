@@ -24,6 +24,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from farnear.errors import UserError
+from farnear.model.towers import freeze_unreached, is_router
 from farnear.sections import ModelConfig
 
 if TYPE_CHECKING:  # a plan needs neither the model nor the seconds of this import
@@ -46,7 +47,7 @@ _SAMPLE = 1024
 
 
 def choose_trainable(model: "BaseModel", config: ModelConfig, *, seed: int) -> None:
-    """Add the adapters that the section asks for, and freeze what it names; in place.
+    """Add the adapters that the section asks for, freeze what it names and what no input reaches; in place.
 
     Args:
         seed: Of the adapters' random weights, which have to be the same on every rank.
@@ -58,6 +59,7 @@ def choose_trainable(model: "BaseModel", config: ModelConfig, *, seed: int) -> N
         add_adapters(model, config, seed=seed)
     freeze(model, config.freeze)
     _refuse_frozen_copies(model)
+    freeze_unreached(model)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(
             f"model.freeze ({', '.join(config.freeze)}) leaves no parameter to train; take a pattern out of it"
@@ -151,6 +153,11 @@ def add_adapters(model: "BaseModel", config: ModelConfig, *, seed: int) -> Any:
     inner: Any = model.transformers_model
     if inner is None:
         raise UserError(f"model.lora: {config.name_or_path} holds no transformers model; take model.lora out")
+    if any(is_router(module) for module in model.modules()):
+        raise UserError(
+            f"model.lora adapts one model, and {config.name_or_path} is a Router of several; take it out, or freeze "
+            "what is not to train"
+        )
     settings = lora_settings(config)
     from peft import LoraConfig, get_peft_model
 

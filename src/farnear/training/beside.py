@@ -17,10 +17,11 @@ from farnear.config import RunConfig, model_beside
 from farnear.errors import UserError
 from farnear.model.embedder import Embedder, Preprocessing
 from farnear.model.hub import refuse_missing_folder
-from farnear.model.load import load_model, stored_kind
+from farnear.model.load import load_model
 from farnear.model.load_reranker import load_reranker
 from farnear.model.pairs import PairPicker, PairPreprocessing
 from farnear.model.reranker import Reranker, shares_images
+from farnear.model.stored import stored_kind
 from farnear.model.trainable import frozen_hash
 from farnear.parallel.forward_only import ForwardOnly
 from farnear.parallel.world import World
@@ -30,14 +31,14 @@ from farnear.retrieve.mine import Mined, mine
 from farnear.retrieve.rerank import score_own_pairs
 from farnear.training.engine import inference_of
 from farnear.training.pages_once import settle_pages_once
-from farnear.training.shards import RunData, kinds_of, refuse_unsupported
+from farnear.training.shards import Held, RunData, kinds_of, refuse_unsupported
 
 
 @contextmanager
 def embedder_beside(
     config: RunConfig,
     name: str,
-    kinds: Collection[str],
+    kinds: Collection[Held],
     world: World,
     *,
     between: Callable[[], None] = nothing,
@@ -65,7 +66,7 @@ def embedder_beside(
 def reranker_beside(
     config: RunConfig,
     name: str,
-    kinds: Collection[str],
+    kinds: Collection[Held],
     world: World,
     *,
     between: Callable[[], None] = nothing,

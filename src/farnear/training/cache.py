@@ -112,7 +112,9 @@ class CachedStep:
     watch: Watch = field(default_factory=Watch)
     # Whether a gradient reaches the weights from a group: not where everything that it goes through is frozen.
     _trains: dict[tuple[str, str], bool] = field(default_factory=dict)
-    _flops_per_token: dict[tuple[str, str], float] = field(default_factory=dict)
+    # Frozen parts that a group goes through.
+    _meets: dict[tuple[str, str], set[str]] = field(default_factory=dict)
+    _flops_per_unit: dict[tuple[str, str], float] = field(default_factory=dict)
 
     def gradient(self, batch: RankBatch, figures: StepFigures, *, scale: float) -> EmbeddingGradient:
         """Leave the gradient of the global batch's mean loss, reduced over ranks, in the strategy.
@@ -130,9 +132,7 @@ class CachedStep:
         for group in dict.fromkeys(turn.group for turn in turns):
             if group not in self._trains:
                 self._look_at(next(turn for turn in turns if turn.group == group))
-        figures.model_flops = sum(
-            sum(count_tokens([turn.mini_batch.features])) * self._flops_per_token[turn.group] for turn in turns
-        )
+        figures.model_flops = sum(_units(turn.mini_batch) * self._flops_per_unit[turn.group] for turn in turns)
         with timed(figures, "pass_one"):
             embedding, graphs = self._pass_one(turns)
         figures.kept_graphs, figures.frozen_bytes = len(graphs), self.frozen.kept_bytes if self.frozen else 0
@@ -170,10 +170,11 @@ class CachedStep:
     def _look_at(self, turn: Turn) -> None:
         """See in a forward of its own what has a gradient: a step must do the same whether or not it is the first."""
         self.watch.at("first look", pairs=turn.pairs)
-        context = self.frozen.replaying(turn.position) if self.frozen else nullcontext()
+        context = self.frozen.looking() if self.frozen else nullcontext()
         with context, FlopCounterMode(display=False) as counter:
             trains = self._embed(turn.mini_batch.features, turn.seed).requires_grad
         self._trains[turn.group] = trains
+        self._meets[turn.group] = set(self.frozen.met) if self.frozen else set()
         forward = counter.get_total_flops()
         flops = float(forward)
         if trains:
@@ -184,7 +185,7 @@ class CachedStep:
             )
             # The gradient of the inputs, and that of the weights as far as they train.
             flops = once + (forward - once) * (2 + (self.frozen.trained_share if self.frozen else 1.0))
-        self._flops_per_token[turn.group] = flops / max(sum(count_tokens([turn.mini_batch.features])), 1)
+        self._flops_per_unit[turn.group] = flops / _units(turn.mini_batch)
 
     def _pass_one(self, turns: Sequence[Turn]) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
         """Embeddings of each side in the order of their rows, and by its position each embedding that has a graph."""
@@ -239,10 +240,9 @@ class CachedStep:
         return turn.keeps_graph and self._trains[turn.group]
 
     def _records(self, turn: Turn) -> bool:
-        if self.frozen is None or not self.frozen.names or not self.frozen.budget_bytes:
+        if self.frozen is None or not self.frozen.budget_bytes or not self._meets[turn.group] & self.frozen.names:
             return False
-        # Text alone goes through no tower.
-        return turn.mini_batch.modality != "text" and self._trains[turn.group] and not turn.keeps_graph
+        return self._trains[turn.group] and not turn.keeps_graph
 
     def _loss(
         self,
@@ -303,6 +303,11 @@ class CachedStep:
     def _embed(self, features: dict[str, Any], seed: int) -> Tensor:
         torch.manual_seed(seed)
         return self.strategy.forward(to_device(features, self.world.device))
+
+
+def _units(mini_batch: MiniBatch) -> int:
+    """What a mini-batch's cost is told by: its tokens, or its inputs where a processor makes none of them."""
+    return sum(count_tokens([mini_batch.features])) or mini_batch.inputs
 
 
 def groups_of(mini_batches: Sequence[MiniBatch]) -> list[list[MiniBatch]]:

@@ -15,7 +15,7 @@ from farnear.config import RunConfig
 from farnear.model.base import base_facts
 from farnear.model.card import card_text
 from farnear.model.card_facts import UNKNOWN, CardFacts, DataFacts, Evaluations, base_license_of
-from farnear.model.load import embedding_dimension
+from farnear.model.router import width_of
 from farnear.parallel.world import World
 from farnear.run_folder import RunFolder
 from farnear.training.checkpoint import Checkpoint
@@ -46,7 +46,7 @@ def facts_of_run(
         base=base_facts(config.model, commit),
         data=_data(config, data),
         parameters=parameters_in_words(model),
-        dimension=embedding_dimension(model) if config.reranker is None else None,
+        dimension=width_of(model) if config.reranker is None else None,
         prompts=dict(model.prompts),
         ranks=world.world_size,
         device="CPU" if world.device.type == "cpu" else torch.cuda.get_device_name(world.device),

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 from farnear.data.budget import PageTokens, input_cost
 from farnear.data.dealing import SIDES
-from farnear.data.index import Index, modality_name
+from farnear.data.index import MODALITY_BITS, Index, modality_name
+from farnear.data.sample import AUDIO, IMAGE, VIDEO
 from farnear.data.workers import Preprocess, preparation_fault, stand_in
 from farnear.model.embedder import to_device
 from farnear.model.features import CannotMergeError, FeatureMerger
@@ -155,42 +156,53 @@ class _Trial:
     ) -> None:
         self._strategy, self._preprocess, self._world = strategy, preprocess, world
         self._index, self._documents, self._page_tokens = index, documents, page_tokens
-        self._largest_of: dict[str, tuple[Any, int]] = {}
+        self._largest_of: dict[tuple[str, str], tuple[Any, int]] = {}
 
-    def _largest(self, side: str) -> tuple[Any, int]:
+    def _rows(self, side: str) -> Int64:
+        """Of all inputs of a side."""
+        return np.unique(self._index.query_N if side == "query" else self._documents)
+
+    def _modalities(self, side: str) -> list[str]:
+        """What a side's inputs are; a Router sends each to another tower."""
+        return [modality_name(int(bits)) for bits in np.unique(self._index.input_modality_I[self._rows(side)])]
+
+    def _largest(self, side: str, modality: str) -> tuple[Any, int]:
         """An input like the most expensive one that the model's processor takes, and its cost.
 
         What it refuses, as a page that is too long for its width, goes to quarantine when its batch comes. Looked for
         when it is needed: a run that chooses nothing, or goes on with what was chosen, needs none.
         """
-        if side not in self._largest_of:
-            self._largest_of[side] = self._look_for_largest(side)
-        return self._largest_of[side]
+        if (side, modality) not in self._largest_of:
+            self._largest_of[side, modality] = self._look_for_largest(side, modality)
+        return self._largest_of[side, modality]
 
-    def _look_for_largest(self, side: str) -> tuple[Any, int]:
-        index = self._index
-        rows = np.unique(index.query_N if side == "query" else self._documents)
+    def _look_for_largest(self, side: str, modality: str) -> tuple[Any, int]:
+        index, rows = self._index, self._rows(side)
+        bits = sum(MODALITY_BITS[part] for part in modality.split("+"))
+        rows = rows[index.input_modality_I[rows] == bits]
         cost_n = input_cost(index, rows, self._page_tokens)
         for place in np.argsort(-cost_n, kind="stable"):
-            row = int(rows[place])
-            blank = _blank_like(index, row)
+            blank = _blank_like(index, int(rows[place]))
             if preparation_fault(self._preprocess, blank, side) is None:
                 return blank, int(cost_n[place])
             # Where a plain input fails too, it is a defect.
-            self._preprocess([stand_in(modality_name(int(index.input_modality_I[row])))], side)
-        return stand_in(modality_name(int(index.input_modality_I[rows[0]]))), int(cost_n.max())
+            self._preprocess([stand_in(modality)], side)
+        return stand_in(modality), int(cost_n.max())
 
     def grown(self, side: str, most_inputs: int) -> int:
         """Tokens of a mini-batch: doubled while its graph has the memory and a larger one is worth it."""
+        return min(self._grown(side, modality, most_inputs) for modality in self._modalities(side))
+
+    def _grown(self, side: str, modality: str, most_inputs: int) -> int:
         limit_bytes = self._free_memory() * _SHARE_OF_A_MINI_BATCH
         inputs = 1
-        size, seconds_each = self._measure(side, inputs)
+        size, seconds_each = self._measure(side, modality, inputs)
         while 2 * inputs <= min(most_inputs, _MOST_INPUTS) and 2 * size <= limit_bytes:
-            next_size, next_seconds_each = self._measure(side, 2 * inputs)
+            next_size, next_seconds_each = self._measure(side, modality, 2 * inputs)
             if next_size > limit_bytes or next_seconds_each > (1.0 - _WORTHWHILE_GAIN) * seconds_each:
                 break
             inputs, size, seconds_each = 2 * inputs, next_size, next_seconds_each
-        return inputs * self._largest(side)[1]
+        return inputs * self._largest(side, modality)[1]
 
     def graphs_that_fit(
         self, training: TrainingConfig, num_tokens: Mapping[str, int | None], inputs_per_rank: Mapping[str, int]
@@ -198,26 +210,39 @@ class _Trial:
         """Share of a step's mini-batches whose graphs fit into memory beside the one that is computed."""
         whole = largest = 0
         for side in SIDES:
-            inputs = training.mini_batch_size_of[side] or _MOST_INPUTS
-            if (tokens := num_tokens[side]) is not None:
-                inputs = max(1, min(inputs, tokens // self._largest(side)[1]))
-            inputs = min(inputs, inputs_per_rank[side])
-            size, _ = self._measure(side, inputs)
-            whole += size * -(-inputs_per_rank[side] // inputs)
+            # As if all inputs were of the modality whose graphs are largest.
+            of_side, size = max(
+                self._graphs(side, modality, training, num_tokens[side], inputs_per_rank[side])
+                for modality in self._modalities(side)
+            )
+            whole += of_side
             largest = max(largest, size)
         free = self._free_memory() * _SHARE_OF_GRAPHS - largest
         # In steps of a sixteenth: a choice that can be read, and that the next run makes too.
         return max(0, min(16, int(16 * free / max(whole, 1)))) / 16
 
+    def _graphs(
+        self, side: str, modality: str, training: TrainingConfig, tokens: int | None, inputs_of_side: int
+    ) -> tuple[int, int]:
+        """Bytes of the graphs of all mini-batches of a side, and of one."""
+        inputs = training.mini_batch_size_of[side] or _MOST_INPUTS
+        if tokens is not None:
+            inputs = max(1, min(inputs, tokens // self._largest(side, modality)[1]))
+        inputs = min(inputs, inputs_of_side)
+        size, _ = self._measure(side, modality, inputs)
+        return size * -(-inputs_of_side // inputs), size
+
     def same_together(self, merger: FeatureMerger, tolerance: float) -> bool:
         """Whether mini-batches of different lengths have the same embeddings together as apart, on every rank."""
-        return all(self._same_together(side, merger, tolerance) for side in SIDES)
+        return all(
+            self._same_together(side, modality, merger, tolerance)
+            for side in SIDES
+            for modality in self._modalities(side)
+        )
 
-    def _same_together(self, side: str, merger: FeatureMerger, tolerance: float) -> bool:
-        largest, _ = self._largest(side)
-        small = stand_in("text" if isinstance(largest, str) else "image")
-        kinds = [[largest], [small, small]] if isinstance(largest, (str, Image.Image)) else [[largest], [largest] * 2]
-        apart = [self._preprocess(inputs, side) for inputs in kinds]
+    def _same_together(self, side: str, modality: str, merger: FeatureMerger, tolerance: float) -> bool:
+        largest, small = self._largest(side, modality)[0], stand_in(modality)
+        apart = [self._preprocess(inputs, side) for inputs in ([largest], [small, small])]
         try:
             together = merger(apart)
         except CannotMergeError:
@@ -231,9 +256,9 @@ class _Trial:
         difference = float((e_apart - e_together).norm() / e_apart.norm())
         return max(number for (number,) in exchange_ints([int(difference > tolerance)], self._world.device)) == 0
 
-    def _measure(self, side: str, inputs: int) -> tuple[int, float]:
+    def _measure(self, side: str, modality: str, inputs: int) -> tuple[int, float]:
         """(bytes of the graph, seconds an input), the worst of all ranks."""
-        features = self._preprocess([self._largest(side)[0]] * inputs, side)
+        features = self._preprocess([self._largest(side, modality)[0]] * inputs, side)
         self._embed(features)  # what is set up at the first forward of a shape is not of interest
         started = perf_counter()
         with _saved_for_backward() as saved:
@@ -278,13 +303,21 @@ def _saved_for_backward() -> Iterator[dict[int, int]]:
 def _blank_like(index: Index, row: int) -> Any:
     """An input of the same kind and size, without its content."""
     modality = modality_name(int(index.input_modality_I[row]))
-    part = slice(int(index.part_start_I1[row]), int(index.part_start_I1[row + 1]))
-    first = part.start
-    if modality == "image":
-        return Image.new("RGB", (int(index.part_width_M[first]), int(index.part_height_M[first])))
-    if modality == "text":
-        return "word " * max(1, int(index.part_size_M[first]) // 5)
-    return stand_in(modality)
+    # Of other media no more is known than their bytes.
+    blank = stand_in(modality)
+    for part in index.parts(row):
+        kind = int(index.part_kind_M[part])
+        name: str = "text"
+        value: Any = "word " * max(1, int(index.part_size_M[part]) // 5)
+        if kind == IMAGE:
+            name, value = "image", Image.new("RGB", (int(index.part_width_M[part]), int(index.part_height_M[part])))
+        elif kind in (AUDIO, VIDEO):
+            continue
+        if modality == name:
+            return value
+        place = blank if isinstance(blank, dict) else next(p for p in blank[0]["content"] if p["type"] == name)
+        place[name] = value
+    return blank
 
 
 def _ranks_of_node() -> int:

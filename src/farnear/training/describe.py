@@ -1,5 +1,6 @@
 """What follows from the run file, the data and the machine, said before step 0."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from farnear.data.negatives import Negatives
 from farnear.data.scan_rows import MODALITY_BITS
 from farnear.data.summary import ignored_members
 from farnear.model.heads import head_of
+from farnear.model.towers import is_router, modalities_of
 from farnear.reranker_section import RerankerConfig
 from farnear.sections import LossConfig
 from farnear.training.engine import BuiltModel
@@ -35,8 +37,8 @@ def derived_numbers(parts: Parts, data: RunData, built: BuiltModel) -> str:
     of_files = f" of {data.negatives.origin}" if data.negatives.origin != Negatives.origin else ""
     all_there_are = f" (all there are, training.global_batch_size is {training.global_batch_size})"
     lines = [
-        ("model", f"{config.model.name_or_path}: {parameters_in_words(model)}, {precision}"),
-        ("reads", f"{', '.join(map(str, model.modalities))}; {_head(config, model)}; prompts {prompts}"),
+        ("model", f"{config.model.title}: {parameters_in_words(model)}, {precision}"),
+        ("reads", f"{modalities_of(model)}; {_head(config, model)}; prompts {prompts}"),
         ("pages", "travel as uint8" if preprocess.pages_as_uint8 else f"travel as floats: {preprocess.why_floats}"),
         (
             "trains",
@@ -79,7 +81,12 @@ def _head(config: RunConfig, model: Any) -> str:
     """What makes an embedding or a score of the last layer's tokens."""
     if config.reranker is not None:
         return f"head {head_of(model)}"
-    return f"pooling {next((str(module.pooling_mode) for module in model if isinstance(module, Pooling)), 'its own')}"
+    routes = model[0].sub_modules.items() if is_router(model[0]) else [("", model)]
+    return ", ".join(f"{f'{name} ' if name else ''}pooling {_pooling_in(modules)}" for name, modules in routes)
+
+
+def _pooling_in(modules: Iterable[Any]) -> str:
+    return next((str(module.pooling_mode) for module in modules if isinstance(module, Pooling)), "its own")
 
 
 def _turns(parts: Parts) -> str:

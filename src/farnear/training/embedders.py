@@ -15,8 +15,9 @@ from farnear.errors import UserError
 from farnear.loss.own import load_own_loss
 from farnear.model.embedder import Embedder, Preprocessing
 from farnear.model.export import export_model
-from farnear.model.load import embedding_dimension, load_model
+from farnear.model.load import load_model
 from farnear.model.pixels import page_tokens
+from farnear.model.router import width_of
 from farnear.parallel.world import World
 from farnear.retrieve.evaluate import RetrievalTask, evaluate
 from farnear.retrieve.mine import weights_fingerprint
@@ -39,7 +40,7 @@ class EmbedderKind:
 
     def load(self, *, dtype: torch.dtype, with_weights: bool) -> SentenceTransformer:
         """See `Kind`."""
-        return load_model(self._config.model, dtype=dtype, with_weights=with_weights)
+        return load_model(self._config.model, dtype=dtype, with_weights=with_weights, seed=self._config.seed)
 
     def wrap(self, model: SentenceTransformer) -> nn.Module:
         """See `Kind`."""
@@ -56,8 +57,8 @@ class EmbedderKind:
 
     def refuse(self, model: SentenceTransformer, data: RunData) -> None:
         """See `Kind`."""
-        refuse_unsupported(model, self._config.model.name_or_path, kinds_held(data))
-        measured_dims(self._config, embedding_dimension(model))
+        refuse_unsupported(model, self._config.model.title, kinds_held(data))
+        measured_dims(self._config, width_of(model))
         # What the run mines on its way has scores.
         if self._config.loss.distillation is not None and self._config.mining.refresh_every is None:
             refuse_without_teacher(
@@ -103,7 +104,7 @@ class EmbedderKind:
 
     def evaluate(self, task: RetrievalTask, built: BuiltModel, setting: Setting) -> Evaluated:
         """See `Kind`: the measures by Matryoshka dimension, the full one decides."""
-        dims = measured_dims(self._config, embedding_dimension(built.model))
+        dims = measured_dims(self._config, width_of(built.model))
         by = built.inference(
             self._config, setting.world, between=setting.between, moved=setting.moved, told=setting.told
         )
@@ -119,9 +120,9 @@ class EmbedderKind:
 def embedder_facts(config: RunConfig, built: BuiltModel, world: World) -> dict[str, Any]:
     """What embeddings by the model as it is are known by. A collective."""
     return {
-        "model": config.model.name_or_path,
+        "model": config.model.title,
         "weights": weights_fingerprint(built.strategy, world, built.frozen_hash),
-        "dim": embedding_dimension(built.model),
+        "dim": width_of(built.model),
         "prompts": dict(built.model.prompts),
         "precision": config.training.precision,
         "max_pixels": config.model.max_pixels,
@@ -139,6 +140,6 @@ def measured_dims(config: RunConfig, full: int) -> tuple[int, ...]:
     if dims and max(dims) > full:
         raise UserError(
             f"loss.matryoshka_dims names {', '.join(str(dim) for dim in dims if dim > full)}, but the embeddings of "
-            f"{config.model.name_or_path} have {full} dimensions; take out what is above"
+            f"{config.model.title} have {full} dimensions; take out what is above"
         )
     return tuple(sorted({*dims, full}, reverse=True))

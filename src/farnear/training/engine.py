@@ -17,6 +17,7 @@ from farnear.model.features import FeatureMerger
 from farnear.model.frozen import FrozenOutputs, has_dropout
 from farnear.model.pairs import PairPicker
 from farnear.model.pixels import page_tokens
+from farnear.model.towers import leave_out_unreached
 from farnear.model.trainable import checkpoint_activations, choose_trainable, frozen_hash, store_frozen_in
 from farnear.parallel.strategy import Forward, Strategy, build_strategy
 from farnear.parallel.world import World, on_main_rank
@@ -98,6 +99,7 @@ def build_model(
         store_frozen_in(torch.bfloat16 if training.bf16 else torch.float16, model)
     if training.gradient_checkpointing:
         checkpoint_activations(model)
+    leave_out_unreached(model)
     module = kind.wrap(model)
     if not is_spread:
         module.to(world.device)

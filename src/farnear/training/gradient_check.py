@@ -231,7 +231,8 @@ def _plain(
     settings = config.model
     if settings.attn_implementation in _HALF_ONLY:
         settings = settings.model_copy(update={"attn_implementation": "sdpa"})
-    model = load_model(settings, dtype=torch.bfloat16 if training.pure_bf16 else torch.float32)
+    dtype = torch.bfloat16 if training.pure_bf16 else torch.float32
+    model = load_model(settings, dtype=dtype, seed=config.seed)
     preprocess = Preprocessing(model)
     choose_trainable(model, settings, seed=config.seed)
     cast_weights(model, torch.float32)

@@ -93,7 +93,7 @@ def _mine(
     between()
     watch.at("model")
     built = build_model(config, EmbedderKind(config), world)
-    refuse_unsupported(built.model, config.model.name_or_path, kinds_held(data))
+    refuse_unsupported(built.model, config.model.title, kinds_held(data))
     facts = embedder_facts(config, built, world)
     terminal.begin()
     by = built.inference(config, world, between=between, told=watch.counts("mining"))

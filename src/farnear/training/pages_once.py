@@ -19,7 +19,7 @@ def settle_pages_once(
     forward: Callable[[dict[str, Any]], Tensor],
     preprocess: PairPreprocessing,
     pick: PairPicker | None,
-    kinds: Collection[str],
+    kinds: Collection[tuple[str, str]],
     world: World,
     *,
     half_precision: bool,
@@ -29,9 +29,9 @@ def settle_pages_once(
     Args:
         forward: In evaluation mode.
         pick: None where the model's structure forbids it (`farnear.model.reranker.shares_images`).
-        kinds: Of the inputs that will come.
+        kinds: Of the inputs that will come, each with its side.
     """
-    if pick is not None and set(kinds) <= _KINDS:
+    if pick is not None and {kind for _, kind in kinds} <= _KINDS:
         tolerance = {"tolerance": _TOLERANCE_IN_HALF} if half_precision else {}
         same = same_scores_shared(forward, preprocess, pick, world.device, **tolerance)
         is_so = min(one for (one,) in exchange_ints([int(same)], world.device)) == 1

@@ -67,7 +67,7 @@ class RerankerKind:
 
     def refuse(self, model: CrossEncoder, data: RunData) -> None:
         """See `Kind`."""
-        refuse_unsupported(model, self._config.model.name_or_path, kinds_held(data))
+        refuse_unsupported(model, self._config.model.title, kinds_held(data))
         hard = 0 if self._config.data.num_negatives == 0 else len(data.negatives.rows)
         if not hard and not self._reranker.num_negatives:
             raise UserError(

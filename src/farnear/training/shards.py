@@ -21,6 +21,7 @@ from farnear.data.remote import is_remote, shown
 from farnear.data.run_shards import shard_sets, shard_store, shards_to_encode
 from farnear.data.shard_store import ShardStore
 from farnear.errors import UserError
+from farnear.model.towers import is_router, modalities_of, takes
 from farnear.parallel.world import World, on_main_rank
 from farnear.retrieve.evaluate import RetrievalTask, build_task, sample_task
 from farnear.sections import DataConfig, EvaluationConfig
@@ -109,32 +110,39 @@ def _negatives(data: DataConfig, index: Index, world: World) -> Negatives:
     return read(False)
 
 
-def kinds_held(data: RunData) -> set[str]:
-    """The kinds of inputs that the shards of training and evaluation hold, as `modality_name` calls them."""
+Held = tuple[str, str]
+"""A side, and a kind of inputs that it holds as `farnear.model.towers` calls them."""
+
+
+def kinds_held(data: RunData) -> set[Held]:
+    """The kinds of inputs that the shards of training and evaluation hold on each side."""
     indexes = [data.train, *([data.whole.index] if data.whole else [])]
-    return {kind for index in indexes for kind in kinds_of(index)}
+    return set().union(*map(kinds_of, indexes))
 
 
-def kinds_of(index: Index) -> set[str]:
-    """The kinds of inputs that an index holds."""
-    return {modality_name(int(bits)) for bits in np.unique(index.input_modality_I)}
+def kinds_of(index: Index) -> set[Held]:
+    """The kinds of inputs that an index holds on each side."""
+    sides = {"query": np.unique(index.query_N), "document": index.documents()}
+    return {
+        (side, modality_name(int(bits)))
+        for side, rows in sides.items()
+        for bits in np.unique(index.input_modality_I[rows])
+    }
 
 
-def refuse_unsupported(model: Any, name: str, kinds: Collection[str]) -> None:
+def refuse_unsupported(model: Any, name: str, kinds: Collection[Held]) -> None:
     """Raise UserError for inputs that the model does not take, before its first batch would fail.
 
     Args:
         name: What the run file calls the model.
         kinds: As `kinds_held` gives them.
     """
-    for modality in sorted(kinds):
-        # sentence-transformers' word: one, or several sorted ones.
-        word = tuple(modality.split("+")) if "+" in modality else modality
-        if not model.supports(word):
+    for side, kind in sorted(kinds):
+        if not takes(model, side, kind):
             raise UserError(
-                f"the shards hold inputs of the kind {modality}, which model {name} does not "
-                f"take (modalities: {', '.join(map(str, model.modalities))}); take another model, or leave those "
-                "samples out"
+                f"the shards hold {'queries' if side == 'query' else 'documents'} of the kind {kind}, which model "
+                f"{name} does not take{' there' if is_router(model[0]) else ''} (modalities: {modalities_of(model)}); "
+                "take another model, or leave those samples out"
             )
 
 
