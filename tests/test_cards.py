@@ -387,10 +387,13 @@ def test_a_run_holds_on_to_the_commit_that_it_began_with(
         return {"model": {"name_or_path": "org/tiny", **model}, "training": {"max_steps": steps}}
 
     began, moved = hub.commit, "f" * 40
+    commits = {"model.name_or_path": began}
     summary = farnear.train(run_config(folder, "held", **keys(1)))
     run = folder / "held"
-    assert summary["base_commit"] == began
-    assert open_checkpoint(run / "checkpoints" / "step-00000001").progress.base["commit"] == began
+    assert summary["base_commits"] == commits
+    assert (
+        open_checkpoint(run / "checkpoints" / "step-00000001").progress.bases["model.name_or_path"]["commit"] == began
+    )
     data = ModelCard.load(run / "export" / "README.md").data
     assert (data.base_model, data.get("base_model_revision"), data.license) == ("org/tiny", began, "unknown")
     told = f"[org/tiny](https://huggingface.co/org/tiny) at commit `{began}`"
@@ -402,17 +405,17 @@ def test_a_run_holds_on_to_the_commit_that_it_began_with(
     hub.commit, hub.former = moved, {began: dict(hub.files)}
     hub.files["README.md"] = b"---\nlicense: gemma\n---\n"
     summary = farnear.train(run_config(folder, "held", **keys(2)), "newest")
-    assert summary["base_commit"] == began
+    assert summary["base_commits"] == commits
     assert told in words_of(run / "export") and "gemma" not in words_of(run / "export")
     for revision in (moved, "main"):
         with pytest.raises(UserError, match=rf"was trained from org/tiny at commit {began}, .* set model.revision: "):
             farnear.train(run_config(folder, "held", **keys(3, revision=revision)), "newest")
     capsys.readouterr()
-    assert farnear.train(run_config(folder, "held", **keys(3, revision=began)), "newest")["base_commit"] == began
+    assert farnear.train(run_config(folder, "held", **keys(3, revision=began)), "newest")["base_commits"] == commits
     # And all of it without a network, from the cache that the run has filled.
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     asked = len(hub.requests)
-    assert farnear.train(run_config(folder, "held", **keys(4, revision=began)), "newest")["base_commit"] == began
+    assert farnear.train(run_config(folder, "held", **keys(4, revision=began)), "newest")["base_commits"] == commits
     export_checkpoint(run, tmp_path / "export")
     assert told in words_of(tmp_path / "export")
     assert len(hub.requests) == asked

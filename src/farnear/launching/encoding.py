@@ -136,7 +136,7 @@ def encode(
         _, command = python_command(arguments, PROGRAM)
     else:
         _, command = accelerate_command(strategy, arguments, None, config.num_processes, program=PROGRAM)
-    print(f"on {hardware}: {counted(ranks, 'rank')}, {config.model.name_or_path}, into {folder}", flush=True)
+    print(f"on {hardware}: {counted(ranks, 'rank')}, {config.model.title}, into {folder}", flush=True)
     return supervise(command, variables_of_ranks(ranks, has_gpus=bool(hardware.gpus)))
 
 

@@ -6,6 +6,7 @@ request beyond those of loading; without a network the hub's cache knows.
 """
 
 import re
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,19 @@ from farnear.model.load import told_to_the_user
 from farnear.model.stored import stored_file
 from farnear.sections import ModelConfig
 
+NAME = "model.name_or_path"
+
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def base_commits(config: ModelConfig) -> dict[str, str]:
+    """The commits that the models on the hub are at, by the key of the run file that names each (`ModelConfig.by_key`).
+
+    Raises:
+        UserError: A model is not on the hub, or not in its cache where there is no network.
+    """
+    found = {key: base_commit(one) for key, one in config.by_key.items()}
+    return {key: commit for key, commit in found.items() if commit is not None}
 
 
 def base_commit(config: ModelConfig) -> str | None:
@@ -40,14 +53,26 @@ def base_commit(config: ModelConfig) -> str | None:
     return commits[-1] if commits else None
 
 
-def at_commit(config: ModelConfig, commit: str | None) -> ModelConfig:
-    """The section, held to a commit."""
-    return config if commit is None else config.model_copy(update={"revision": commit})
+def at_commits(config: ModelConfig, commits: Mapping[str, str]) -> ModelConfig:
+    """The section with its models held to commits, which are by the key that names each."""
+    if config.router is None:
+        return config.model_copy(update={"revision": commits[NAME]}) if NAME in commits else config
+    held = {
+        route: tower.model_copy(update={"revision": commits[key]})
+        for route, tower in config.router.by_route.items()
+        if (key := f"model.router.{route}") in commits
+    }
+    return config.model_copy(update={"router": config.router.model_copy(update=held)})
+
+
+def bases_facts(config: ModelConfig, commits: Mapping[str, str]) -> tuple[BaseFacts, ...]:
+    """What a card says of the base models: one, or those that are joined."""
+    return tuple(base_facts(one, commits.get(key)) for key, one in config.by_key.items())
 
 
 def base_facts(config: ModelConfig, commit: str | None) -> BaseFacts:
-    """What a card says of the base model at a commit, or in its folder."""
-    own = _metadata(at_commit(config, commit))
+    """What a card says of a base model at a commit, or in its folder."""
+    own = _metadata(config if commit is None else config.model_copy(update={"revision": commit}))
     license_name = own.get("license")
     if license_name == "other":
         license_name = own.get("license_name") or license_name
@@ -55,10 +80,14 @@ def base_facts(config: ModelConfig, commit: str | None) -> BaseFacts:
         made_from = own.get("base_model")
         names = [made_from] if isinstance(made_from, str) else made_from if isinstance(made_from, list) else []
         name = Path(config.name_or_path).expanduser().resolve().name
-        return BaseFacts(
-            name=name, is_on_hub=False, commit=None, license=_text(license_name), made_from=tuple(map(str, names))
-        )
-    return BaseFacts(name=config.name_or_path, is_on_hub=True, commit=commit, license=_text(license_name))
+        return BaseFacts(name=name, is_on_hub=False, license=_text(license_name), made_from=tuple(map(str, names)))
+    return BaseFacts(
+        name=config.name_or_path,
+        is_on_hub=True,
+        revision=config.revision,
+        commit=commit,
+        license=_text(license_name),
+    )
 
 
 def _text(value: Any) -> str | None:

@@ -33,14 +33,16 @@ def card_text(config: RunConfig, facts: CardFacts, step: int, evaluations: Evalu
         folder_name: Of the export, which the code in the card loads unless the run file names a place on the hub.
     """
     card = config.card
-    title = card.model_name or f"{facts.base.name} fine-tuned for visual document retrieval"
+    title = (
+        card.model_name or f"{' + '.join(base.name for base in facts.bases)} fine-tuned for visual document retrieval"
+    )
     full = facts.dimension
     short_dims = sorted({dim for dim in config.loss.matryoshka_dims or () if dim != full}, reverse=True)
     environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     words = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         title=title,
         is_reranker=config.reranker is not None,
-        base=linked(facts.base),
+        base=" and ".join(map(linked, facts.bases)),
         dimension=full,
         short_dims=short_dims,
         short_dim=short_dims[len(short_dims) // 2] if short_dims else None,
@@ -51,7 +53,7 @@ def card_text(config: RunConfig, facts: CardFacts, step: int, evaluations: Evalu
         results=_results(config, evaluations),
         training=[*training_words(config, facts, step)],
         license=license_of(config),
-        base_license=base_license_of(config, facts.base),
+        base_license=base_license_of(config, facts.bases),
         data_license=card.data_license or UNKNOWN,
         citations=_citations(config),
     )
@@ -64,13 +66,13 @@ def with_model_id(card: str, model_id: str) -> str:
 
 
 def _metadata(config: RunConfig, facts: CardFacts, evaluations: Evaluations, title: str) -> ModelCardData:
-    base, card, is_reranker = facts.base, config.card, config.reranker is not None
+    card, is_reranker = config.card, config.reranker is not None
     kind = ["cross-encoder", "reranker", "text-ranking"] if is_reranker else ["feature-extraction"]
     results = list(_eval_results(config, evaluations))
-    from_hub = (base.name,) if base.is_on_hub else base.made_from
+    from_hub = [name for base in facts.bases for name in ([base.name] if base.is_on_hub else base.made_from)]
     about_base: dict[str, Any] = {"base_model_relation": "finetune"} if from_hub else {}
-    if base.commit:
-        about_base["base_model_revision"] = base.commit
+    if commits := [base.commit for base in facts.bases if base.commit]:
+        about_base["base_model_revision"] = _one_or_list(commits)
     return ModelCardData(
         library_name="sentence-transformers",
         pipeline_tag="text-ranking" if is_reranker else "feature-extraction",

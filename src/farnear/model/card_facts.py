@@ -1,6 +1,6 @@
 """What a run notes of itself for its cards, and the licences in them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ class BaseFacts(_Facts):
     Attributes:
         name: On the hub, or that of its folder.
         is_on_hub: Whether the name is one on the hub.
+        revision: As the run file says.
         commit: There; None of a folder.
         license: As its own card says.
         made_from: What its own card calls its base, by names on the hub.
@@ -29,8 +30,9 @@ class BaseFacts(_Facts):
 
     name: str
     is_on_hub: bool
-    commit: str | None
     license: str | None
+    revision: str | None = None
+    commit: str | None = None
     made_from: tuple[str, ...] = ()
 
 
@@ -57,6 +59,7 @@ class CardFacts(_Facts):
     """What a run notes of itself for its cards, as its run file does not say it.
 
     Attributes:
+        bases: The base model, or those that are joined.
         data: None where nobody knows any more.
         parameters: How many the model has and how many are trained, in words.
         dimension: Of its embeddings; None of a reranker.
@@ -66,7 +69,7 @@ class CardFacts(_Facts):
         versions: Of packages, by their names.
     """
 
-    base: BaseFacts
+    bases: tuple[BaseFacts, ...]
     data: DataFacts | None = None
     parameters: str | None = None
     dimension: int | None = None
@@ -92,6 +95,6 @@ def license_of(config: RunConfig) -> str:
     return (config.card.license or UNKNOWN).lower()
 
 
-def base_license_of(config: RunConfig, base: BaseFacts) -> str:
-    """Of the base model: as the run file says, else as the base's own card does."""
-    return config.card.base_license or base.license or UNKNOWN
+def base_license_of(config: RunConfig, bases: Sequence[BaseFacts]) -> str:
+    """Of the base model, or those that are joined: as the run file says, else as their own cards do."""
+    return config.card.base_license or ", ".join(dict.fromkeys(base.license or UNKNOWN for base in bases))

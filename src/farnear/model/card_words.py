@@ -16,9 +16,9 @@ _HF_DATA = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+?)(?:@[^/]*)?/")
 
 def training_words(config: RunConfig, facts: CardFacts, step: int) -> Iterator[tuple[str, str]]:
     """What it was made of and how, each with its name."""
-    training, base = config.training, facts.base
+    training = config.training
     of_all = f" of {facts.total_steps:,}" if facts.total_steps else ""
-    yield "Base model", _named(base, config)
+    yield "Base model" if len(facts.bases) == 1 else "Base models", "; ".join(map(_named, facts.bases))
     if facts.parameters:
         yield "Parameters", facts.parameters
     if config.model.lora is not None:
@@ -77,9 +77,9 @@ def linked(base: BaseFacts) -> str:
     return f"[{base.name}](https://huggingface.co/{base.name})" if base.is_on_hub else f"`{base.name}`"
 
 
-def _named(base: BaseFacts, config: RunConfig) -> str:
+def _named(base: BaseFacts) -> str:
     if base.is_on_hub:
-        revision = f" (revision `{config.model.revision}`)" if config.model.revision not in (None, base.commit) else ""
+        revision = f" (revision `{base.revision}`)" if base.revision not in (None, base.commit) else ""
         return f"{linked(base)}{f' at commit `{base.commit}`' if base.commit else ''}{revision}"
     made_from = f", itself made from {', '.join(base.made_from)}" if base.made_from else ""
     return f"the local folder {linked(base)}{made_from}"

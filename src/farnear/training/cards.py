@@ -5,6 +5,7 @@ checkpoint, where neither the shards nor the run's process are.
 """
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from pydantic import ValidationError
 
 from farnear.config import RunConfig
-from farnear.model.base import base_facts
+from farnear.model.base import bases_facts
 from farnear.model.card import card_text
 from farnear.model.card_facts import UNKNOWN, CardFacts, DataFacts, Evaluations, base_license_of
 from farnear.model.router import width_of
@@ -22,6 +23,7 @@ from farnear.training.checkpoint import Checkpoint
 from farnear.training.describe import loss_in_words, parameters_in_words
 from farnear.training.engine import BuiltModel
 from farnear.training.optim import warmup_steps
+from farnear.training.resume import commits_of
 from farnear.training.shards import RunData
 
 
@@ -32,18 +34,18 @@ def facts_of_run(
     world: World,
     *,
     total_steps: int,
-    commit: str | None,
+    commits: Mapping[str, str],
     versions: dict[str, str],
 ) -> CardFacts:
     """What a run notes at its start.
 
     Args:
-        commit: Of the base model, where it is one on the hub.
+        commits: Of the base models on the hub, by the key that names each.
         versions: Of the packages that train.
     """
     model = built.model
     return CardFacts(
-        base=base_facts(config.model, commit),
+        bases=bases_facts(config.model, commits),
         data=_data(config, data),
         parameters=parameters_in_words(model),
         dimension=width_of(model) if config.reranker is None else None,
@@ -64,7 +66,7 @@ def facts_of_checkpoint(config: RunConfig, folder: RunFolder, checkpoint: Checkp
     except (OSError, ValidationError):
         manifest = checkpoint.manifest
         return CardFacts(
-            base=base_facts(config.model, manifest.progress.base.get("commit")),
+            bases=bases_facts(config.model, commits_of(manifest.progress.bases)),
             ranks=manifest.world_size,
             total_steps=manifest.progress.total_steps,
             loss=loss_in_words(config),
@@ -92,7 +94,7 @@ def run_card(config: RunConfig, folder: RunFolder, facts: CardFacts, step: int, 
 
 def licences_in_words(config: RunConfig, facts: CardFacts) -> str:
     """What a run says before its first step about the licence that its models' card will name."""
-    base = f"base {base_license_of(config, facts.base)}, data {config.card.data_license or UNKNOWN}"
+    base = f"base {base_license_of(config, facts.bases)}, data {config.card.data_license or UNKNOWN}"
     if config.card.license is not None:
         return f"{config.card.license}; {base}"
     return (

@@ -58,7 +58,8 @@ class Progress:
         measured_by: What `best_metric` is a value of: another measure or another sample does not compare with it.
         numbers: The losses that the next ones are held against.
         mined_step, mined_hash: When the run has mined hard negatives last, if it has, and the hash of their file.
-        base: Of a base model on the hub, its name and revision as the run file says, and the commit that was trained.
+        bases: Of base models on the hub, by the key that names each: name and revision as the run file says them, and
+            the commit that was trained.
     """
 
     step: Annotated[int, Ge(0)]
@@ -78,7 +79,7 @@ class Progress:
     numbers: Numbers = field(default_factory=Numbers)
     mined_step: int | None = None
     mined_hash: str = ""
-    base: Mapping[str, str | None] = field(default_factory=dict)
+    bases: Mapping[str, Mapping[str, str | None]] = field(default_factory=dict)
 
 
 class _Facts(BaseModel):

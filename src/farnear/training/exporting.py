@@ -10,12 +10,13 @@ from pathlib import Path
 
 from farnear.config import load_config
 from farnear.errors import UserError
-from farnear.model.base import at_commit
+from farnear.model.base import at_commits
 from farnear.model.export import export_model
 from farnear.run_folder import RunFolder, published_checkpoints
 from farnear.training.cards import facts_of_checkpoint, run_card
 from farnear.training.checkpoint import Checkpoint, fault_of, open_checkpoint
 from farnear.training.restoring import whole_weights
+from farnear.training.resume import commits_of
 
 OVERRIDES = ("card.", "model.name_or_path=", "model.revision=")
 """How what may be said otherwise than in a run's own run file begins."""
@@ -56,7 +57,7 @@ def export_checkpoint(path: Path, out: Path, *, best: bool = False, overrides: S
         )
     config = load_config(run.config, overrides)
     progress = checkpoint.progress
-    base = at_commit(config.model, None if _names_base(overrides) else progress.base.get("commit"))
+    base = at_commits(config.model, {} if _names_base(overrides) else commits_of(progress.bases))
     facts = facts_of_checkpoint(config, run, checkpoint)
     card = run_card(config, run, facts, progress.step, name=out.name, after=_exported_step(run) == progress.step)
     # A scale that is trained beside the model is none of its weights.

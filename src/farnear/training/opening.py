@@ -27,7 +27,7 @@ from farnear.data.order import Order
 from farnear.data.remote import shown
 from farnear.data.run_order import plan_settings, steps_in_all
 from farnear.files import replace_text
-from farnear.model.base import at_commit
+from farnear.model.base import at_commits
 from farnear.model.card_facts import CardFacts
 from farnear.model.export import heal_export
 from farnear.parallel.strategy import LossScale, Strategy
@@ -51,7 +51,8 @@ from farnear.training.rerankers import RerankerKind
 from farnear.training.restoring import load_state
 from farnear.training.resume import (
     agree_on_order,
-    base_of,
+    bases_of,
+    commits_of,
     first_progress,
     refuse_shorter_run,
     with_best_that_compares,
@@ -146,7 +147,7 @@ def open_run(
     refuse_shorter_run(config, total_steps, progress)
     agree_on_order(config, order, total_steps, progress)
     begin("model")
-    progress = replace(progress, base=on_main_rank(world, lambda: base_of(config, checkpoint)))
+    progress = replace(progress, bases=on_main_rank(world, lambda: bases_of(config, checkpoint)))
     held = held_to_commit(config, progress)
     kind: Kind = EmbedderKind(held) if held.reranker is None else RerankerKind(held, held.reranker)
     built = build_model(held, kind, world)
@@ -174,8 +175,8 @@ def open_run(
 
     on_main_rank(world, prepare)
     about = about_the_run(config)
-    commit = progress.base.get("commit")
-    how: dict[str, Any] = {"total_steps": total_steps, "commit": commit, "versions": about["versions"]}
+    commits = commits_of(progress.bases)
+    how: dict[str, Any] = {"total_steps": total_steps, "commits": commits, "versions": about["versions"]}
     facts = on_main_rank(world, lambda: facts_of_run(config, data, built, world, **how))
     on_main_rank(world, lambda: replace_text(folder.card, facts.model_dump_json(indent=1) + "\n"))
     begin("choices")
@@ -215,8 +216,8 @@ def open_run(
 
 
 def held_to_commit(config: RunConfig, progress: Progress) -> RunConfig:
-    """The run file with the base model at the commit that the run trains; what is written down stays as it was said."""
-    return config.model_copy(update={"model": at_commit(config.model, progress.base.get("commit"))})
+    """The run file with its base models at the commits that are trained; what is written down stays as it was said."""
+    return config.model_copy(update={"model": at_commits(config.model, commits_of(progress.bases))})
 
 
 def course_of_run(config: RunConfig, order: Order, total_steps: int, data: RunData, world: World) -> Course:

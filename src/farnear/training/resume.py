@@ -6,6 +6,7 @@ value is refused by name. The rest of the run file may change: the learning rate
 the number of ranks.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from farnear.config import RunConfig
@@ -48,30 +49,40 @@ def first_progress(config: RunConfig, data: RunData, checkpoint: Checkpoint | No
     return saved
 
 
-def base_of(config: RunConfig, checkpoint: Checkpoint | None) -> dict[str, str | None]:
-    """The base model's name, revision and commit, as `Progress` keeps them; nothing of a folder.
+def commits_of(bases: Mapping[str, Mapping[str, str | None]]) -> dict[str, str]:
+    """The commits of what `Progress` keeps of base models."""
+    return {key: commit for key, base in bases.items() if (commit := base["commit"]) is not None}
 
-    A run holds on to the commit that it began with, wherever a branch has moved since.
+
+def bases_of(config: RunConfig, checkpoint: Checkpoint | None) -> dict[str, dict[str, str | None]]:
+    """Name, revision and commit of the base models on the hub, as `Progress` keeps them: by the key that names each.
+
+    A run holds on to the commits that it began with, wherever a branch has moved since.
 
     Raises:
         UserError: The run file names another model or revision than the checkpoint's, and with it another commit; or
             the model cannot be found.
     """
-    model = config.model
-    if is_folder(model.name_or_path):
-        return {}
-    named: dict[str, str | None] = {"name": model.name_or_path, "revision": model.revision}
-    saved = checkpoint.progress.base if checkpoint else {}
-    if saved.get("commit") and all(saved[key] == value for key, value in named.items()):
-        return dict(saved)
-    commit = base_commit(model)
-    if checkpoint and saved.get("commit") and commit != saved["commit"]:
-        raise UserError(
-            f"checkpoint {checkpoint.folder} was trained from {saved['name']} at commit {saved['commit']}, and the run "
-            f"file's {model.name_or_path} is at {commit} (model.revision: {model.revision}); set model.revision: "
-            f"{saved['commit']} to go on, or start in a new output_dir"
-        )
-    return {**named, "commit": commit}
+    saved = checkpoint.progress.bases if checkpoint else {}
+    found = {}
+    for key, model in config.model.by_key.items():
+        if is_folder(model.name_or_path):
+            continue
+        before = saved.get(key, {})
+        named: dict[str, str | None] = {"name": model.name_or_path, "revision": model.revision}
+        if before and all(before[part] == value for part, value in named.items()):
+            found[key] = dict(before)
+            continue
+        commit = base_commit(model)
+        if checkpoint and before and commit != before["commit"]:
+            revision = f"{key.removesuffix('.name_or_path')}.revision"
+            raise UserError(
+                f"checkpoint {checkpoint.folder} was trained from {before['name']} at commit {before['commit']}, and "
+                f"the run file's {model.name_or_path} is at {commit} ({revision}: {model.revision}); set {revision}: "
+                f"{before['commit']} to go on, or start in a new output_dir"
+            )
+        found[key] = {**named, "commit": commit}
+    return found
 
 
 def measured_by(config: RunConfig, data: RunData) -> str:

@@ -39,7 +39,7 @@ from farnear.training.optim import learning_rate_schedule
 from farnear.training.quarantine import Quarantine
 from farnear.training.refresh import mine_again
 from farnear.training.restoring import load_state
-from farnear.training.resume import new_course, with_place
+from farnear.training.resume import commits_of, new_course, with_place
 from farnear.training.saving import point_at_best
 from farnear.training.summary import write_summary
 from farnear.training.terminal import Terminal
@@ -174,7 +174,7 @@ def finish(run: Run, progress: Progress, exported_step: int, seconds: float) -> 
         seconds,
         run.data.train,
         exported_step=exported_step,
-        base_commit=progress.base.get("commit"),
+        base_commits=commits_of(progress.bases),
     )
     write_status(run.folder, "finished", step=progress.step, **run.course.as_plain(), exit_code=0)
     return summary

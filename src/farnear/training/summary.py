@@ -1,6 +1,7 @@
 """`summary.json`: a finished run in a few figures, taken from what it has written on the way."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,14 +22,14 @@ def write_summary(
     index: Index,
     *,
     exported_step: int,
-    base_commit: str | None,
+    base_commits: Mapping[str, str],
 ) -> dict[str, Any]:
     """Write and return the summary.
 
     Args:
         index: Of the training shards, for what of them could not be used.
         exported_step: That the weights in `export/` are of.
-        base_commit: Of a base model on the hub.
+        base_commits: Of base models on the hub, by the key that names each.
         seconds: From the start of this process group's work to now, evaluations and export included.
     """
     steps = _lines(folder.metrics)
@@ -50,7 +51,7 @@ def write_summary(
         "excluded": index.excluded,
         "ignored_members": index.ignored_members,
         "quarantined": len({(pair["shard"], pair["key"]) for pair in _lines(folder.quarantine)}),
-        "base_commit": base_commit,
+        "base_commits": dict(base_commits),
         "export": str(folder.export),
         "exported_step": exported_step,
     }
