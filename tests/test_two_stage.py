@@ -131,7 +131,7 @@ def test_measures_of_a_reranking_are_those_of_sentence_transformers() -> None:
             for q in range(queries)
         ]
         score_Qk = generator.permutation(queries * k).reshape(queries, k).astype(np.float32)
-        ours = measure(reranked(candidate_Qk, score_Qk.ravel()), relevant)
+        ours = measure(reranked(candidate_Qk, score_Qk.ravel())[0], relevant)
         theirs = evaluated_by_sentence_transformers(candidate_Qk.tolist(), score_Qk, relevant)
         for name in ("ndcg@10", "mrr@10"):
             assert ours[name] == pytest.approx(theirs[name], abs=1e-6)

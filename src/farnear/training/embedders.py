@@ -105,9 +105,9 @@ class EmbedderKind:
         """See `Kind`: the measures by Matryoshka dimension, the full one decides."""
         dims = measured_dims(self._config, embedding_dimension(built.model))
         by = built.inference(self._config, setting.world, between=setting.between, moved=setting.moved)
-        measures = evaluate(task, by, dims)
+        measures, rankings = evaluate(task, by, dims, ranked=setting.ranked)
         figures = "  ".join(f"{dim}: {of_dim['ndcg@10']:.4f}" for dim, of_dim in measures.items())
-        return Evaluated(measures, str(dims[0]), f"by dim  {figures}")
+        return Evaluated(measures, str(dims[0]), f"by dim  {figures}", rankings=rankings)
 
     def export(self, weights: Mapping[str, Tensor], folder: Path) -> None:
         """See `Kind`."""

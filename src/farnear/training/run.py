@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -40,6 +41,7 @@ from farnear.training.refresh import mine_again
 from farnear.training.restoring import load_state
 from farnear.training.resume import new_course, with_place
 from farnear.training.saving import point_at_best
+from farnear.training.showing import leave_gallery, leave_report
 from farnear.training.summary import write_summary
 from farnear.training.watch import Watch
 from farnear.training.watchdog import SHARE_OF_TIMEOUT, Watchdog, clear_heartbeats
@@ -73,6 +75,9 @@ def train_in(
         except BaseException as error:
             told = _told(error, world, watch)
             write_failure(folder, told, None if isinstance(told, UserError) else world.rank)
+            # Not where a second Ctrl-C ends it at once, and not of a folder that no run has written into.
+            if world.is_main and isinstance(told, Exception) and folder.config.exists():
+                leave_report(folder)
             if told is error:
                 raise
             raise told from error
@@ -160,6 +165,8 @@ def finish(run: Run, progress: Progress, seconds: float) -> dict[str, Any]:
     """Sum the run up, and say that it is finished."""
     summary = write_summary(run.config, run.folder, run.world.world_size, seconds, run.data.train)
     write_status(run.folder, "finished", step=progress.step, exit_code=0)
+    if report := leave_report(run.folder):
+        print(f"report {report}", flush=True)
     return summary
 
 
@@ -237,7 +244,11 @@ def measure(run: Run, kind: str, step: int) -> float:
         run.guard.stop_if_asked()
 
     setting = Setting(
-        run.world, run.folder.path, between=between, moved=lambda: run.watch.at("evaluation: search", step=step)
+        run.world,
+        run.folder.path,
+        between=between,
+        moved=lambda: run.watch.at("evaluation: search", step=step),
+        ranked=kind != "during",
     )
     found = run.kind.evaluate(task, run.built, setting)
     if run.world.is_main:
@@ -247,6 +258,15 @@ def measure(run: Run, kind: str, step: int) -> float:
         )
         run.trackers.log({"eval": found.measures}, step)
         print(f"nDCG@10 {kind} training {found.text}  ({task.pages} pages, {len(task.relevant)} queries)", flush=True)
+
+    def show() -> None:
+        if found.rankings is not None:
+            moved = partial(run.watch.at, "evaluation: gallery", step=step)
+            leave_gallery(run.folder, task, found.rankings, kind, step, moved)
+        leave_report(run.folder)
+
+    with run.watch.patient():
+        on_main_rank(run.world, show)
     return found.measures[found.headline][run.config.evaluation.metric_for_best_model]
 
 
