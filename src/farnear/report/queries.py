@@ -155,7 +155,7 @@ def _places(when: str, ranking: Ranking, thumbnail_of: Mapping[int, Thumbnail]) 
         is_right = rank in ranking.hits
         thumbnail = thumbnail_of[page]
         told = f"{'right' if is_right else 'wrong'} page at rank {rank} {when}, score {number(score)}: {thumbnail.name}"
-        places.append(Place(rank, is_right, number(score, 2), thumbnail, told))
+        places.append(Place(rank, is_right, f"{score:.2f}".replace("-", "\N{MINUS SIGN}"), thumbnail, told))
     return places
 
 

@@ -118,11 +118,11 @@ def choose(rank_Q: Int64, earlier_Q: Int64 | None, hash_Q: Int64) -> dict[int, l
             "still wrong": first(now_Q, (rank_Q != 1) & (earlier_Q != 1)),
         }
     # The sample is one of all queries, whatever else is shown, and what room is left is filled with more of it.
-    groups["drawn"] = drawn[:OF_A_KIND].tolist()
+    groups["random sample"] = drawn[:OF_A_KIND].tolist()
     more = iter(drawn[OF_A_KIND:].tolist())
     chosen = {query for group in groups.values() for query in group}
     while len(chosen) < QUERIES_SHOWN and (query := next(more, None)) is not None:
-        groups["drawn"].append(query)
+        groups["random sample"].append(query)
         chosen.add(query)
     return {query: [name for name, group in groups.items() if query in group] for query in sorted(chosen)}
 
