@@ -173,15 +173,16 @@ def _picture(name: str, gallery: Gallery) -> Picture:
 
 def _lead(gallery: Gallery) -> str:
     """The run in two sentences: what a person asks who wants to know whether it was worth it."""
-    count = len(gallery.ranks)
-    first = f"The right page comes first for {_first(gallery.ranks):,} of {counted(count, 'query', 'queries')}"
+    now, count = _first(gallery.ranks), len(gallery.ranks)
+    lead = f"The right page comes first for {now:,} of {counted(count, 'query', 'queries')}"
     if gallery.ranks_before is None:
-        return f"{first} {gallery.kind} training."
-    better, worse = _moved(gallery.ranks, gallery.ranks_before)
-    return (
-        f"{first} after training; before, for {_first(gallery.ranks_before):,}. "
-        f"{counted(better, 'query', 'queries')} found it at a better rank than before, {worse:,} at a worse one."
+        return f"{lead} {gallery.kind} training."
+    before = _first(gallery.ranks_before)
+    way = (
+        f"{'up' if now > before else 'down'} from {before:,} before training" if now != before else "as before training"
     )
+    better, worse = _moved(gallery.ranks, gallery.ranks_before)
+    return f"{lead}, {way}. {counted(better, 'query', 'queries')} got better, {worse:,} got worse."
 
 
 def _about(gallery: Gallery, compares: bool) -> str:

@@ -246,23 +246,23 @@ def training_charts(steps: Sequence[Step]) -> list[Chart]:
 
 
 def data_charts(steps: Sequence[Step]) -> list[Chart]:
-    """What became of the pairs and tokens of the steps; a count without any has a note and no drawing."""
+    """What became of the steps' tokens and pairs; a count without any has a note and no drawing."""
     if not steps:
         return []
-    masked = (
-        "Pages of a batch, of other pairs or hard negatives, that answer a query too: they are none of its negatives."
-    )
-    charts = [_counts("Masked negatives", steps, [step.masked for step in steps], masked)]
-    padding = [nan if step.padding_share is None else step.padding_share for step in steps]
+    charts = []
     if any(step.padding_share is not None for step in steps):
-        chart = _chart_of("Padding", steps, padding)
+        padding = [nan if step.padding_share is None else 100 * step.padding_share for step in steps]
         known = [share for share in padding if isfinite(share)]
-        mean = f"{fsum(known) / len(known):.1%} in the mean of the steps" if known else "not finite"
-        note = "Share of the tokens that only fill a mini-batch up to its longest row, and are computed for nothing."
-        charts.append(Chart(chart.title, mean, chart.drawing, note))
+        mean = f"{fsum(known) / len(known):.1f}% in the mean of the steps" if known else ABSENT
+        note = "Percent of the tokens that only fill a mini-batch up to its longest row, and are computed for nothing."
+        charts.append(Chart("Padding", mean, _chart_of("Padding", steps, padding).drawing, note))
+    note = (
+        "Pages in a batch, of other pairs or hard negatives, that answer a query too: they are none of its negatives."
+    )
+    charts.append(_counts("Masked negatives", steps, [step.masked for step in steps], note))
     if any(step.quarantined is not None for step in steps):
         counts = [nan if step.quarantined is None else step.quarantined for step in steps]
-        note = "Pairs that could not be read or decoded; they count in the loss of no rank."
+        note = "Pairs that could not be read or decoded: they count in no loss."
         charts.append(_counts("Quarantined pairs", steps, counts, note))
     return charts
 
