@@ -41,7 +41,7 @@ def write_run(
 
 
 def write_rankings(
-    folder: Path, kind: str, ranks: list[int | None], /, *, fingerprint: str = "f", words: str = "query", **card: Any
+    folder: Path, kind: str, ranks: list[int | None], /, *, fingerprint: str = "f", asked: str = "query", **card: Any
 ) -> None:
     """A gallery's files of an evaluation with as many queries as ranks, all shown; page i answers query i.
 
@@ -55,7 +55,7 @@ def write_rankings(
         pages = pages if rank is None else [*pages[: rank - 1], query, *pages[rank - 1 :]]
         hits = [rank] if rank is not None and rank <= 10 else []
         scores = [1 - place / 10 for place in range(len(pages[:10]))]
-        lines.append({"key": f"a.tar/k{query}", "query": f"{words} {query}", "rank": rank, "hits": hits})
+        lines.append({"key": f"a.tar/k{query}", "query": f"{asked} {query}", "rank": rank, "hits": hits})
         lines[-1] |= {"pages": pages[:10], "scores": scores}
     shown = [{"line": query, "why": ["random sample"], "right": query, "kind": "text"} for query in range(count)]
     cards = {str(page): {"kind": "image", "name": f"a.tar/k{page}.png", **card} for page in range(count)}

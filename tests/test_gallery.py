@@ -230,6 +230,11 @@ def test_rankings_of_another_task_are_not_compared(tmp_path: Path) -> None:
     shown = json.loads((folder / "after-shown.json").read_text())["queries"]
     assert {why for query in shown for why in query["why"]} == {"wrong", "random sample"}
     assert len(shown) == QUERIES_SHOWN
+    files = {path.name for path in (folder / "thumbnails").iterdir()}
+    assert len(files) == 101, "those of both tasks"
+    write_gallery(folder, task, orders(task, 1), "after", 9)
+    left = {path.name for path in (folder / "thumbnails").iterdir()}
+    assert left < files, "what nothing names any more goes"
 
 
 def test_a_gallery_that_cannot_be_written_is_said_and_left_out(

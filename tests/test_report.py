@@ -461,14 +461,14 @@ def test_pages_without_a_picture_are_shown_by_words(tmp_path: Path) -> None:
         write_rankings(run, "before", [1, 1], **card)
         page = _read(run)
         shown = {found for found in page.text_of_tag["span"] if found}
-        assert words in shown and "&lt;b&gt;" not in words
+        assert words in shown
         assert "data:" not in (run / "report.html").read_text().replace("img-src data:", "")
 
 
 def test_queries_from_the_shards_are_escaped(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     evil = "</script></style><script>alert(1)</script>\"'"
-    write_rankings(run, "before", [1, 1], words=evil, name=evil)
+    write_rankings(run, "before", [1, 1], asked=evil, name=evil)
     page = _read(run)
     assert page.text_of_tag["h3"][-2:] == [f"{evil} 0", f"{evil} 1"]
     assert len(page.text_of_tag["script"]) == 1 and "alert" not in page.text_of_tag["script"][0]

@@ -70,13 +70,15 @@ def train_in(
     with ExitStack() as stack:
         on_main_rank(world, lambda: _claim(folder, resume, stack))
         stack.enter_context(Watchdog(watch, folder, world.rank, world.world_size, _end_hung(folder)))
+        started, run = perf_counter(), None
         try:
-            return _train(world, config, resume, Guard(world, signals), watch)
+            run, progress = open_run(config, resume, world, Guard(world, signals), watch)
+            return _train(run, progress, started)
         except BaseException as error:
             told = _told(error, world, watch)
             write_failure(folder, told, None if isinstance(told, UserError) else world.rank)
-            # Not where a second Ctrl-C ends it at once, and not of a folder that no run has written into.
-            if world.is_main and isinstance(told, Exception) and folder.config.exists():
+            # A run that was refused leaves what is there as it is.
+            if world.is_main and run is not None and isinstance(told, Exception):
                 leave_report(folder)
             if told is error:
                 raise
@@ -118,9 +120,8 @@ def _end_hung(folder: RunFolder) -> Callable[[RunStoppedError | None], None]:
     return end
 
 
-def _train(world: World, config: RunConfig, resume: Resume | None, guard: Guard, watch: Watch) -> dict[str, Any]:
-    started = perf_counter()
-    run, progress = open_run(config, resume, world, guard, watch)
+def _train(run: Run, progress: Progress, started: float) -> dict[str, Any]:
+    config, world, watch = run.config, run.world, run.watch
     with run.saver:
         parts = loop_parts(run)
         if world.is_main:
