@@ -7,7 +7,7 @@ PYTHON ?= $(shell for python in python3.12 python3.11 python3.10 python3; do \
 INSTALLED := .venv/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 RUN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench soak
+.PHONY: help install demo test lint bench soak screenshots
 
 help: ## what can be made
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -51,6 +51,9 @@ soak: $(INSTALLED) ## what takes longer: the tests left out of `make test`, the 
 	$(RUN)/python benchmarks/checkpoint.py
 	$(RUN)/python benchmarks/scaling.py
 	$(RUN)/python benchmarks/forecast.py
+
+screenshots: $(INSTALLED) ## the documentation's pictures of the report, of a short training; takes Chromium
+	FARNEAR_SCREENSHOTS=docs/pictures $(RUN)/pytest -m soak tests/test_report_browser.py
 
 # The exact versions need Python 3.11; on 3.10 pip picks the newest ones that still support it.
 $(INSTALLED):

@@ -1,13 +1,17 @@
 """The report: what the page says and draws, what it escapes, what it never loads, and which run folders it refuses."""
 
+import base64
+import hashlib
 import json
 import math
+import re
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from report_makers import evaluation_line, step_line, write_rankings, write_run
 
 from farnear.errors import UserError
 from farnear.report.figures import Series, bins_of, chart_over_steps, ticks
@@ -63,41 +67,6 @@ class _Page(HTMLParser):
         return " ".join(" ".join(self.pieces).split())
 
 
-def _step(step: int, **changes: Any) -> dict[str, Any]:
-    return {
-        "step": step,
-        "epoch": step / 10,
-        "loss": 5.0 - 0.1 * step,
-        "lr": 2e-5,
-        "grad_norm": 1.5,
-        "pairs_per_s": 80.0,
-        "masked": step % 2,
-        "tokens": 9000,
-        "peak_memory_bytes": 2 * 2**30,
-        "seconds": {"data": 0.1, "pass_one": 0.3, "loss": 0.1, "pass_two": 0.4, "optimizer": 0.1},
-        **changes,
-    }
-
-
-def _evaluation(step: int, kind: str, ndcg_by_dim: dict[str, float | None], **changes: Any) -> dict[str, Any]:
-    metrics = {dim: {"ndcg@1": 0.1, "ndcg@10": ndcg, "recall@10": 0.5} for dim, ndcg in ndcg_by_dim.items()}
-    return {"step": step, "kind": kind, "queries": 200, "pages": 3000, "metrics": metrics, **changes}
-
-
-def _run(
-    folder: Path,
-    steps: list[dict[str, Any]] | None = None,
-    evaluations: list[dict[str, Any]] | None = None,
-    config: str = "model:\n  name: tiny\n",
-) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "run.yaml").write_text(config)
-    for name, records in (("metrics.jsonl", steps), ("eval.jsonl", evaluations)):
-        if records is not None:
-            (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
-    return folder
-
-
 def _read(folder: Path) -> _Page:
     report = write_report(folder)
     assert report == folder / "report.html"
@@ -107,11 +76,11 @@ def _read(folder: Path) -> _Page:
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
     evaluations = [
-        _evaluation(0, "before", {"64": 0.02, "128": 0.03, "1024": 0.04}),
-        _evaluation(10, "during", {"64": 0.4, "128": 0.5, "1024": 0.6}),
-        _evaluation(20, "after", {"64": 0.7, "128": 0.8, "1024": 0.95}),
+        evaluation_line(0, "before", {"64": 0.02, "128": 0.03, "1024": 0.04}),
+        evaluation_line(10, "during", {"64": 0.4, "128": 0.5, "1024": 0.6}),
+        evaluation_line(20, "after", {"64": 0.7, "128": 0.8, "1024": 0.95}),
     ]
-    folder = _run(tmp_path / "demo", [_step(step) for step in range(1, 21)], evaluations)
+    folder = write_run(tmp_path / "demo", [step_line(step) for step in range(1, 21)], evaluations)
     summary = {"seconds": 153.2, "pairs_per_s": 83.71234, "world_size": 2, "strategy": "zero2", "ndcg@10_after": 0.95}
     (folder / "summary.json").write_text(json.dumps(summary))
     return folder
@@ -173,10 +142,10 @@ def test_the_charts_hold_the_values(run_folder: Path) -> None:
 
 def test_everything_from_the_run_is_escaped(tmp_path: Path) -> None:
     evil = "</pre></svg><script>alert(1)</script>\"'&"
-    steps = [_step(1, seconds={evil: 0.5, "b": 0.5})]
-    evaluations = [_evaluation(1, "after", {"8": 0.5})]
+    steps = [step_line(1, seconds={evil: 0.5, "b": 0.5})]
+    evaluations = [evaluation_line(1, "after", {"8": 0.5})]
     evaluations[0]["metrics"]["8"][evil] = 0.25
-    folder = _run(tmp_path / "<script>x<", steps, evaluations, config=evil)
+    folder = write_run(tmp_path / "<script>x<", steps, evaluations, config=evil)
     (folder / "summary.json").write_text(json.dumps({evil: evil, "strategy": evil, "world_size": [evil]}))
     page = _read(folder)
     assert "<script" not in (folder / "report.html").read_text(encoding="utf-8")
@@ -187,7 +156,7 @@ def test_everything_from_the_run_is_escaped(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("metrics", [None, ""])
 def test_a_run_without_steps_says_so(tmp_path: Path, metrics: str | None) -> None:
-    folder = _run(tmp_path / "new")
+    folder = write_run(tmp_path / "new")
     if metrics is not None:
         (folder / "metrics.jsonl").write_text(metrics)
     page = _read(folder)
@@ -197,19 +166,19 @@ def test_a_run_without_steps_says_so(tmp_path: Path, metrics: str | None) -> Non
 
 
 def test_a_run_that_goes_on_shows_its_newest_evaluation(tmp_path: Path) -> None:
-    evaluations = [_evaluation(0, "before", {"8": 0.1}), _evaluation(5, "during", {"8": 0.25})]
-    words = _read(_run(tmp_path / "going", [_step(step) for step in range(1, 8)], evaluations)).words
+    evaluations = [evaluation_line(0, "before", {"8": 0.1}), evaluation_line(5, "during", {"8": 0.25})]
+    words = _read(write_run(tmp_path / "going", [step_line(step) for step in range(1, 8)], evaluations)).words
     assert "0.100 → 0.250 at step 5" in words
     assert "Pairs per second 80 median step Time 7 s in steps" in words
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf, None])
 def test_values_that_are_not_finite_are_marked(tmp_path: Path, broken: float | None) -> None:
-    steps = [_step(step) for step in range(1, 10)]
-    steps[3] = _step(4, loss=broken, grad_norm=broken, pairs_per_s=broken, masked=broken, seconds={"data": broken})
-    steps[8] = _step(9, loss=broken)
-    evaluations = [_evaluation(0, "before", {"8": None}), _evaluation(9, "after", {"8": 0.5})]
-    page = _read(_run(tmp_path / "nan", steps, evaluations))
+    steps = [step_line(step) for step in range(1, 10)]
+    steps[3] = step_line(4, loss=broken, grad_norm=broken, pairs_per_s=broken, masked=broken, seconds={"data": broken})
+    steps[8] = step_line(9, loss=broken)
+    evaluations = [evaluation_line(0, "before", {"8": None}), evaluation_line(9, "after", {"8": 0.5})]
+    page = _read(write_run(tmp_path / "nan", steps, evaluations))
     assert "2 of 9 values are not finite" in page.words
     assert "Loss not finite from 4.9" in page.words
     assert "not finite → 0.500" in page.words
@@ -223,16 +192,16 @@ def test_values_that_are_not_finite_are_marked(tmp_path: Path, broken: float | N
 
 def test_a_run_of_broken_values_only_is_drawn(tmp_path: Path) -> None:
     nothing = dict.fromkeys(("epoch", "loss", "lr", "grad_norm", "pairs_per_s", "masked", "peak_memory_bytes"))
-    page = _read(_run(tmp_path / "nan", [_step(step, **nothing, seconds={"data": None}) for step in (1, 2)]))
+    page = _read(write_run(tmp_path / "nan", [step_line(step, **nothing, seconds={"data": None}) for step in (1, 2)]))
     assert page.drawing("Loss") == "Loss: 2 of 2 values are not finite"
     assert "No times were recorded" in page.words
 
 
 def test_steps_that_a_resume_did_again_count_once(tmp_path: Path) -> None:
-    first = [_step(step, loss=1.0) for step in range(1, 9)]
-    evaluations = [_evaluation(3, "during", {"8": 0.3}), _evaluation(6, "during", {"8": 0.1})]
-    evaluations += [_evaluation(6, "during", {"8": 0.6})]
-    page = _read(_run(tmp_path / "resumed", first + [_step(step, loss=2.0) for step in (5, 6)], evaluations))
+    first = [step_line(step, loss=1.0) for step in range(1, 9)]
+    evaluations = [evaluation_line(3, "during", {"8": 0.3}), evaluation_line(6, "during", {"8": 0.1})]
+    evaluations += [evaluation_line(6, "during", {"8": 0.6})]
+    page = _read(write_run(tmp_path / "resumed", first + [step_line(step, loss=2.0) for step in (5, 6)], evaluations))
     assert page.drawing("Loss") == "Loss: 1 at step 1, 2 at step 6, lowest 1, highest 2"
     assert "4 recorded steps were left out" in page.words
     assert page.drawing("nDCG@10").endswith("0.6 at step 6, lowest 0.3, highest 0.6")
@@ -240,31 +209,31 @@ def test_steps_that_a_resume_did_again_count_once(tmp_path: Path) -> None:
 
 def test_other_corpora_are_not_compared_in_silence(tmp_path: Path) -> None:
     evaluations = [
-        _evaluation(0, "before", {"8": 0.1}, pages=400),
-        _evaluation(5, "during", {"8": 0.5}, pages=400),
-        _evaluation(7, "during", {"8": 0.6}, pages=400),
-        _evaluation(8, "during", {"8": 0.3}, pages=5000),
-        _evaluation(8, "after", {"8": 0.4}, pages=5000),
+        evaluation_line(0, "before", {"8": 0.1}, pages=400),
+        evaluation_line(5, "during", {"8": 0.5}, pages=400),
+        evaluation_line(7, "during", {"8": 0.6}, pages=400),
+        evaluation_line(8, "during", {"8": 0.3}, pages=5000),
+        evaluation_line(8, "after", {"8": 0.4}, pages=5000),
     ]
-    page = _read(_run(tmp_path / "sampled", [_step(step) for step in range(1, 10)], evaluations))
+    page = _read(write_run(tmp_path / "sampled", [step_line(step) for step in range(1, 10)], evaluations))
     assert (
         "Not the same task: 200 queries against 400 pages before, 200 queries against 5,000 pages since" in page.words
     )
     assert "Rings apart from the lines: 200 queries against 5,000 pages" in page.words
     ndcg_line, loss_line = page.attributes("polyline", "line")[:2]
     assert (len(ndcg_line["points"].split()), len(loss_line["points"].split())) == (3, 9)
-    assert "Not the same task" not in _read(_run(tmp_path / "sampled", None, evaluations[:2])).words
+    assert "Not the same task" not in _read(write_run(tmp_path / "sampled", None, evaluations[:2])).words
 
 
 def test_no_masked_pairs_draws_no_chart(tmp_path: Path) -> None:
-    page = _read(_run(tmp_path / "clean", [_step(step, masked=0) for step in (1, 2)]))
+    page = _read(write_run(tmp_path / "clean", [step_line(step, masked=0) for step in (1, 2)]))
     assert "Masked negatives 0 in all" in page.words
     assert not any(found.get("aria-label", "").startswith("Masked") for _, found in page.tags)
 
 
 def test_what_was_left_out_is_shown(tmp_path: Path) -> None:
-    assert "Pairs left out" not in _read(_run(tmp_path / "clean", [_step(1)])).words
-    folder = _run(tmp_path / "damaged", [_step(1)])
+    assert "Pairs left out" not in _read(write_run(tmp_path / "clean", [step_line(1)])).words
+    folder = write_run(tmp_path / "damaged", [step_line(1)])
     fault = {"shard": "/data/a.tar", "offset": 5120, "kind": "cut_short", "detail": "the file ends", "pairs_lost": 2}
     (folder / "faults.jsonl").write_text(json.dumps(fault) + "\n")
     pairs = [
@@ -287,16 +256,19 @@ def test_what_was_left_out_is_shown(tmp_path: Path) -> None:
         ("", "not a complete JSON object"),
         ("[1, 2]", "not a JSON object"),
         (json.dumps({"step": 3}), "'seconds' is missing"),
-        (json.dumps({key: value for key, value in _step(3).items() if key != "grad_norm"}), "'grad_norm' is missing"),
-        (json.dumps(_step(3, loss="low")), "'loss' is 'low', not a number"),
-        (json.dumps(_step(3, loss=True)), "'loss' is True, not a number"),
-        (json.dumps(_step(-3)), "'step' is -3, not a whole number"),
-        (json.dumps(_step(3, seconds=7)), "'seconds' is not an object"),
-        (json.dumps(_step(3, seconds={"data": "x"})), "'data' is 'x', not a number"),
+        (
+            json.dumps({key: value for key, value in step_line(3).items() if key != "grad_norm"}),
+            "'grad_norm' is missing",
+        ),
+        (json.dumps(step_line(3, loss="low")), "'loss' is 'low', not a number"),
+        (json.dumps(step_line(3, loss=True)), "'loss' is True, not a number"),
+        (json.dumps(step_line(-3)), "'step' is -3, not a whole number"),
+        (json.dumps(step_line(3, seconds=7)), "'seconds' is not an object"),
+        (json.dumps(step_line(3, seconds={"data": "x"})), "'data' is 'x', not a number"),
     ],
 )
 def test_a_damaged_line_of_metrics_is_named(tmp_path: Path, line: str, complaint: str) -> None:
-    folder = _run(tmp_path / "damaged", [_step(1), _step(2)])
+    folder = write_run(tmp_path / "damaged", [step_line(1), step_line(2)])
     with (folder / "metrics.jsonl").open("a") as metrics:
         metrics.write(line + "\n")
     with pytest.raises(UserError) as caught:
@@ -321,7 +293,7 @@ def test_a_damaged_line_of_metrics_is_named(tmp_path: Path, line: str, complaint
     ],
 )
 def test_a_damaged_evaluation_is_named(tmp_path: Path, changes: dict[str, Any], complaint: str) -> None:
-    folder = _run(tmp_path / "damaged", [_step(1)], [_evaluation(1, "after", {"8": 0.5}) | changes])
+    folder = write_run(tmp_path / "damaged", [step_line(1)], [evaluation_line(1, "after", {"8": 0.5}) | changes])
     with pytest.raises(UserError, match=r"eval\.jsonl line 1: ") as caught:
         write_report(folder)
     assert complaint in str(caught.value)
@@ -331,7 +303,7 @@ def test_folders_that_are_no_runs_are_refused(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "missing"):
         with pytest.raises(UserError, match=r"holds no run\.yaml, so it is not a run folder"):
             write_report(folder)
-    folder = _run(tmp_path / "run")
+    folder = write_run(tmp_path / "run")
     (folder / "summary.json").write_text('{"seconds": ')
     with pytest.raises(UserError, match=r"summary\.json is not a JSON object"):
         write_report(folder)
@@ -344,7 +316,7 @@ def test_the_page_is_replaced_whole_or_left_alone(run_folder: Path, monkeypatch:
     report = write_report(run_folder)
     before = report.read_text(encoding="utf-8")
     with (run_folder / "metrics.jsonl").open("a") as metrics:
-        metrics.write(json.dumps(_step(21)) + "\n")
+        metrics.write(json.dumps(step_line(21)) + "\n")
 
     def fail(*_: object) -> None:
         raise OSError("no space left on device")
@@ -361,8 +333,8 @@ def test_the_page_is_replaced_whole_or_left_alone(run_folder: Path, monkeypatch:
 
 
 def test_a_long_run_keeps_its_spikes_and_stays_small(tmp_path: Path) -> None:
-    steps = [_step(step, loss=1.0 if step != 7777 else 40.0) for step in range(1, 10_001)]
-    page = _read(_run(tmp_path / "long", steps))
+    steps = [step_line(step, loss=1.0 if step != 7777 else 40.0) for step in range(1, 10_001)]
+    page = _read(write_run(tmp_path / "long", steps))
     assert (tmp_path / "long" / "report.html").stat().st_size < 300_000
     assert page.drawing("Loss").endswith("lowest 1, highest 40")
     assert "Loss 1.78, steps 7,751 to 7,800 (mean; 1 to 40)" in page.text_of_tag["title"]
@@ -426,3 +398,151 @@ def test_a_rerankers_measures_are_not_said_to_be_of_a_dimension(tmp_path: Path) 
     assert "nDCG@10 of the reranked pages" in text
     assert "nDCG@10 by the embedder alone" in text and "0.500" in text
     assert "1 dimensions" not in text
+
+
+def test_the_page_says_what_became_of_the_queries(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [step_line(1)])
+    write_rankings(run, "before", [1, 2, None, 3, 1])
+    page = _read(run)
+    assert "The right page comes first for 2 of 5 queries before training." in page.words
+    assert page.text_of_tag["option"] == ["Worst", "Alphabetical"]
+    write_rankings(run, "after", [1, 1, 5, None, 2])
+    page = _read(run)
+    assert (
+        "The right page comes first for 2 of 5 queries, as before training. 2 queries got better, 2 got worse."
+        in page.words
+    )
+    assert "All 5 queries of the evaluation." in page.words
+    assert page.text_of_tag["option"] == ["Biggest gain", "Biggest loss", "Worst now", "Alphabetical"]
+    cards = [found for tag, found in page.tags if tag == "li" and "data-gain" in found]
+    moves = [text.strip() for text in page.text_of_tag["p"] if "rank" in text and "\N{RIGHTWARDS ARROW}" in text]
+    assert [move.split(" random")[0] for move in moves] == [
+        "rank 2 \N{RIGHTWARDS ARROW} 1 better",
+        "rank > 1,000 \N{RIGHTWARDS ARROW} 5 better",
+        "rank 1 \N{RIGHTWARDS ARROW} 1 as before",
+        "rank 3 \N{RIGHTWARDS ARROW} > 1,000 worse",
+        "rank 1 \N{RIGHTWARDS ARROW} 2 worse",
+    ]
+    assert [card["data-tags"] for card in cards] == ["better", "better wrong", "", "worse wrong", "worse"]
+    assert float(cards[-1]["data-gain"]) == 0.5 and float(cards[3]["data-now"]) == -1001
+    # The right page of the third query is not shown among the first five before, but after.
+    assert "right page" not in page.text_of_tag["h4"]
+
+
+def test_a_right_page_that_no_ranking_shows_stands_beside_them(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    write_rankings(run, "before", [1, 7, *[1] * 8])
+    page = _read(run)
+    assert page.text_of_tag["h4"].count("right page") == 1
+    labels = [found["aria-label"] for tag, found in page.tags if tag == "button" and "aria-label" in found]
+    assert "the right page, which is not among these: a.tar/k1.png" in labels
+    assert "wrong page at rank 1 before training, score 1: a.tar/k2.png" in labels
+    assert "right page at rank 1 before training, score 1: a.tar/k0.png" in labels
+
+
+def test_rankings_of_another_task_do_not_stand_side_by_side(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    write_rankings(run, "before", [3, 3, 3], fingerprint="other")
+    write_rankings(run, "after", [1, 1, 2])
+    page = _read(run)
+    assert "The right page comes first for 2 of 3 queries after training." in page.words
+    assert "The rankings before training are of other queries or pages and are not shown beside these." in page.words
+    assert set(page.text_of_tag["h4"]) == {"after training"}
+
+
+def test_pages_without_a_picture_are_shown_by_words(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    for card, words in (
+        ({"kind": "audio"}, "audio"),
+        ({"kind": "text", "words": "of <b> old"}, "of <b> old"),
+        ({"fault": "the member is cut"}, "the member is cut"),
+        ({"picture": "ab12.jpg", "width": 3, "height": 4}, "image"),  # whose file somebody has removed
+    ):
+        write_rankings(run, "before", [1, 1], **card)
+        page = _read(run)
+        shown = {found for found in page.text_of_tag["span"] if found}
+        assert words in shown
+        assert "data:" not in (run / "report.html").read_text().replace("img-src data:", "")
+
+
+def test_queries_from_the_shards_are_escaped(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    evil = "</script></style><script>alert(1)</script>\"'"
+    write_rankings(run, "before", [1, 1], asked=evil, name=evil)
+    page = _read(run)
+    assert page.text_of_tag["h3"][-2:] == [f"{evil} 0", f"{evil} 1"]
+    assert len(page.text_of_tag["script"]) == 1 and "alert" not in page.text_of_tag["script"][0]
+    script_hash = base64.b64encode(hashlib.sha256(page.text_of_tag["script"][0].encode()).digest()).decode()
+    policy = next(found for _, found in page.tags if found.get("http-equiv") == "Content-Security-Policy")
+    assert f"script-src 'sha256-{script_hash}';" in policy["content"]
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "complaint"),
+    [
+        ("after.jsonl", lambda text: text.replace('"rank": 2', '"rank": "2"'), "line 3: 'rank' is '2', not a number"),
+        ("after.jsonl", lambda text: text[: text.rindex("{")], "line 1: 'queries' is 3, but 2 follow"),
+        ("after.jsonl", lambda text: text.replace('"hits": [2]', '"hits": 2'), "line 3: 'hits' is no list of int"),
+        ("after.jsonl", lambda text: "", "is missing or empty"),
+        ("after-shown.json", lambda text: text[:-1], "after-shown.json: this is not a complete JSON object"),
+        ("after-shown.json", lambda text: text.replace('"2": {', '"x": {'), "'pages' has nothing for page 2"),
+        ("after-shown.json", lambda text: text.replace('"line": 2', '"line": 7'), "'line' is 7, but there are 3"),
+    ],
+)
+def test_a_damaged_gallery_is_named(tmp_path: Path, file: str, change: Any, complaint: str) -> None:
+    run = write_run(tmp_path / "run")
+    write_rankings(run, "before", [3, 3, 3])
+    write_rankings(run, "after", [1, 2, 3])
+    path = run / "gallery" / file
+    path.write_text(change(path.read_text()))
+    with pytest.raises(UserError, match=re.escape(complaint)) as caught:
+        write_report(run)
+    assert str(path) in str(caught.value)
+
+
+def test_rankings_that_a_kill_left_half_are_passed_by(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    write_rankings(run, "after", [1, 2])
+    (run / "gallery" / "after-shown.json").unlink()
+    assert "Queries" not in _read(run).words
+    write_rankings(run, "before", [2, 2])
+    assert "comes first for 0 of 2 queries before training" in _read(run).words
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        ({"state": "running"}, "farnear report \N{MIDDLE DOT} running, at step 1 when this was written"),
+        ({"state": "finished"}, "farnear report \N{MIDDLE DOT} finished 2026-11-22 01:00 UTC run"),
+        (
+            {"state": "stopped", "reason": "SIGTERM at <rank 1>"},
+            "stopped 2026-11-22 01:00 UTC: SIGTERM at <rank 1> run",
+        ),
+        ({}, "farnear report run"),
+    ],
+)
+def test_the_page_says_how_the_run_ended(tmp_path: Path, status: dict[str, str], words: str) -> None:
+    run = write_run(tmp_path / "run", [step_line(1)])
+    (run / "status.json").write_text(json.dumps({**status, "time": "2026-11-22T01:00:00Z"}))
+    assert words in _read(run).words
+
+
+def test_padding_quarantine_and_minings_are_drawn_where_they_are_recorded(tmp_path: Path) -> None:
+    steps = [step_line(step, padding_share=step / 10, quarantined=3 * (step == 2)) for step in (1, 2, 3)]
+    run = write_run(tmp_path / "run", steps)
+    mined = [
+        {"step": step, "pairs": 1000, "negatives": 4000, "pairs_with_fewer": 7, "seconds": 61.0} for step in (1, 2)
+    ]
+    (run / "mined.jsonl").write_text("".join(json.dumps({**line, "phases": {}}) + "\n" for line in mined))
+    page = _read(run)
+    assert page.drawing("Padding") == "Padding: 10 at step 1, 30 at step 3, lowest 10, highest 30"
+    assert "Padding 20.0% in the mean of the steps" in page.words
+    assert (
+        page.drawing("Quarantined pairs").endswith("lowest 0, highest 3") and "Quarantined pairs 3 in all" in page.words
+    )
+    assert "Hard negatives mined anew" in page.words and "2 1,000 4,000 7 1 min 1 s" in page.words
+    older = _read(write_run(tmp_path / "older", [step_line(1)]))
+    assert not {"Padding", "Quarantined", "mined anew"} & set(older.words.split())
+    (run / "mined.jsonl").write_text(json.dumps({**mined[0], "pairs": "many"}) + "\n")
+    with pytest.raises(UserError, match=r"mined.jsonl line 1: 'pairs' is 'many', not a number"):
+        write_report(run)

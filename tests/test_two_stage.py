@@ -66,6 +66,16 @@ def trained(folder: Path) -> Path:
     return folder / "reranker"
 
 
+def test_a_gallery_ranks_as_was_measured(trained: Path) -> None:
+    measured = [json.loads(line) for line in (trained / "eval.jsonl").read_text().splitlines()]
+    for kind, record in (("before", measured[0]), ("after", measured[-1])):
+        head, *queries = [json.loads(line) for line in (trained / "gallery" / f"{kind}.jsonl").read_text().splitlines()]
+        assert (head["step"], head["looked_at"], head["queries"]) == (record["step"], K, 12)
+        ranks = [query["rank"] for query in queries if query["rank"]]
+        assert sum(1 / rank for rank in ranks) / 12 == pytest.approx(record["metrics"]["1"]["mrr@10"])
+    assert "after training</h4>" in (trained / "report.html").read_text()
+
+
 def test_each_stage_has_the_figures_of_sentence_transformers(folder: Path, trained: Path) -> None:
     records = [json.loads(line) for line in (trained / "eval.jsonl").read_text().splitlines()]
     kinds = [(record["kind"], record["step"]) for record in records]
@@ -131,7 +141,7 @@ def test_measures_of_a_reranking_are_those_of_sentence_transformers() -> None:
             for q in range(queries)
         ]
         score_Qk = generator.permutation(queries * k).reshape(queries, k).astype(np.float32)
-        ours = measure(reranked(candidate_Qk, score_Qk.ravel()), relevant)
+        ours = measure(reranked(candidate_Qk, score_Qk.ravel())[0], relevant)
         theirs = evaluated_by_sentence_transformers(candidate_Qk.tolist(), score_Qk, relevant)
         for name in ("ndcg@10", "mrr@10"):
             assert ours[name] == pytest.approx(theirs[name], abs=1e-6)

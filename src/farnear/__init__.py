@@ -8,8 +8,6 @@ From Python, one function does what the commands do:
     summary = farnear.train(load_config("run.yaml", ["training.learning_rate=1e-5"]))
 """
 
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -39,10 +37,6 @@ def train(config: "RunConfig", resume: Literal["newest", "auto"] | None = None) 
     with Signals() as signals:
         announce()
         # torch and transformers take seconds to import; `farnear --help` does not need them.
-        from farnear.report.page import write_report
         from farnear.training.run import run_training
 
-        summary = run_training(config, resume, signals)
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"report {write_report(Path(config.output_dir))}", flush=True)
-    return summary
+        return run_training(config, resume, signals)

@@ -45,6 +45,11 @@ class RunFolder:
         return self.path / "eval.jsonl"
 
     @property
+    def gallery(self) -> Path:
+        """Rankings of the evaluations before and after, and thumbnails of what the report shows of them."""
+        return self.path / "gallery"
+
+    @property
     def checkpoints(self) -> Path:
         """Published checkpoints."""
         return self.path / "checkpoints"
@@ -158,7 +163,7 @@ class RunFolder:
             self.card,
             self.trackers,
         )
-        return (self.config, *records, self.export, self.tensorboard, self.summary, self.report)
+        return (self.config, *records, self.gallery, self.export, self.tensorboard, self.summary, self.report)
 
 
 def published_checkpoints(checkpoints: Path) -> list[Path]:

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from farnear.errors import UserError
 
@@ -36,16 +36,31 @@ def image_size(data: bytes) -> tuple[int, int]:
 
 def decode_image(data: bytes) -> Image.Image:
     """An image in mode RGB: alpha over white, 16 bits cut to 8, no rotation, no profile. Raises almost anything."""
+    image = _in_rgb(_opened(data))
+    image.info = {}  # the EXIF block in it would make some image processors rotate the page
+    return image
+
+
+def decode_small(data: bytes, side: int) -> Image.Image:
+    """An image for people to look at: upright as its EXIF says, at most ``side`` pixels wide and high, in mode RGB.
+
+    Raises almost anything.
+    """
     image = _opened(data)
+    image.draft(None, (side, side))  # a JPEG need not be decoded in full
+    image = _in_rgb(ImageOps.exif_transpose(image))
+    image.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    return image
+
+
+def _in_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         # Pillow clips 16-bit grey at 255 when it converts, which turns a page white.
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
-    image.info = {}  # the EXIF block in it would make some image processors rotate the page
-    return image
+    return image.convert("RGB")
 
 
 def reason_of(error: Exception) -> str:

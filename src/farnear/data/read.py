@@ -8,10 +8,13 @@ above all no blank page. The loader quarantines such a pair, an evaluation stops
 """
 
 import json
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from PIL import Image
 
 from farnear.data.index import Index
-from farnear.data.media import decode_audio, decode_image, decode_video, reason_of
+from farnear.data.media import decode_audio, decode_image, decode_small, decode_video, reason_of
 from farnear.data.remote import shown
 from farnear.data.sample import (
     AUDIO,
@@ -30,6 +33,8 @@ from farnear.data.sample import (
 )
 from farnear.data.shard_store import OpenShards, ShardFacts, ShardStore
 from farnear.errors import UserError
+
+Value = TypeVar("Value")
 
 
 class BadInputError(UserError):
@@ -58,17 +63,10 @@ class InputReader:
         [frames, height, width, 3], "video_metadata": {...}}``, several of these a dict by modality, chat messages a
         list with their media in place. Raises ``BadInputError``, and ``UserError`` where a whole shard cannot be read.
         """
-        index = self.index
         values: dict[str, Any] = {}
         messages = None
-        for part in index.parts(row):
-            kind = int(index.part_kind_M[part])
-            try:
-                value = _decoded(self._read(part), kind, int(index.part_entry_M[part]))
-            except (MemoryError, UserError):
-                raise
-            except Exception as error:  # on broken bytes decoders raise almost anything
-                raise self._bad(part, f"cannot be decoded ({reason_of(error)})") from error
+        for part in self.index.parts(row):
+            kind, value = self._kind(part), self._value(part, _decoded)
             if kind in (MESSAGES, JSON_MESSAGES):
                 messages = value
             else:
@@ -80,9 +78,37 @@ class InputReader:
         ((modality, value),) = values.items()
         return {modality: value} if modality in ("audio", "video") else value
 
+    def words(self, row: int) -> str:
+        """The texts of an input, for people to read; empty where it has none. Nothing else is decoded.
+
+        Raises as ``reader[row]``.
+        """
+        parts = [part for part in self.index.parts(row) if self._kind(part) not in (IMAGE, AUDIO, VIDEO)]
+        return " ".join(text for part in parts for text in _texts(self._value(part, _decoded)))
+
+    def picture(self, row: int, side: int) -> Image.Image | None:
+        """The first image of an input, for people to look at: upright, at most ``side`` pixels wide and high, RGB.
+
+        None where it has none. Raises as ``reader[row]``.
+        """
+        part = next((part for part in self.index.parts(row) if self._kind(part) == IMAGE), None)
+        return None if part is None else self._value(part, lambda data, *_: decode_small(data, side))
+
     def close(self) -> None:
         """Close the open shards. They are opened again when they are needed."""
         self._shards.close()
+
+    def _kind(self, part: int) -> int:
+        return int(self.index.part_kind_M[part])
+
+    def _value(self, part: int, decode: Callable[[bytes, int, int], Value]) -> Value:
+        """What ``decode`` makes of a part's bytes, its kind and its place in a list of queries."""
+        try:
+            return decode(self._read(part), self._kind(part), int(self.index.part_entry_M[part]))
+        except (MemoryError, UserError):
+            raise
+        except Exception as error:  # on broken bytes decoders raise almost anything
+            raise self._bad(part, f"cannot be decoded ({reason_of(error)})") from error
 
     def _read(self, part: int) -> bytes:
         index = self.index
@@ -131,6 +157,18 @@ def _with_media(messages: list[dict[str, Any]], values: dict[str, Any]) -> list[
                 if part["type"] != "text":
                     part[part["type"]] = values[part["type"]]
     return messages
+
+
+def _texts(value: Any) -> list[str]:
+    """Of a text, or of chat messages."""
+    if isinstance(value, str):
+        return [value]
+    contents = [message["content"] for message in value]
+    return [
+        text
+        for content in contents
+        for text in ([content] if isinstance(content, str) else [part["text"] for part in content if "text" in part])
+    ]
 
 
 def _decoded(data: bytes, kind: int, entry: int) -> Any:

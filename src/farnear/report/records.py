@@ -10,12 +10,14 @@ and show as a mark on the chart.
 """
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
-from math import nan
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from farnear.errors import UserError
+from farnear.report.gallery import Gallery, read_gallery
+from farnear.report.lines import Record, records_of
+from farnear.run_folder import RunFolder
+from farnear.status import read_status
 
 HEADLINE = "ndcg@10"  # the measure that every evaluation must hold
 
@@ -34,6 +36,8 @@ class Step:
     tokens: float
     peak_memory_bytes: float
     seconds_by_phase: dict[str, float]
+    padding_share: float | None = None
+    quarantined: float | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,17 @@ class LeftOut:
 
 
 @dataclass(frozen=True)
+class Mining:
+    """Hard negatives found anew by the model as it was after a step, a line of ``mined.jsonl``."""
+
+    step: int
+    pairs: int
+    negatives: int
+    pairs_with_fewer: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Run:
     """A run folder's files. Steps and evaluations ascend; ``steps_undone`` counts lines that a resume replaced."""
 
@@ -72,6 +87,9 @@ class Run:
     steps_undone: int
     lost_to_faults: tuple[LeftOut, ...] = ()
     quarantined: tuple[LeftOut, ...] = ()
+    minings: tuple[Mining, ...] = ()
+    gallery: Gallery | None = None
+    status: dict[str, object] = field(default_factory=dict)
 
 
 def read_run(run_folder: Path) -> Run:
@@ -87,18 +105,19 @@ def read_run(run_folder: Path) -> Run:
         raise UserError(f"{config_file} is not UTF-8 text, so it is damaged: restore it from a copy") from None
     steps: list[Step] = []
     steps_undone = 0
-    for record in _records(run_folder / "metrics.jsonl"):
+    for record in records_of(run_folder / "metrics.jsonl"):
         step = _step(record)
         while steps and steps[-1].step >= step.step:
             steps.pop()
             steps_undone += 1
         steps.append(step)
     evaluations: list[Evaluation] = []
-    for record in _records(run_folder / "eval.jsonl"):
+    for record in records_of(run_folder / "eval.jsonl"):
         evaluation = _evaluation(record)
         while evaluations and _moment(evaluations[-1]) >= _moment(evaluation):
             evaluations.pop()
         evaluations.append(evaluation)
+    folder = RunFolder(run_folder)
     return Run(
         name=run_folder.resolve().name,
         config=config,
@@ -106,67 +125,15 @@ def read_run(run_folder: Path) -> Run:
         evaluations=tuple(evaluations),
         summary=_summary(run_folder / "summary.json"),
         steps_undone=steps_undone,
-        lost_to_faults=tuple(_fault(record) for record in _records(run_folder / "faults.jsonl")),
-        quarantined=tuple(_quarantined(record) for record in _records(run_folder / "quarantine.jsonl")),
+        lost_to_faults=tuple(_fault(record) for record in records_of(run_folder / "faults.jsonl")),
+        quarantined=tuple(_quarantined(record) for record in records_of(run_folder / "quarantine.jsonl")),
+        minings=tuple(_mining(record) for record in records_of(folder.minings)),
+        gallery=read_gallery(folder),
+        status=read_status(folder) or {},
     )
 
 
-@dataclass(frozen=True)
-class _Record:
-    """A line's object with its place, so that a wrong value can be named."""
-
-    place: str
-    value: dict[str, object]
-
-    def refuse(self, problem: str) -> UserError:
-        return UserError(
-            f"{self.place}: {problem}, so the report would be wrong: remove the line or restore the file from a copy"
-        )
-
-    def number(self, key: str) -> float:
-        if key not in self.value:
-            raise self.refuse(f"{key!r} is missing")
-        value = self.value[key]
-        if value is None:
-            return nan
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.refuse(f"{key!r} is {value!r}, not a number")
-        return float(value)
-
-    def count(self, key: str) -> int:
-        number = self.number(key)
-        if not number.is_integer() or number < 0:
-            raise self.refuse(f"{key!r} is {self.value[key]!r}, not a whole number of 0 or more")
-        return int(number)
-
-    def text(self, key: str) -> str:
-        value = self.value.get(key)
-        if not isinstance(value, str):
-            raise self.refuse(f"{key!r} is {'missing' if key not in self.value else f'{value!r}, not a text'}")
-        return value
-
-    def inner(self, key: str) -> "_Record":
-        value = self.value.get(key)
-        if not isinstance(value, dict):
-            raise self.refuse(f"{key!r} is {'missing' if key not in self.value else 'not an object'}")
-        return _Record(self.place, value)
-
-
-def _records(path: Path) -> Iterator[_Record]:
-    if not path.exists():
-        return
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        place = f"{path} line {number}"
-        try:
-            value = json.loads(line)
-        except ValueError:
-            raise _Record(place, {}).refuse("this is not a complete JSON object") from None
-        if not isinstance(value, dict):
-            raise _Record(place, {}).refuse("this is not a JSON object")
-        yield _Record(place, value)
-
-
-def _step(record: _Record) -> Step:
+def _step(record: Record) -> Step:
     seconds = record.inner("seconds")
     return Step(
         step=record.count("step"),
@@ -179,10 +146,16 @@ def _step(record: _Record) -> Step:
         tokens=record.number("tokens"),
         peak_memory_bytes=record.number("peak_memory_bytes"),
         seconds_by_phase={phase: seconds.number(phase) for phase in seconds.value},
+        **{key: record.number(key) for key in ("padding_share", "quarantined") if key in record.value},
     )
 
 
-def _evaluation(record: _Record) -> Evaluation:
+def _mining(record: Record) -> Mining:
+    counts = {key: record.count(key) for key in ("step", "pairs", "negatives", "pairs_with_fewer")}
+    return Mining(**counts, seconds=record.number("seconds"))
+
+
+def _evaluation(record: Record) -> Evaluation:
     kind = record.value.get("kind")
     if kind not in ("before", "during", "after"):
         raise record.refuse(f"'kind' is {kind!r}, not before, during or after")
@@ -210,13 +183,13 @@ def _evaluation(record: _Record) -> Evaluation:
     )
 
 
-def _fault(record: _Record) -> LeftOut:
+def _fault(record: Record) -> LeftOut:
     name = record.text("shard").rpartition("/")[2]
     where = f"{name} at byte {record.count('offset'):,}"
     return LeftOut(where, f"{record.text('kind')}: {record.text('detail')}", record.count("pairs_lost"))
 
 
-def _quarantined(record: _Record) -> LeftOut:
+def _quarantined(record: Record) -> LeftOut:
     why = f"{record.text('input')} {record.text('reason')}, step {record.count('step'):,}"
     return LeftOut(f"{record.text('shard')}/{record.text('key')}", why, 1)
 

@@ -18,11 +18,12 @@ from markupsafe import Markup
 
 from farnear.report import bars
 from farnear.report.figures import Series, chart_over_steps
-from farnear.report.records import HEADLINE, Evaluation, LeftOut, Run, Step
+from farnear.report.records import HEADLINE, Evaluation, LeftOut, Mining, Run, Step
 from farnear.report.svg import number
 from farnear.wording import counted
 
 _LOSSES_SHOWN = 50
+_MININGS_SHOWN = 20
 ABSENT = "–"  # noqa: RUF001 (a dash is how tables say that there is nothing)
 
 
@@ -82,6 +83,15 @@ class PhaseRow:
 
 
 @dataclass(frozen=True)
+class MiningRow:
+    step: str
+    pairs: str
+    negatives: str
+    fewer: str
+    time: str
+
+
+@dataclass(frozen=True)
 class Losses:
     """Pairs that could not be used; ``more`` says how many rows stand in the files beside those shown."""
 
@@ -98,6 +108,17 @@ class TimeByPhase:
 
 ONE_SCORE = 1
 """The number of dimensions of a reranker's score, by which its measures stand in the records."""
+
+
+def state(run: Run) -> str:
+    """How the run stands or has ended; empty where it did not say."""
+    state, reason = run.status.get("state"), run.status.get("reason")
+    time = str(run.status.get("time", "")).replace("T", " ").removesuffix("Z")[:16]
+    if state == "running":
+        return f"running, at step {run.steps[-1].step:,} when this was written" if run.steps else "running"
+    if state == "finished":
+        return f"finished {time} UTC"
+    return f"{state} {time} UTC: {reason}" if state in ("stopped", "failed") else ""
 
 
 def tiles(run: Run) -> list[Tile]:
@@ -224,16 +245,46 @@ def training_charts(steps: Sequence[Step]) -> list[Chart]:
     ]
 
 
-def masked_pairs(steps: Sequence[Step]) -> Chart | None:
-    """Masked negatives over steps; None where there are no steps. A run without any has a note and no drawing."""
+def data_charts(steps: Sequence[Step]) -> list[Chart]:
+    """What became of the steps' tokens and pairs; a count without any has a note and no drawing."""
     if not steps:
-        return None
-    total = _sum_of_finite([step.masked for step in steps])
-    chart = _chart_of("Masked negatives", steps, [step.masked for step in steps], "bars")
+        return []
+    charts = []
+    if any(step.padding_share is not None for step in steps):
+        padding = [nan if step.padding_share is None else 100 * step.padding_share for step in steps]
+        known = [share for share in padding if isfinite(share)]
+        mean = f"{fsum(known) / len(known):.1f}% in the mean of the steps" if known else ABSENT
+        note = "Percent of the tokens that only fill a mini-batch up to its longest row, and are computed for nothing."
+        charts.append(Chart("Padding", mean, _chart_of("Padding", steps, padding).drawing, note))
     note = (
         "Pages in a batch, of other pairs or hard negatives, that answer a query too: they are none of its negatives."
     )
-    return Chart(chart.title, f"{number(total, 6)} in all", chart.drawing if total else Markup(""), note)
+    charts.append(_counts("Masked negatives", steps, [step.masked for step in steps], note))
+    if any(step.quarantined is not None for step in steps):
+        counts = [nan if step.quarantined is None else step.quarantined for step in steps]
+        note = "Pairs that could not be read or decoded: they count in no loss."
+        charts.append(_counts("Quarantined pairs", steps, counts, note))
+    return charts
+
+
+def minings(done: Sequence[Mining]) -> list[MiningRow]:
+    """The newest times that hard negatives were mined anew."""
+    return [
+        MiningRow(
+            f"{mining.step:,}",
+            f"{mining.pairs:,}",
+            f"{mining.negatives:,}",
+            f"{mining.pairs_with_fewer:,}",
+            duration(mining.seconds),
+        )
+        for mining in done[-_MININGS_SHOWN:]
+    ]
+
+
+def _counts(title: str, steps: Sequence[Step], values: Sequence[float], note: str) -> Chart:
+    total = _sum_of_finite(values)
+    chart = _chart_of(title, steps, values, "bars")
+    return Chart(title, f"{number(total, 6)} in all", chart.drawing if total else Markup(""), note)
 
 
 def time_by_phase(steps: Sequence[Step]) -> TimeByPhase | None:

@@ -23,6 +23,7 @@ from farnear.parallel.world import on_main_rank
 from farnear.retrieve.encode import encode
 from farnear.retrieve.inference import Inference
 from farnear.retrieve.measure import measure
+from farnear.retrieve.rankings import LOOKED_AT, Rankings, rankings_of
 from farnear.retrieve.search import top_k
 
 DEPTH = 10
@@ -96,19 +97,31 @@ def sample_task(task: RetrievalTask, queries: int, pages: int) -> RetrievalTask:
     )
 
 
-def evaluate(task: RetrievalTask, by: Inference, dims: Sequence[int]) -> dict[str, dict[str, float]]:
+def evaluate(
+    task: RetrievalTask, by: Inference, dims: Sequence[int], *, ranked: bool = False
+) -> tuple[dict[str, dict[str, float]], Rankings | None]:
     """Measures by dimension (as text), the same on every rank. A collective; leaves a strategy in training mode.
 
     Args:
         dims: Prefixes of the embedding to search with; the full one among them.
+        ranked: Whether rank 0 is to have the rankings at the full dimension too.
     """
     query_QD, page_PD = embeddings_of(task, by)
+    rankings: Rankings | None = None
 
     def measure_dims() -> dict[str, dict[str, float]]:
-        ranking = {dim: top_k(query_QD, page_PD, DEPTH, dim=dim, moved=by.moved)[1] for dim in dims}
-        return {str(dim): measure(ranking[dim], task.relevant) for dim in dims}
+        nonlocal rankings
+        measures = {}
+        for dim in dims:
+            # The first ranks of a deeper search are those of a shallow one.
+            is_kept = ranked and dim == max(dims)
+            score_Qk, page_Qk = top_k(query_QD, page_PD, LOOKED_AT if is_kept else DEPTH, dim=dim, moved=by.moved)
+            measures[str(dim)] = measure(page_Qk[:, :DEPTH], task.relevant)
+            if is_kept:
+                rankings = rankings_of(page_Qk.numpy(), score_Qk.numpy(), task.relevant)
+        return measures
 
-    return on_main_rank(by.world, measure_dims)
+    return on_main_rank(by.world, measure_dims), rankings
 
 
 def embeddings_of(task: RetrievalTask, by: Inference) -> tuple[Tensor, Tensor]:

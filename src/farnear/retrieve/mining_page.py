@@ -5,7 +5,6 @@ nobody has marked. The page holds its pictures and loads nothing.
 """
 
 import base64
-import io
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,18 +13,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from jinja2 import Environment, StrictUndefined
-from PIL import Image
 
 from farnear.data.document_names import DocumentNames, pair_rows
-from farnear.data.index import Index
+from farnear.data.index import Index, modality_name
 from farnear.data.plan import random_bits
 from farnear.data.read import InputReader
 from farnear.data.shard_store import ShardStore
 from farnear.errors import UserError
 from farnear.files import replace_text
+from farnear.retrieve.thumbnail import SIDE, thumbnail_bytes
 
 EXAMPLES = 20
-_SIDE = 220  # pixels of a thumbnail at most
 _TEXT = 300  # characters of a text at most
 
 _PAGE = """<!doctype html>
@@ -115,13 +113,10 @@ def _pages(
 def _shown(reader: InputReader, row: int) -> dict[str, str]:
     """An input as a picture or a text."""
     try:
-        value = reader[row]
+        if (picture := reader.picture(row, SIDE)) is not None:
+            encoded = base64.b64encode(thumbnail_bytes(picture)).decode()
+            return {"image": f"data:image/jpeg;base64,{encoded}", "text": ""}
+        words = reader.words(row)
     except UserError as error:
-        return {"image": "", "text": str(error)[:_TEXT]}
-    parts = value if isinstance(value, dict) else {"image" if isinstance(value, Image.Image) else "text": value}
-    if isinstance(image := parts.get("image"), Image.Image):
-        image.thumbnail((_SIDE, _SIDE))
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=80)
-        return {"image": f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}", "text": ""}
-    return {"image": "", "text": str(parts.get("text", ", ".join(parts)))[:_TEXT]}
+        words = str(error)
+    return {"image": "", "text": words[:_TEXT] or modality_name(int(reader.index.input_modality_I[row]))}

@@ -137,19 +137,21 @@ def pairs_of(task: RetrievalTask, candidate_Qk: Int64, queries: slice = slice(No
     return np.repeat(query_Q, is_one_Qk.sum(axis=1)), task.page_row_P[candidate_Qk[is_one_Qk]]
 
 
-def reranked(candidate_Qk: Int64, score_n: Float32) -> Int64:
-    """Candidates by falling score, equal ones by the lower page, and the places without one last. int64 [Q, k].
+def reranked(candidate_Qk: Int64, score_n: Float32) -> tuple[Int64, Float32]:
+    """Candidates by falling score, equal ones by the lower page, and the places without one last. [Q, k] both.
 
     Args:
         score_n: Of each candidate, query after query.
+
+    Returns:
+        The candidates, and their scores, which are -inf where there is none.
     """
     is_one_Qk = candidate_Qk != NO_CANDIDATE
-    score_Qk = np.full(candidate_Qk.shape, -np.inf, np.float64)
+    score_Qk = np.full(candidate_Qk.shape, -np.inf, np.float32)
     score_Qk[is_one_Qk] = score_n
-    by_page_Qk = np.argsort(np.where(is_one_Qk, candidate_Qk, np.iinfo(np.int64).max), axis=1, kind="stable")
-    score_Qk = np.take_along_axis(score_Qk, by_page_Qk, axis=1)
-    ordered_Qk = np.argsort(-score_Qk, axis=1, kind="stable")
-    return np.take_along_axis(candidate_Qk, np.take_along_axis(by_page_Qk, ordered_Qk, axis=1), axis=1)
+    # The last key counts first.
+    order_Qk = np.lexsort([np.where(is_one_Qk, candidate_Qk, np.iinfo(np.int64).max), -score_Qk], axis=1)
+    return np.take_along_axis(candidate_Qk, order_Qk, axis=1), np.take_along_axis(score_Qk, order_Qk, axis=1)
 
 
 def _score_in_turns(

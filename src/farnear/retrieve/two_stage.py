@@ -23,6 +23,7 @@ from farnear.retrieve.encode import encode
 from farnear.retrieve.evaluate import DEPTH, RetrievalTask, embeddings_of
 from farnear.retrieve.inference import Inference, nothing
 from farnear.retrieve.measure import measure
+from farnear.retrieve.rankings import Rankings, rankings_of
 from farnear.retrieve.rerank import given_candidates, pairs_of, reranked, score_pairs
 from farnear.retrieve.search import top_k
 
@@ -54,11 +55,13 @@ class SecondStage:
     Attributes:
         measures: Of the reranked candidates. A page that is not among them counts as not found.
         pairs: That were scored.
+        rankings: Of the candidates.
         seconds_per_query: To score the candidates of a query that comes alone, their pages' reading included.
     """
 
     measures: dict[str, float]
     pairs: int
+    rankings: Rankings
     seconds_per_query: float
 
 
@@ -101,7 +104,9 @@ def rerank(task: RetrievalTask, first: FirstStage, reranker: Inference) -> Secon
         )
     finally:
         reranker.model.train(True)
-    return SecondStage(measure(reranked(candidate_Qk, score_n), task.relevant), len(score_n), seconds)
+    page_Qk, score_Qk = reranked(candidate_Qk, score_n)
+    rankings = rankings_of(page_Qk, score_Qk, task.relevant)
+    return SecondStage(measure(page_Qk, task.relevant), len(score_n), rankings, seconds)
 
 
 def _seconds_alone(once: Callable[[int], object], queries: int) -> float:

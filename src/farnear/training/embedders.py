@@ -108,9 +108,9 @@ class EmbedderKind:
         by = built.inference(
             self._config, setting.world, between=setting.between, moved=setting.moved, told=setting.told
         )
-        measures = evaluate(task, by, dims)
+        measures, rankings = evaluate(task, by, dims, ranked=setting.ranked)
         figures = "  ".join(f"{dim}: {of_dim['ndcg@10']:.4f}" for dim, of_dim in measures.items())
-        return Evaluated(measures, str(dims[0]), f"by dim  {figures}")
+        return Evaluated(measures, str(dims[0]), f"by dim  {figures}", rankings=rankings)
 
     def export(self, weights: Mapping[str, Tensor], folder: Path, card: str) -> None:
         """See `Kind`."""

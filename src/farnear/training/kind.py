@@ -17,6 +17,7 @@ from farnear.model.embedder import WorkerPreprocessing
 from farnear.parallel.world import World
 from farnear.retrieve.evaluate import RetrievalTask
 from farnear.retrieve.inference import nothing
+from farnear.retrieve.rankings import Rankings
 from farnear.training.checkpoint import Progress
 from farnear.training.choices import Choices
 from farnear.training.scale import LearnedScale
@@ -50,12 +51,14 @@ class Evaluated:
         headline: The dimension that decides.
         text: How the measures are told in a line.
         more: What else goes into the evaluation's record.
+        rankings: At the dimension that decides, on rank 0, if the setting asks for them.
     """
 
     measures: dict[str, dict[str, float]]
     headline: str
     text: str
     more: dict[str, Any] = field(default_factory=dict)
+    rankings: Rankings | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Setting:
         between: Called before every batch, equally often on every rank; what it raises ends the evaluation.
         moved: Called as rank 0 goes on alone.
         told: Called before every batch with what is counted, how many of them are done, of how many.
+        ranked: Whether the rankings are to be kept.
     """
 
     world: World
@@ -74,6 +78,7 @@ class Setting:
     between: Callable[[], None]
     moved: Callable[[], None]
     told: Callable[[str, int, int], None] = nothing
+    ranked: bool = False
 
 
 class Kind(Protocol):

@@ -9,6 +9,7 @@ asked.
 import json
 import multiprocessing
 import platform
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -303,6 +304,11 @@ def prepare_folder(
             cut_after(records, last_of.get(records, step))
         else:
             records.unlink(missing_ok=True)
+    if step:
+        for file in folder.gallery.glob("after*"):
+            file.unlink()
+    else:
+        shutil.rmtree(folder.gallery, ignore_errors=True)
     told = [{**asdict(fault), "shard": shown(fault.shard)} for fault in faults]
     replace_text(folder.faults, "".join(json.dumps(record) + "\n" for record in told))
     folder.summary.unlink(missing_ok=True)

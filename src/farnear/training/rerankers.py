@@ -164,7 +164,8 @@ class RerankerKind:
         text = f"{second.measures['ndcg@10']:.4f}"
         if first.measures is not None:
             text += f", by the embedder alone {first.measures['ndcg@10']:.4f}"
-        return Evaluated({ONE_SCORE: second.measures}, ONE_SCORE, text, more)
+        rankings = second.rankings if setting.ranked else None
+        return Evaluated({ONE_SCORE: second.measures}, ONE_SCORE, text, more, rankings)
 
     def export(self, weights: Mapping[str, Tensor], folder: Path, card: str) -> None:
         """See `Kind`."""

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -41,6 +42,7 @@ from farnear.training.refresh import mine_again
 from farnear.training.restoring import load_state
 from farnear.training.resume import commits_of, new_course, with_place
 from farnear.training.saving import point_at_best
+from farnear.training.showing import leave_gallery, leave_report
 from farnear.training.summary import write_summary
 from farnear.training.terminal import Terminal
 from farnear.training.watch import Watch
@@ -72,11 +74,16 @@ def train_in(
         on_main_rank(world, lambda: _claim(folder, resume, stack))
         stack.enter_context(Watchdog(watch, folder, world.rank, world.world_size, _end_hung(folder, terminal)))
         stack.enter_context(terminal)
+        started, run = perf_counter(), None
         try:
-            return _train(world, config, resume, Guard(world, signals), watch, terminal)
+            run, progress = open_run(config, resume, world, Guard(world, signals), watch, terminal)
+            return _train(run, progress, started)
         except BaseException as error:
             told = _told(error, world, watch)
             write_failure(folder, told, None if isinstance(told, UserError) else world.rank)
+            # A run that was refused leaves what is there as it is.
+            if world.is_main and run is not None and isinstance(told, Exception):
+                leave_report(folder)
             if told is error:
                 raise
             raise told from error
@@ -118,11 +125,8 @@ def _end_hung(folder: RunFolder, terminal: Terminal) -> Callable[[RunStoppedErro
     return end
 
 
-def _train(
-    world: World, config: RunConfig, resume: Resume | None, guard: Guard, watch: Watch, terminal: Terminal
-) -> dict[str, Any]:
-    started = perf_counter()
-    run, progress = open_run(config, resume, world, guard, watch, terminal)
+def _train(run: Run, progress: Progress, started: float) -> dict[str, Any]:
+    config, world, watch = run.config, run.world, run.watch
     with run.saver, run.trackers:
         parts = loop_parts(run)
         if world.is_main:
@@ -177,6 +181,8 @@ def finish(run: Run, progress: Progress, exported_step: int, seconds: float) -> 
         base_commits=commits_of(progress.bases),
     )
     write_status(run.folder, "finished", step=progress.step, **run.course.as_plain(), exit_code=0)
+    if report := leave_report(run.folder):
+        print(f"report {report}", flush=True)
     return summary
 
 
@@ -264,6 +270,7 @@ def measure(run: Run, kind: str, step: int) -> float:
         between=run.guard.stop_if_asked,
         moved=lambda: run.watch.at("evaluation: search", step=step),
         told=run.watch.counts("evaluation", step),
+        ranked=kind != "during",
     )
     found = run.kind.evaluate(task, run.built, setting)
     if run.world.is_main:
@@ -273,6 +280,15 @@ def measure(run: Run, kind: str, step: int) -> float:
         run.terminal.pace.take(evaluations=[record])
         run.trackers.log_evaluation(kind, found.measures, step)
         print(f"nDCG@10 {kind} training {found.text}  ({task.pages} pages, {len(task.relevant)} queries)", flush=True)
+
+    def show() -> None:
+        if found.rankings is not None:
+            moved = partial(run.watch.at, "evaluation: gallery", step=step)
+            leave_gallery(run.folder, task, found.rankings, kind, step, moved)
+        leave_report(run.folder)
+
+    with run.watch.patient():
+        on_main_rank(run.world, show)
     return found.measures[found.headline][run.config.evaluation.metric_for_best_model]
 
 
