@@ -113,8 +113,16 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Index:
 def _mine_on_rank(rank: int, world_size: int, folder: Path) -> None:
     world = join_world()
     own = index_of(sorted((folder / "shards").glob("*.tar")))
-    mined(own, folder / f"of-{world_size}", world=world, num_negatives=3, range_max=40, sampling_strategy="random")
+    told: list[tuple[str, int, int]] = []
+    keys = {"num_negatives": 3, "range_max": 40, "sampling_strategy": "random"}
+    mined(own, folder / f"of-{world_size}", world=world, told=lambda *count: told.append(count), **keys)
     stop_world()
+    # How far it is, on all ranks together, the last time before the last batch.
+    assert list(dict.fromkeys(what for what, _, _ in told)) == ["queries", "pages", "pairs searched for"]
+    for what, total in (("queries", 300), ("pages", 150), ("pairs searched for", 300)):
+        done = [count[1:] for count in told if count[0] == what]
+        assert done == sorted(done) and {of for _, of in done} == {total}
+        assert done[0][0] == 0 and total / 2 <= done[-1][0] < total
 
 
 def test_is_the_same_for_any_number_of_ranks_and_any_tile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

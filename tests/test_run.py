@@ -197,7 +197,9 @@ def encode_on_ranks(rank: int, world_size: int, folder: Path) -> None:
     run, _ = open_run(config, None, world)
     index, preprocess, tokens = run.data.train, run.built.preprocess, page_tokens(run.built.model)
     run.strategy.train(False)
-    by = Inference(run.strategy, world, preprocess, tokens, batch_size=2, num_workers=0)
+    told: list[tuple[str, int, int]] = []
+    how_far = {"told": lambda *count: told.append(count)}
+    by = Inference(run.strategy, world, preprocess, tokens, batch_size=2, num_workers=0, **how_far)
     for pairs in ([4, 0, 7, 2, 9, 1, 3], [5]):
         rows = index.query_N[pairs]
         e_ND = encode(by, index, STORE, "query", rows)
@@ -207,6 +209,8 @@ def encode_on_ranks(rank: int, world_size: int, folder: Path) -> None:
             for places, features in load_features(index, STORE, preprocess, "query", rows, **how):
                 parts[int(places[0])] = run.strategy.forward(to_device(features, world.device))
         assert torch.allclose(e_ND, torch.cat([parts[place] for place in range(len(rows))]), atol=1e-5)
+    # Of all ranks together, and as often on a rank with fewer.
+    assert told == [("queries", 0, 7), ("queries", 6, 7), ("queries", 0, 1)]
     stop_world()
 
 
