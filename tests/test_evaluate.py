@@ -16,8 +16,9 @@ from pair_makers import one_thread  # noqa: F401
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
-from tiny_runs import make_inputs, run_tree
+from tiny_runs import make_inputs, run_config
 
+import farnear
 from farnear.cli import main
 from farnear.model.load import load_model
 from farnear.retrieve import embeddings
@@ -212,12 +213,9 @@ def test_a_corpus_is_embedded_without_queries(inputs: Path, monkeypatch: pytest.
 def test_a_run_is_evaluated_by_its_export_its_dims_and_its_shards(
     inputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import farnear
-    from farnear.config import parse_config
-
     encode_here(monkeypatch)
-    tree = run_tree(inputs, "run", data={"eval": str(inputs / "data" / "eval-*.tar")}, training={"max_steps": 2})
-    summary = farnear.train(parse_config(tree))
+    config = run_config(inputs, "run", data={"eval": str(inputs / "data" / "eval-*.tar")}, training={"max_steps": 2})
+    summary = farnear.train(config)
     assert main(["compare", str(inputs / "embedder"), str(inputs / "run"), "--resamples", "100"]) == 0
     told = capsys.readouterr().out
     results = json.loads(Path("evaluation/run/results.json").read_text())["results"]
@@ -225,6 +223,36 @@ def test_a_run_is_evaluated_by_its_export_its_dims_and_its_shards(
     before = json.loads(Path("evaluation/embedder/results.json").read_text())["results"]
     assert {str(row["dim"]): round(row["ndcg@10"], 4) for row in before} == summary["ndcg@10_by_dim_before"]
     assert "run against embedder" in told
+
+
+def test_a_checkpoint_is_exported_and_evaluated(
+    inputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started = encode_here(monkeypatch)
+    data = {"eval": str(inputs / "data" / "eval-*.tar")}
+    for name, seed in (("first", 1), ("second", 2)):
+        config = run_config(inputs, name, data=data, training={"max_steps": 2}, seed=seed)
+        farnear.train(config)
+
+    def evaluated(*models: Path) -> list[dict[str, float]]:
+        assert main(["evaluate", *map(str, models)]) == 0
+        found = [
+            json.loads(path.read_text())["results"][0] for path in sorted(Path("evaluation").glob("*/results.json"))
+        ]
+        return [{name: row[name] for name in row if "@" in name} for row in found]
+
+    steps = [inputs / "first" / "checkpoints" / f"step-{step:08d}" for step in (1, 2)]
+    whole, before, after = evaluated(inputs / "first", *steps)
+    assert after == whole != before
+    # What is called alike is another run's, and embedded anew; what is the same is not.
+    count = len(started)
+    other = inputs / "second" / "checkpoints" / "step-00000002"
+    *_, of_other = evaluated(inputs / "first", steps[0], other)
+    assert len(started) == count + 1 and of_other != after
+    capsys.readouterr()
+    os.truncate(next(steps[1].glob("*.safetensors")), 100)
+    assert main(["evaluate", str(steps[1])]) == 2
+    assert "step-00000002" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from farnear.command_line import Parser, parse, positive
 from farnear.environment import prepare_environment
@@ -11,6 +12,9 @@ from farnear.errors import UserError, as_user_error
 from farnear.noise import quiet
 from farnear.outcome import announce, tell
 from farnear.processes import end_with_parent
+
+if TYPE_CHECKING:
+    from farnear.launching.encoding import NamedModel
 
 
 def add_encode(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -27,7 +31,7 @@ def add_encode(commands: "argparse._SubParsersAction[Parser]") -> None:
         "    --precision int8 model.max_pixels=360000 training.bf16=true\n\n"
         "docs/evaluation.md says more.",
     )
-    parser.add_argument("model", metavar="MODEL", help="a model's folder or name on the hub, or a run's folder")
+    parser.add_argument("model", metavar="MODEL", help="a model's folder or name on the hub, a run, or a checkpoint")
     parser.add_argument("shards", metavar="SHARDS", help="of pairs or of pages: a path, URL, glob or braces")
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
     parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="as in a run file")
@@ -46,7 +50,7 @@ def add_encode(commands: "argparse._SubParsersAction[Parser]") -> None:
 def _encode(arguments: argparse.Namespace) -> int:
     from farnear.launching.encoding import encode, encoding_config, named_model
 
-    model = named_model(arguments.model)
+    model = exported(named_model(arguments.model, arguments.out / "model"))
     overrides = [*arguments.overrides]
     if arguments.num_processes is not None:
         overrides.append(f"num_processes={arguments.num_processes}")
@@ -55,6 +59,20 @@ def _encode(arguments: argparse.Namespace) -> int:
     return encode(
         config, arguments.out, truncate_dim=arguments.truncate_dim, precision=arguments.precision, about=about
     )
+
+
+def exported(model: "NamedModel") -> "NamedModel":
+    """The model, once a checkpoint that it is to be has been exported.
+
+    Raises:
+        UserError: The checkpoint is torn, or its base model is gone.
+    """
+    if model.checkpoint is None:
+        return model
+    from farnear.training.exporting import export_once
+
+    export_once(model.checkpoint, Path(model.name_or_path))
+    return model
 
 
 def rank_command(words: list[str]) -> int:

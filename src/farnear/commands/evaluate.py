@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from farnear.command_line import Parser, positive
+from farnear.commands.encode import exported
 from farnear.errors import UserError
 
 if TYPE_CHECKING:
@@ -135,7 +136,9 @@ def _measured(arguments: argparse.Namespace) -> tuple[list["Subject"], int]:
         overrides.append(f"num_processes={arguments.num_processes}")
     names = dict(zip(short_names(models), models, strict=True))
     stored = {name: Path(word) for name, word in names.items() if (Path(word) / "documents.npy").is_file()}
-    named = {name: named_model(word) for name, word in names.items() if name not in stored}
+    named = {
+        name: named_model(word, arguments.out / name / "model") for name, word in names.items() if name not in stored
+    }
     shards, corpus = arguments.data, arguments.corpus
     if shards is None and named:
         run = next((one.run for one in named.values() if one.run is not None and one.run.data.eval), None)
@@ -147,6 +150,7 @@ def _measured(arguments: argparse.Namespace) -> tuple[list["Subject"], int]:
         for name, model in named.items()
     }
     for name, config in configs.items():
+        exported(named[name])
         about = {"matryoshka_dims": named[name].matryoshka_dims}
         folder = arguments.out / name / "embeddings"
         if code := encode(config, folder, truncate_dim=None, precision="float32", about=about):

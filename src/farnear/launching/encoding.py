@@ -1,8 +1,8 @@
 """Starts `farnear encode` on its ranks, as a training is started, or says that it is done already.
 
-A model is named by its folder or its name on the hub, by the folder of a run, whose export is meant, or by that export.
-Of a run its run file is known, and with it how the model is to be computed and which Matryoshka dims it was trained to
-have; of any other what the command line says.
+A model is named by its folder or its name on the hub, by the folder of a run, whose export is meant, by that export, or
+by a checkpoint of a run, of which an export is made first. Of a run its run file is known, and with it how the model is
+to be computed and which Matryoshka dims it was trained to have; of any other what the command line says.
 """
 
 import hashlib
@@ -36,12 +36,14 @@ class NamedModel:
     """A model as the command line names it.
 
     Attributes:
-        name_or_path: What is loaded.
+        name_or_path: What is loaded; of a checkpoint, where its export is to be.
         run: The run that has trained it, if that is known.
+        checkpoint: What is to be exported there.
     """
 
     name_or_path: str
     run: RunConfig | None = None
+    checkpoint: Path | None = None
 
     @property
     def matryoshka_dims(self) -> tuple[int, ...]:
@@ -49,19 +51,25 @@ class NamedModel:
         return () if self.run is None else self.run.loss.matryoshka_dims or ()
 
 
-def named_model(word: str) -> NamedModel:
+def named_model(word: str, exported: Path) -> NamedModel:
     """What a word of the command line means.
+
+    Args:
+        exported: Where the export of a checkpoint is to be.
 
     Raises:
         UserError: A run that has trained no embedder, or exported none yet.
     """
     path = Path(word)
-    run_folder = path.parent if path.name == "export" else path
+    is_checkpoint = path.absolute().parent.name == "checkpoints"
+    run_folder = path.absolute().parents[1] if is_checkpoint else path.parent if path.name == "export" else path
     if not path.is_dir() or not RunFolder(run_folder).config.is_file():
         return NamedModel(word)
     run = load_config(RunFolder(run_folder).config)
     if run.reranker is not None:
         raise UserError(f"{run_folder} has trained a reranker, which embeds nothing; name an embedder")
+    if is_checkpoint:
+        return NamedModel(str(exported), run, path)
     export = RunFolder(run_folder).export
     if not export.is_dir():
         raise UserError(
@@ -123,7 +131,8 @@ def encode(
     if _is_done(folder, inputs):
         print(f"{folder} holds the embeddings of the same model and shards; nothing is left to do", flush=True)
         return 0
-    if folder.exists() and any(folder.iterdir()) and not (folder / RUN_FILE).exists():
+    others = [path for path in folder.iterdir() if path != Path(config.model.name_or_path)] if folder.exists() else []
+    if others and not (folder / RUN_FILE).exists():
         raise UserError(f"{folder} holds other files, which are not replaced; name another folder")
     hardware = read_hardware()
     ranks = ranks_of_machine(config, Nodes(), hardware)

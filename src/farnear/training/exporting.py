@@ -4,20 +4,25 @@ A checkpoint holds the trained weights whole, in one form for all strategies; wh
 model, and which one that is in the run file beside it.
 """
 
+import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from farnear.config import load_config
 from farnear.errors import UserError
+from farnear.files import replace_text
 from farnear.model.base import at_commits
 from farnear.model.export import export_model
 from farnear.run_folder import RunFolder, published_checkpoints
 from farnear.training.cards import facts_of_checkpoint, run_card
-from farnear.training.checkpoint import Checkpoint, fault_of, open_checkpoint
+from farnear.training.checkpoint import MANIFEST, Checkpoint, fault_of, open_checkpoint
 from farnear.training.restoring import whole_weights
 from farnear.training.resume import commits_of
 
+EXPORTED_OF = "exported_of"
+"""In an export that was made on the way to something else: the hash of its checkpoint's manifest."""
 OVERRIDES = ("card.", "model.name_or_path=", "model.revision=")
 """How what may be said otherwise than in a run's own run file begins."""
 
@@ -71,6 +76,22 @@ def export_checkpoint(path: Path, out: Path, *, best: bool = False, overrides: S
         out.rmdir()
     export_model(base, weights, out, config.reranker, card=card, frozen=checkpoint.manifest.frozen_hash)
     return folder
+
+
+def export_once(path: Path, out: Path) -> None:
+    """`export_checkpoint` unless ``out`` holds the export of that very checkpoint; one of another is replaced.
+
+    Errors as there.
+    """
+    mark = out / EXPORTED_OF
+    digest = hashlib.blake2b((path / MANIFEST).read_bytes() if (path / MANIFEST).is_file() else b"").hexdigest()
+    if mark.is_file():
+        if mark.read_text(encoding="utf-8") == digest:
+            return
+        shutil.rmtree(out)
+    print(f"exporting {path} to {out}", flush=True)
+    export_checkpoint(path, out)
+    replace_text(mark, digest)
 
 
 def _names_base(overrides: Sequence[str]) -> bool:
