@@ -401,9 +401,12 @@ def test_a_run_holds_on_to_the_commit_that_it_began_with(
     # The branch moves on, to another model. The run does not.
     hub.commit, hub.former = moved, {began: dict(hub.files)}
     hub.files["README.md"] = b"---\nlicense: gemma\n---\n"
+    hub.files["chat_template.jinja"] = hub.files["chat_template.jinja"].replace(b"<|im_start|>", b"<|im_end|>")
     summary = farnear.train(run_config(folder, "held", **keys(2)), "newest")
     assert summary["base_commit"] == began
     assert told in words_of(run / "export") and "gemma" not in words_of(run / "export")
+    kept = (folder / "base" / "chat_template.jinja").read_bytes()
+    assert (run / "export" / "chat_template.jinja").read_bytes() == kept
     for revision in (moved, "main"):
         with pytest.raises(UserError, match=rf"was trained from org/tiny at commit {began}, .* set model.revision: "):
             farnear.train(run_config(folder, "held", **keys(3, revision=revision)), "newest")
