@@ -149,7 +149,9 @@ def test_the_words_say_what_it_was_made_of(finished: tuple[Path, list[str]], fol
 def test_nothing_of_this_machine_is_told(finished: tuple[Path, list[str]], reranker: Path, folder: Path) -> None:
     for text in (*finished[1], words_of(finished[0] / "export"), words_of(reranker / "export")):
         assert not re.search(r"(?<![\w/:.])/\w+/", text), text
-        assert str(folder) not in text and folder.name not in text
+        assert folder.name not in text
+    for path in (*(finished[0] / "export").rglob("*"), *(reranker / "export").rglob("*")):
+        assert path.is_dir() or folder.name.encode() not in path.read_bytes(), path
 
 
 def test_the_card_of_the_best_so_far_has_what_is_known_then(finished: tuple[Path, list[str]]) -> None:
@@ -201,8 +203,8 @@ def test_a_rerankers_card_tells_both_stages(reranker: Path) -> None:
     assert (data.pipeline_tag, data.license) == ("text-ranking", "unknown")
     assert {"cross-encoder", "reranker", "text-ranking", "visual-document-retrieval"} <= set(data.tags)
     before, after = (record["metrics"]["1"] for record in (records(reranker)[0], records(reranker)[-1]))
-    assert f"| the same, reranked before training | {before['ndcg@10']:.4f} |" in words
-    assert f"| the same, reranked by this model | {after['ndcg@10']:.4f} |" in words
+    assert f"| reranked before training | {before['ndcg@10']:.4f} |" in words
+    assert f"| reranked by this model | {after['ndcg@10']:.4f} |" in words
     assert "prompts that it was trained with: instruction `Judge\\nthem.`" in words
     assert "8 pairs, 2 other pages of the batch as negatives of each" in words
     assert "arxiv.org/abs/2101.06983" not in words
@@ -290,6 +292,8 @@ def test_a_checkpoint_becomes_what_the_run_exported(finished: tuple[Path, list[s
     # Without what the run has noted, its run file and the checkpoint say what they know.
     bare = cut_back(run, 3, "bare")
     (bare / "card.json").unlink()
+    with open(bare / "eval.jsonl", "a") as file:
+        file.write('{"step": 4, "ki')
     export_checkpoint(bare, tmp_path / "bare")
     words = words_of(tmp_path / "bare")
     assert "**Data**: `train-*.tar`" in words and "**Steps**: 3 of 6" in words and "different page" not in words
@@ -404,9 +408,12 @@ def test_a_run_holds_on_to_the_commit_that_it_began_with(
     # The branch moves on, to another model. The run does not.
     hub.commit, hub.former = moved, {began: dict(hub.files)}
     hub.files["README.md"] = b"---\nlicense: gemma\n---\n"
+    hub.files["chat_template.jinja"] = hub.files["chat_template.jinja"].replace(b"<|im_start|>", b"<|im_end|>")
     summary = farnear.train(run_config(folder, "held", **keys(2)), "newest")
     assert summary["base_commits"] == commits
     assert told in words_of(run / "export") and "gemma" not in words_of(run / "export")
+    kept = (folder / "base" / "chat_template.jinja").read_bytes()
+    assert (run / "export" / "chat_template.jinja").read_bytes() == kept
     for revision in (moved, "main"):
         with pytest.raises(UserError, match=rf"was trained from org/tiny at commit {began}, .* set model.revision: "):
             farnear.train(run_config(folder, "held", **keys(3, revision=revision)), "newest")

@@ -17,6 +17,8 @@ from farnear.launching.nodes import Nodes
 COMMANDS = [
     ["demo"],
     ["launch"],
+    ["export"],
+    ["push"],
     ["report"],
     ["shards"],
     ["shards", "from-hf"],

@@ -110,7 +110,7 @@ def test_the_example_on_eight_gpus(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert "8 x h100" in told
     assert "2,127,532,032 parameters, all trained; embeddings of 2,048" in told
     assert "64 pairs, 8 a rank; negatives a query: 63" in told
-    assert "8 of 1 page (367 tokens)" in told
+    assert "16 of 1 page (367 tokens)" in told
     assert "100,000 pairs, 1,562 steps" in told
     for strategy in ("ddp", "zero1", "zero2", "zero3", "zero3 offload", "fsdp2"):
         assert f"\n{strategy} " in told

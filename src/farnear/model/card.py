@@ -141,9 +141,9 @@ def _results(config: RunConfig, evaluations: Evaluations) -> dict[str, Any] | No
 def _by_stage(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> dict[str, Any]:
     """A reranker has no dimensions, but an embedder before it."""
     stages: list[tuple[str, Mapping[str, float] | None]] = [
-        (f"the embedder's first {now['rerank_k']}, in its order", now.get("embedder")),
-        ("the same, reranked before training", before and before["metrics"]["1"]),
-        ("the same, reranked by this model", now["metrics"]["1"]),
+        (f"first {now['rerank_k']} of the embedder, in its order", now.get("embedder")),
+        ("reranked before training", before and before["metrics"]["1"]),
+        ("reranked by this model", now["metrics"]["1"]),
     ]
     rows = [[name, *(_figure(found, one) for one in MEASURES)] for name, found in stages if found is not None]
     return {"head": ["", *MEASURES.values()], "rows": rows}

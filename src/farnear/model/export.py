@@ -28,6 +28,7 @@ from torch import Tensor
 from farnear.errors import UserError
 from farnear.export_folder import CARD, LIST, files_of
 from farnear.files import give_usual_mode, sync, sync_tree
+from farnear.model.hub import is_folder
 from farnear.model.load import cast_weights, load_model
 from farnear.model.load_reranker import load_plain_reranker
 from farnear.model.stored import StoredModel, describe_base
@@ -85,6 +86,8 @@ def export_model(
         # Whether the vocabulary has grown, which decides about saving the embedding layer, peft would ask the hub.
         adapted.save_pretrained(str(fresh / "adapter"), save_embedding_layers=False)
         (fresh / "adapter" / CARD).unlink(missing_ok=True)
+        if is_folder(config.name_or_path):
+            _name_base(fresh / "adapter" / "adapter_config.json", Path(config.name_or_path))
         for path in (fresh / "adapter").glob("*.safetensors"):
             give_usual_mode(path)
         adapted.merge_and_unload(safe_merge=True)
@@ -122,6 +125,13 @@ def _former(folder: Path) -> Path:
 
 def _is_within(name: str, owners: tuple[str, ...]) -> bool:
     return any(name == owner or name.startswith(f"{owner}.") for owner in owners)
+
+
+def _name_base(adapter_config: Path, base: Path) -> None:
+    """By its folder's name: an export may be published, and where the base is on this machine is nobody's business."""
+    settings = json.loads(adapter_config.read_text(encoding="utf-8"))
+    settings["base_model_name_or_path"] = base.resolve().name
+    adapter_config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _restore_names(folder: Path, base: StoredModel) -> None:

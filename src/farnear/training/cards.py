@@ -6,6 +6,7 @@ checkpoint, where neither the shards nor the run's process are.
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -119,6 +120,10 @@ def _data(config: RunConfig, data: RunData) -> DataFacts:
 
 
 def _records(folder: RunFolder) -> list[dict[str, Any]]:
-    if not folder.evaluations.exists():
-        return []
-    return [json.loads(line) for line in folder.evaluations.read_text(encoding="utf-8").splitlines()]
+    """Of eval.jsonl; a kill may have come in the middle of the last one."""
+    records = []
+    if folder.evaluations.exists():
+        for line in folder.evaluations.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError):
+                records.append(json.loads(line))
+    return records
