@@ -1,4 +1,4 @@
-"""What MkDocs does not do by itself, as hooks of mkdocs.yml.
+"""What MkDocs does not do by itself: the hooks that mkdocs.yml names.
 
 Pages are written to be read in the repository too. So their links are the repository's, ``../src/farnear/config.py``
 among them; each file that is linked is put into the site as it is, under ``repository/``, and the link is turned
@@ -8,17 +8,15 @@ link is. Anchors are those that git hosts give.
 Two pages have a mark in the place of what is written from the code (`reference`).
 """
 
-import os
 import posixpath
 from collections.abc import Callable
 from pathlib import Path
 
+from markdown_links import anchor_of, local_links, repository_path, without_comments
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
-from mkdocs.structure.files import File, Files
+from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
-
-from markdown_links import anchor_of, local_links, repository_path
 from reference import help_of_commands, keys_of_the_run_file
 
 _OUTSIDE = "repository"
@@ -38,8 +36,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add what pages link outside of the docs, and what that links in turn."""
-    root = _root(config)
-    docs = posixpath.relpath(Path(config.docs_dir).as_posix(), root.as_posix())
+    root, docs = _root(config), _docs(config)
     waiting = [f"{docs}/{file.src_uri}" for file in files.documentation_pages()]
     waiting += [path for path in _PAGES_OUTSIDE if (root / path).is_file()]
     seen = set()
@@ -49,7 +46,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             continue
         seen.add(path)
         if not path.startswith(f"{docs}/") and (root / path).is_file():
-            files.append(File.generated(config, _site_path(docs, path), abs_src_path=str(root / path)))
+            file = File.generated(config, _site_path(docs, path), abs_src_path=str(root / path))
+            file.inclusion = InclusionLevel.NOT_IN_NAV  # it need not be there
+            files.append(file)
         if path.endswith(".md") and (root / path).is_file():
             text = (root / path).read_text(encoding="utf-8")
             linked = [repository_path(path, link.path) for link in local_links(text)]
@@ -64,9 +63,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         if mark not in markdown:
             raise PluginError(f"{page.file.src_uri} has no line '{mark}'")
         markdown = markdown.replace(mark, write())
-    docs = posixpath.relpath(Path(config.docs_dir).as_posix(), _root(config).as_posix())
-    here = page.file.src_uri
+    markdown = without_comments(markdown)
+    docs, here = _docs(config), page.file.src_uri
     path = here.removeprefix(f"{_OUTSIDE}/") if here.startswith(f"{_OUTSIDE}/") else f"{docs}/{here}"
+    if path == "README.md":  # its table is another page's
+        page.meta["search"] = {"exclude": True}
     for link in reversed(local_links(markdown)):
         if not link.path or link.path.startswith("/"):
             continue
@@ -77,7 +78,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def _root(config: MkDocsConfig) -> Path:
-    return Path(os.path.dirname(config.config_file_path))
+    return Path(config.config_file_path).parent
+
+
+def _docs(config: MkDocsConfig) -> str:
+    return Path(config.docs_dir).relative_to(_root(config)).as_posix()
 
 
 def _site_path(docs: str, path: str) -> str:

@@ -1,6 +1,6 @@
 """The table of features, each with the tests that prove it: written in docs/features.md, copied into the README.
 
-    python tools/feature_table.py         copies it; `make docs` does
+python tools/feature_table.py         copies it; `make docs` does
 """
 
 import ast
@@ -8,7 +8,7 @@ import os
 import re
 from pathlib import Path
 
-from markdown_links import local_links, repository_path
+from markdown_links import local_links, repository_path, without_comments
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = "docs/features.md"
@@ -16,13 +16,12 @@ COPY = "README.md"
 BEGIN = "<!-- The table of docs/features.md; `make docs` copies it. -->"
 END = "<!-- End of the table. -->"
 
-_PROOF = re.compile(r"`(tests/\w+\.py)::(\w+)`")
+_NAMED_TEST = re.compile(r"`(tests/\w+\.py)::(\w+)`")
 
 
 def table(text: str) -> str:
-    """The table of the features' page, as it stands there."""
-    rows = [line for line in text.splitlines() if line.startswith("|")]
-    return "\n".join(rows)
+    """The table of the features' page, as it stands there; lines that wait in a comment are not in it."""
+    return "\n".join(line for line in without_comments(text).splitlines() if line.startswith("|"))
 
 
 def table_for_copy(text: str) -> str:
@@ -48,28 +47,26 @@ def with_table(readme: str, rows: str) -> str:
     return f"{before}{BEGIN}\n\n{rows}\n\n{END}{after}"
 
 
-def features(rows: str) -> list[tuple[str, list[tuple[str, str]]]]:
-    """(feature, its tests as (file, function)) of each row; lines that only head a group are none."""
-    found = []
-    for row in rows.splitlines()[2:]:
-        name, _what, proof = (cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1])
-        if not name.startswith("**"):
-            found.append((name, _PROOF.findall(proof)))
-    return found
+def features(rows: str) -> dict[str, list[tuple[str, str]]]:
+    """The tests, as (file, function), of each feature; lines that only head a group are none."""
+    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in rows.splitlines()[2:]]
+    return {name: named_tests(proof) for name, _what, proof in cells if not name.startswith("**")}
 
 
-def tests_in(path: Path) -> set[str]:
-    """Names of the test functions of a file, parametrised or not."""
+def named_tests(text: str) -> list[tuple[str, str]]:
+    """(file, function) of every test that a text names as `tests/test_x.py::test_y`."""
+    return [(match[1], match[2]) for match in _NAMED_TEST.finditer(text)]
+
+
+def missing(tests: list[tuple[str, str]], root: Path = ROOT) -> list[str]:
+    """Those of them that are no test functions, parametrised or not, of the repository."""
+    there = {file: _tests_in(root / file) for file, _name in tests}
+    return [f"{file}::{name}" for file, name in tests if name not in there[file]]
+
+
+def _tests_in(path: Path) -> set[str]:
     tree = ast.parse(path.read_text(encoding="utf-8")) if path.is_file() else ast.Module([], [])
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
-
-
-def without_proof(rows: str, root: Path = ROOT) -> list[str]:
-    """What is wrong with the rows' tests, a line each."""
-    wrong = [f"{name}: no test" for name, proofs in features(rows) if not proofs]
-    for name, proofs in features(rows):
-        wrong += [f"{name}: no {file}::{test}" for file, test in proofs if test not in tests_in(root / file)]
-    return wrong
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ class Link:
 def local_links(text: str) -> list[Link]:
     """Links and pictures of a Markdown text that are files or places, not addresses; those in code are none."""
     found = []
-    for match in _LINK.finditer(_without_code(text)):
+    for match in _LINK.finditer(_blanked(text, _FENCED, _COMMENT, _CODE)):
         group = 1 if match[1] is not None else 2
         link = Link(match[group], match.start(group), match.end(group))
         if not re.match(r"[a-z][a-z0-9+.-]*:", link.target):
@@ -55,6 +55,13 @@ def repository_path(page: str, target: str) -> str:
     return posixpath.normpath(posixpath.join(posixpath.dirname(page), target)) if target else page
 
 
+def without_comments(text: str) -> str:
+    """The text without what only its writers see; comments in code stay."""
+    for match in reversed(list(_COMMENT.finditer(_blanked(text, _FENCED, _CODE)))):
+        text = text[: match.start()] + text[match.end() :]
+    return text
+
+
 def anchor_of(heading: str, separator: str = "-") -> str:
     """The anchor that git hosts give a heading. Has the form that Python-Markdown's ``slugify`` wants."""
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", separator)
@@ -62,7 +69,7 @@ def anchor_of(heading: str, separator: str = "-") -> str:
 
 def anchors(text: str) -> set[str]:
     """Anchors of a Markdown text's headings."""
-    headings = (match[1] for match in _HEADING.finditer(_FENCED.sub("", text)))
+    headings = (match[1] for match in _HEADING.finditer(_blanked(text, _FENCED, _COMMENT)))
     return {anchor_of(re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)) for heading in headings}
 
 
@@ -96,8 +103,8 @@ def _what_is_wrong(root: Path, page: str, link: Link) -> str | None:
     return None
 
 
-def _without_code(text: str) -> str:
-    """The text with blanks in place of code and comments, as long as before."""
-    for pattern in (_FENCED, _COMMENT, _CODE):
+def _blanked(text: str, *patterns: re.Pattern[str]) -> str:
+    """The text with blanks in place of what the patterns find, as long as before."""
+    for pattern in patterns:
         text = pattern.sub(lambda match: re.sub(r"[^\n]", " ", match[0]), text)
     return text

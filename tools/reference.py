@@ -28,7 +28,8 @@ def keys_of_the_run_file() -> str:
     sections = {name: section for name, field in RunConfig.model_fields.items() if (section := _section(field))}
     parts = ["### Beside the sections", *_table(RunConfig, leave_out=sections)]
     for name, section in sections.items():
-        parts += [f"### {name}", "", (section.__doc__ or "").split("\n\n")[0].replace("\n", " "), *_table(section)]
+        texts = ((section.__doc__ or "").split("\n\n")[0], RunConfig.model_fields[name].description or "")
+        parts += [f"### {name}", "", " ".join(texts).replace("\n", " "), *_table(section)]
         for key, field in section.model_fields.items():
             if inner := _section(field):
                 parts += [f"Each of `{name}.{key}`:", *_table(inner)]
@@ -90,7 +91,7 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "must be set"
     value = field.get_default(call_default_factory=True)
-    if value is None or value in ((), {}):
+    if value is None or value in ((), {}, ""):
         return ""
     if isinstance(value, bool):
         value = str(value).lower()
