@@ -7,7 +7,7 @@ PYTHON ?= $(shell for python in python3.12 python3.11 python3.10 python3; do \
 INSTALLED := .venv/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 RUN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench soak screenshots
+.PHONY: help install demo test lint docs bench soak screenshots
 
 help: ## what can be made
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -26,6 +26,10 @@ lint: $(INSTALLED) ## ruff, mypy and the layering
 	$(RUN)/ruff check .
 	$(RUN)/mypy
 	$(RUN)/lint-imports
+
+docs: $(INSTALLED) ## the documentation as a site, into site/; a link that leads nowhere ends it
+	$(RUN)/python tools/feature_table.py
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build
 
 bench: $(INSTALLED) ## exactness of the gradient; speed of a step, the loss, the data and a save
 	$(RUN)/python benchmarks/exactness.py
@@ -63,6 +67,6 @@ $(INSTALLED):
 	fi
 	[ -x .venv/bin/pip ] || $(PYTHON) -m venv .venv
 	pins=$$(.venv/bin/python -c 'import sys; print("-c constraints.txt" if sys.version_info >= (3, 11) else "")') && \
-		.venv/bin/pip install --disable-pip-version-check --editable '.[dev,http,media,pdf,s3]' $$pins
+		.venv/bin/pip install --disable-pip-version-check --editable '.[dev,docs,http,media,pdf,s3]' $$pins
 	rm -f .venv/.installed-*
 	touch $@

@@ -41,7 +41,8 @@ def test_constraints_are_names_and_versions_of_everything_required() -> None:
     pinned = {re.sub(r"[._-]+", "-", line.partition("==")[0]).lower() for line in lines}
     project = (ROOT / "pyproject.toml").read_text()
     sections = [
-        project[project.index(start) :].partition("]\n")[0] for start in ("dependencies = [", "pdf = [", "dev = [")
+        project[project.index(start) :].partition("]\n")[0]
+        for start in ("dependencies = [", "pdf = [", "docs = [", "dev = [")
     ]
     required = {name.lower() for name in re.findall(r'"([A-Za-z0-9-]+)>=', "\n".join(sections))}
     assert len(required) > 15

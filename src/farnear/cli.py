@@ -39,7 +39,7 @@ def main(words: Sequence[str] | None = None) -> int:
     from farnear.outcome import error_line
 
     try:
-        arguments = parse(_farnear_parser(), sys.argv[1:] if words is None else words)
+        arguments = parse(farnear_parser(), sys.argv[1:] if words is None else words)
         command: Command = arguments.command
         code = command(arguments)
         sys.stdout.flush()
@@ -82,7 +82,7 @@ def train_command(words: Sequence[str]) -> int:
     return mistake.exit_code
 
 
-def _farnear_parser() -> Parser:
+def farnear_parser() -> Parser:
     parser = Parser(
         prog="farnear",
         description="Fine-tune visual document retrieval models: a text query finds the page that answers it.",
