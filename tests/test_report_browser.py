@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from gallery_makers import drawn_run, trained_run
+from pair_makers import one_thread  # noqa: F401
 from PIL import Image
 
 from farnear.report.page import write_report
@@ -252,29 +253,47 @@ def test_without_its_script_the_page_shows_everything(browser: Any, report: Path
 
 
 @pytest.mark.soak
+@pytest.mark.usefixtures("one_thread")
 def test_screenshots_of_a_training(browser: Any, tmp_path: Path) -> None:
     """Into the folder that FARNEAR_SCREENSHOTS names, by which the documentation's are replaced."""
-    report = RunFolder(trained_run(tmp_path)).report
-    folder = Path(os.environ.get("FARNEAR_SCREENSHOTS", tmp_path))
-    opened(browser, report, {**SCREEN, "height": 1000, "deviceScaleFactor": 2})
-    pictures = {"report-top": taken(browser)}
-    browser.find_element("css selector", "#controls input").send_keys("wages")
-    assert len(shown(browser)) > 5
-    browser.execute_script("document.activeElement.blur(); document.getElementById('asked').scrollIntoView()")
-    pictures["report-gallery"] = taken(browser)
-    opened(browser, report, PHONE)
-    left = taken(browser)
-    opened(browser, report, PHONE, "dark")
-    browser.execute_script("document.getElementById('queries').scrollIntoView()")
-    right = taken(browser)
-    both = Image.new("RGB", (2 * left.width + 60, left.height), "white")
-    both.paste(left, (0, 0))
-    both.paste(right, (left.width + 60, 0))
-    pictures["report-phone"] = both
+    folder = Path(os.environ.get("FARNEAR_SCREENSHOTS", tmp_path / "pictures"))
     folder.mkdir(parents=True, exist_ok=True)
-    for name, picture in pictures.items():
-        picture.quantize(256).save(folder / f"{name}.png", optimize=True)
+    take_screenshots(browser, RunFolder(trained_run(tmp_path)).report, folder)
+    assert {path.name for path in folder.iterdir()} >= {f"report-{part}.png" for part in ("top", "gallery", "phone")}
 
 
-def taken(browser: Any) -> Image.Image:
+def take_screenshots(browser: Any, report: Path, folder: Path) -> None:
+    sharp = {**SCREEN, "deviceScaleFactor": 1.5}
+    opened(browser, report, sharp)
+    save(taken(browser, sharp, "header", "#retrieval"), folder / "report-top.png")
+    browser.find_element("css selector", "#controls input").send_keys("sales")
+    choose(browser, "loss")
+    assert len(shown(browser)) > 5
+    browser.execute_script("document.activeElement.blur()")
+    third = "#queries > li:not([hidden]) ~ li:not([hidden]) ~ li:not([hidden])"
+    save(taken(browser, sharp, "#asked", third), folder / "report-gallery.png")
+    phones = []
+    for scheme, first in (("light", "header"), ("dark", "#queries")):
+        opened(browser, report, PHONE, scheme)
+        phones.append(taken(browser, PHONE, first))
+    gap = 60
+    both = Image.new("RGB", (2 * phones[0].width + gap, phones[0].height), "white")
+    for place, phone in enumerate(phones):
+        both.paste(phone, (place * (phone.width + gap), 0))
+    save(both, folder / "report-phone.png")
+
+
+def save(picture: Image.Image, path: Path) -> None:
+    """With as few colours as nobody misses: it is kept in the repository."""
+    picture.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+
+
+def taken(browser: Any, device: dict[str, Any], first: str, last: str | None = None) -> Image.Image:
+    """A picture from a bit above one element to a bit below the end of another, or to the end of the device."""
+    place = "return document.querySelector(arguments[0]).getBoundingClientRect()"
+    browser.execute_script("scrollTo(0, 0)")
+    top = max(0, browser.execute_script(place, first)["top"] - 30)
+    height = device["height"] if last is None else browser.execute_script(place, last)["bottom"] - top + 20
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {**device, "height": round(height)})
+    browser.execute_script("scrollTo(0, arguments[0])", top)
     return Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB")

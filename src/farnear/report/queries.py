@@ -197,7 +197,7 @@ def _about(gallery: Gallery, compares: bool) -> str:
         how = "those that gained most, those that lost most, the worst of those still wrong, and"
     else:
         how = "the worst of those that are wrong, and"
-    return f"{other}{shown:,} of {counted(count, 'query', 'queries')}: {how} a sample drawn by hash."
+    return f"{other}{shown:,} of {counted(count, 'query', 'queries')}: {how} a random sample."
 
 
 def _moved(now: Ranks, before: Ranks) -> tuple[int, int]:

@@ -17,8 +17,9 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -37,11 +38,12 @@ from farnear.retrieve.thumbnail import SIDE, thumbnail_bytes
 from farnear.wording import printable
 
 Int64 = npt.NDArray[np.int64]
+Made = TypeVar("Made")
 
 QUERIES_SHOWN = 60
 OF_A_KIND = 15
 """Queries that are shown for having gained, for having lost and for being wrong, at most, and drawn, at least."""
-_THREADS = 4
+_THREADS = 8
 _CHARACTERS_OF_QUERY = 1000
 _CHARACTERS_OF_PAGE = 300
 
@@ -59,10 +61,12 @@ def write_gallery(
     Args:
         folder: The gallery; made where it is missing.
         kind: "before" or "after"; an "after" is compared with the "before" that stands there.
-        moved: Called with each picture.
+        moved: Called with each input that is read.
     """
-    lines = list(_lines(task, rankings))
     earlier = _lines_of(folder / "before.jsonl", task.fingerprint) if kind == "after" else None
+    lines = list(
+        _lines(task, rankings, _words(task, moved) if earlier is None else [line["query"] for line in earlier])
+    )
     hash_Q = task.index.query_hash_N[task.query_pair_Q]
     why = choose(rankings.rank_Q, None if earlier is None else _ranks(earlier), hash_Q)
     shown = [
@@ -72,10 +76,11 @@ def write_gallery(
     thumbnails = folder / "thumbnails"
     thumbnails.mkdir(parents=True, exist_ok=True)
     pages = sorted({page for query in shown for page in query["pages"]})
-    of_page = _cards(task, task.page_row_P[pages], thumbnails, moved)
+    card = partial(_card, folder=thumbnails)
+    of_page = _in_threads(task, task.page_row_P[pages], card, moved)
     row_of_query = task.index.query_N[task.query_pair_Q[[query["line"] for query in shown]]]
-    for query, card in zip(shown, _cards(task, row_of_query, thumbnails, moved), strict=True):
-        query.update(card)
+    for query, of_query in zip(shown, _in_threads(task, row_of_query, card, moved), strict=True):
+        query.update(of_query)
     names = DocumentNames(task.index).names(task.page_row_P[pages])
     cards = {str(page): {"name": printable(names[place]), **of_page[place]} for place, page in enumerate(pages)}
     head = {
@@ -127,24 +132,28 @@ def choose(rank_Q: Int64, earlier_Q: Int64 | None, hash_Q: Int64) -> dict[int, l
     return {query: [name for name, group in groups.items() if query in group] for query in sorted(chosen)}
 
 
-def _lines(task: RetrievalTask, rankings: Rankings) -> Iterator[dict[str, Any]]:
+def _lines(task: RetrievalTask, rankings: Rankings, words: Sequence[str]) -> Iterator[dict[str, Any]]:
     """A query each: its words, its first pages and their scores, which ranks of them are right, and the first right."""
-    index = task.index
-    names = DocumentNames(index).names(task.page_row_P)
-    with closing(InputReader(index, task.store)) as reader:
-        for query, pair in enumerate(task.query_pair_Q.tolist()):
-            page_k = rankings.page_Qk[query][rankings.page_Qk[query] >= 0].tolist()
-            yield {
-                "key": index.pair_id(pair),
-                "query": _cut(reader.words(int(index.query_N[pair])), _CHARACTERS_OF_QUERY),
-                "rank": int(rankings.rank_Q[query]) or None,
-                "right": int(rankings.right_Q[query]),
-                "relevant": len(task.relevant[query]),
-                "hits": [rank for rank, page in enumerate(page_k, 1) if page in task.relevant[query]],
-                "pages": page_k,
-                "names": [printable(names[page]) for page in page_k],
-                "scores": [float(f"{score:.6g}") for score in rankings.score_Qk[query][: len(page_k)].tolist()],
-            }
+    names = DocumentNames(task.index).names(task.page_row_P)
+    for query, pair in enumerate(task.query_pair_Q.tolist()):
+        page_k = rankings.page_Qk[query][rankings.page_Qk[query] >= 0].tolist()
+        yield {
+            "key": task.index.pair_id(pair),
+            "query": words[query],
+            "rank": int(rankings.rank_Q[query]) or None,
+            "right": int(rankings.right_Q[query]),
+            "relevant": len(task.relevant[query]),
+            "hits": [rank for rank, page in enumerate(page_k, 1) if page in task.relevant[query]],
+            "pages": page_k,
+            "names": [printable(names[page]) for page in page_k],
+            "scores": [float(f"{score:.6g}") for score in rankings.score_Qk[query][: len(page_k)].tolist()],
+        }
+
+
+def _words(task: RetrievalTask, moved: Callable[[], None]) -> list[str]:
+    """Of each query; empty where it has none."""
+    rows = task.index.query_N[task.query_pair_Q]
+    return _in_threads(task, rows, lambda reader, row: _cut(reader.words(row), _CHARACTERS_OF_QUERY), moved)
 
 
 def _lines_of(path: Path, fingerprint: str) -> list[dict[str, Any]] | None:
@@ -170,19 +179,21 @@ def _shown(query: int, why: list[str], lines: Sequence[dict[str, Any]]) -> dict[
     return {"line": query, "why": why, "right": right, "pages": sorted(pages)}
 
 
-def _cards(task: RetrievalTask, rows: Int64, folder: Path, moved: Callable[[], None]) -> list[dict[str, Any]]:
-    """What stands for some inputs, in their order."""
+def _in_threads(
+    task: RetrievalTask, rows: Int64, work: Callable[[InputReader, int], Made], moved: Callable[[], None]
+) -> list[Made]:
+    """What becomes of some inputs, in their order: shards may be far away, and decoders let go of Python's lock."""
 
-    def some(part: Int64) -> list[dict[str, Any]]:
+    def some(part: Int64) -> list[Made]:
         with closing(InputReader(task.index, task.store)) as reader:
-            cards = []
+            made = []
             for row in part.tolist():
                 moved()
-                cards.append(_card(reader, row, folder))
-            return cards
+                made.append(work(reader, row))
+            return made
 
-    with ThreadPoolExecutor(_THREADS) as pool:  # decoders let go of Python's lock, but may not share a reader
-        return [card for cards in pool.map(some, np.array_split(rows, _THREADS)) for card in cards]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return [one for made in pool.map(some, np.array_split(rows, _THREADS)) for one in made]
 
 
 def _card(reader: InputReader, row: int, folder: Path) -> dict[str, Any]:
