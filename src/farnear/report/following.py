@@ -26,7 +26,7 @@ SECONDS_OF_SILENCE = 30.0
 
 _POINTS = 2048
 _SAMPLES = 120
-_RECENT = 50  # steps whose phases and losses are averaged
+_RECENT = 50  # steps whose phases are averaged
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ ASCII_BLOCKS = "_.-=+*#@"
 HEADLINE = "ndcg@10"
 _LABEL = 10
 _FEWEST_DIMS = 2
+_STEPS_OF_LOSS = 10
 
 
 def picture(view: View, width: int = 80, height: int = 24, *, waits: str | None = None, unicode: bool = True) -> str:
@@ -265,8 +266,8 @@ def _speed(record: Record) -> list[str]:
 
 
 def _loss(view: View) -> str:
-    """The mean of the last steps."""
-    losses = [loss for record in view.recent if _is_number(loss := record.get("loss"))]
+    """The mean of the last steps, fewer than those of speeds: it moves."""
+    losses = [loss for record in view.recent[-_STEPS_OF_LOSS:] if _is_number(loss := record.get("loss"))]
     return f"{sum(losses) / len(losses):.4f}" if losses else "none"
 
 
