@@ -265,8 +265,10 @@ def parse_block(block: str, folder: Path, *, reranker: bool) -> None:
     data = {"train": "train-*.tar", "eval": "eval-*.tar", **tree.get("data", {})}
     if "sources" in data:
         del data["train"]
-    least = {"output_dir": "run", "reranker": {} if reranker else None}
-    parse_config({**least, **tree, "model": {"name_or_path": "m", **tree.get("model", {})}, "data": data})
+    model = tree.get("model", {})
+    if "router" not in model:  # it takes the place of a name
+        model = {"name_or_path": "m", **model}
+    parse_config({"output_dir": "run", "reranker": {} if reranker else None, **tree, "model": model, "data": data})
 
 
 @pytest.mark.parametrize("page", WRITTEN)
