@@ -209,17 +209,21 @@ def test_every_named_test_is_there(page: str) -> None:
 
 def test_a_feature_without_a_test_and_a_test_that_is_not_there_are_seen(tmp_path: Path) -> None:
     (tmp_path / "tests").mkdir()
-    (tmp_path / "tests" / "test_a.py").write_text("def test_is_there(): ...\n\ndef helper(): ...\n")
+    (tmp_path / "tests" / "test_a.py").write_text(
+        "@pytest.mark.parametrize('x', [1])\ndef test_is_there(x): ...\n\ndef helper(): ...\n\n"
+        "@pytest.mark.soak\ndef test_of_minutes(): ...\n"
+    )
     rows = (
         "| feature | what | proof |\n|---|---|---|\n| **Group** | | |\n| none | x | |\n"
         "| some | a \\| b | `tests/test_a.py::test_is_there`<br>`tests/test_a.py::test_is_not` |\n"
-        "| other | x | `tests/test_a.py::helper` `tests/test_b.py::test_is_there` |"
+        "| other | x | `tests/test_a.py::helper` `tests/test_a.py::test_of_minutes` `tests/test_b.py::test_is_there` |"
     )
     by_feature = features(rows)
     assert list(by_feature) == ["none", "some", "other"] and by_feature["none"] == []
     assert missing([test for tests in by_feature.values() for test in tests], tmp_path) == [
         "tests/test_a.py::test_is_not",
         "tests/test_a.py::helper",
+        "tests/test_a.py::test_of_minutes",
         "tests/test_b.py::test_is_there",
     ]
     assert table(f"<!--\n| waits | x | y |\n-->\n{rows}") == rows
