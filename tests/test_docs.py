@@ -209,17 +209,21 @@ def test_every_named_test_is_there(page: str) -> None:
 
 def test_a_feature_without_a_test_and_a_test_that_is_not_there_are_seen(tmp_path: Path) -> None:
     (tmp_path / "tests").mkdir()
-    (tmp_path / "tests" / "test_a.py").write_text("def test_is_there(): ...\n\ndef helper(): ...\n")
+    (tmp_path / "tests" / "test_a.py").write_text(
+        "@pytest.mark.parametrize('x', [1])\ndef test_is_there(x): ...\n\ndef helper(): ...\n\n"
+        "@pytest.mark.soak\ndef test_of_minutes(): ...\n"
+    )
     rows = (
         "| feature | what | proof |\n|---|---|---|\n| **Group** | | |\n| none | x | |\n"
         "| some | a \\| b | `tests/test_a.py::test_is_there`<br>`tests/test_a.py::test_is_not` |\n"
-        "| other | x | `tests/test_a.py::helper` `tests/test_b.py::test_is_there` |"
+        "| other | x | `tests/test_a.py::helper` `tests/test_a.py::test_of_minutes` `tests/test_b.py::test_is_there` |"
     )
     by_feature = features(rows)
     assert list(by_feature) == ["none", "some", "other"] and by_feature["none"] == []
     assert missing([test for tests in by_feature.values() for test in tests], tmp_path) == [
         "tests/test_a.py::test_is_not",
         "tests/test_a.py::helper",
+        "tests/test_a.py::test_of_minutes",
         "tests/test_b.py::test_is_there",
     ]
     assert table(f"<!--\n| waits | x | y |\n-->\n{rows}") == rows
@@ -265,8 +269,10 @@ def parse_block(block: str, folder: Path, *, reranker: bool) -> None:
     data = {"train": "train-*.tar", "eval": "eval-*.tar", **tree.get("data", {})}
     if "sources" in data:
         del data["train"]
-    least = {"output_dir": "run", "reranker": {} if reranker else None}
-    parse_config({**least, **tree, "model": {"name_or_path": "m", **tree.get("model", {})}, "data": data})
+    model = tree.get("model", {})
+    if "router" not in model:  # it takes the place of a name
+        model = {"name_or_path": "m", **model}
+    parse_config({"output_dir": "run", "reranker": {} if reranker else None, **tree, "model": model, "data": data})
 
 
 @pytest.mark.parametrize("page", WRITTEN)

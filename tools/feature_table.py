@@ -1,6 +1,8 @@
 """The table of features, each with the tests that prove it: written in docs/features.md, copied into the README.
 
-python tools/feature_table.py         copies it; `make docs` does
+    python tools/feature_table.py         copies it; `make docs` does
+
+A group of features is headed by a line with its name in bold alone.
 """
 
 import ast
@@ -59,14 +61,15 @@ def named_tests(text: str) -> list[tuple[str, str]]:
 
 
 def missing(tests: list[tuple[str, str]], root: Path = ROOT) -> list[str]:
-    """Those of them that are no test functions, parametrised or not, of the repository."""
+    """Those of them that are no test functions, parametrised or not, of the default suite."""
     there = {file: _tests_in(root / file) for file, _name in tests}
     return [f"{file}::{name}" for file, name in tests if name not in there[file]]
 
 
 def _tests_in(path: Path) -> set[str]:
     tree = ast.parse(path.read_text(encoding="utf-8")) if path.is_file() else ast.Module([], [])
-    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
+    return {one.name for one in functions if "pytest.mark.soak" not in map(ast.unparse, one.decorator_list)}
 
 
 if __name__ == "__main__":

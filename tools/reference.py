@@ -29,10 +29,7 @@ def keys_of_the_run_file() -> str:
     parts = ["### Beside the sections", *_table(RunConfig, leave_out=sections)]
     for name, section in sections.items():
         texts = ((section.__doc__ or "").split("\n\n")[0], RunConfig.model_fields[name].description or "")
-        parts += [f"### {name}", "", " ".join(texts).replace("\n", " "), *_table(section)]
-        for key, field in section.model_fields.items():
-            if inner := _section(field):
-                parts += [f"Each of `{name}.{key}`:", *_table(inner)]
+        parts += [f"### {name}", "", " ".join(texts).replace("\n", " "), *_with_those_inside(section, name)]
     return "\n".join(parts)
 
 
@@ -43,6 +40,18 @@ def help_of_commands() -> str:
             f"### {parser.prog}\n\n```text\n{parser.format_help().rstrip()}\n```"
             for parser in _parsers(farnear_parser())
         )
+
+
+def _with_those_inside(section: type[Section], path: str) -> list[str]:
+    """Its table, and those of sections that are its keys or that its keys hold by name."""
+    inside: dict[type[Section], list[str]] = {}
+    for name, field in section.model_fields.items():
+        if one := _section(field):
+            inside.setdefault(one, []).append(f"{path}.{name}")
+    parts = _table(section)
+    for one, paths in inside.items():
+        parts += [f"Keys of {', '.join(f'`{inner}`' for inner in paths)}:", *_with_those_inside(one, paths[-1])]
+    return parts
 
 
 def _table(section: type[Section], leave_out: Collection[str] = ()) -> list[str]:
