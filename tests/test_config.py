@@ -9,7 +9,7 @@ import pytest
 from conftest import WriteRunFile
 
 from farnear import config as config_module
-from farnear.config import FOREIGN_KEYS, RunConfig, dump_config, known_keys, load_config, parse_config
+from farnear.config import FOREIGN_KEYS, RunConfig, dump_config, known_keys, load_config, models_named, parse_config
 from farnear.errors import UserError
 from farnear.sections import TrainingConfig
 
@@ -156,6 +156,8 @@ def test_combinations_that_cannot_train_are_refused(write_run_file: WriteRunFile
     assert "reshard: step is for zero3 and fsdp2" in _refusal(
         write_run_file(strategy="zero2", training={"reshard": "step"})
     )
+    router = {"router": {"text": "a", "image": "b"}}
+    assert "a reranker reads query and page in one model" in _refusal(write_run_file(model=router, reranker={}))
     dims = {"matryoshka_dims": [64, 32], "matryoshka_weights": [1]}
     assert "1 values for 2" in _refusal(write_run_file(loss=dims))
     assert "twice" in _refusal(write_run_file(loss={"matryoshka_dims": [64, 64]}))
@@ -234,10 +236,8 @@ def test_the_resolved_file_loads_to_the_same_config(write_run_file: WriteRunFile
     joined = load_config(write_run_file(model={"router": router}))
     resolved.write_text(dump_config(joined), encoding="utf-8")
     assert load_config(resolved) == joined
-    assert [(key, one.name_or_path, one.revision) for key, one in joined.model.towers.items()] == [
-        ("text", "m", None),
-        ("image", "n", "r"),
-    ]
+    assert [(one.name_or_path, one.revision) for one in models_named(joined)] == [("m", None), ("n", "r")]
+    assert list(joined.model.by_key) == ["model.router.text", "model.router.image"]
 
 
 def test_a_config_cannot_be_changed_by_accident() -> None:

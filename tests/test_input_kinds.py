@@ -100,16 +100,31 @@ def films(i: int) -> dict[str, bytes]:
     return {"query.txt": words(i), "mp4": film(i), **({"messages.json": chat(i, "video")} if i % 2 else {})}
 
 
-def sounds_and_all(i: int) -> dict[str, bytes]:
-    """A sound, a sound in a chat, a page; sounds of more than one rate."""
+def all_kinds(i: int) -> dict[str, bytes]:
+    """A sound, a sound in a chat, a page with text, a film; sounds of more than one rate."""
     rate = 16_000 if i % 2 else 8000
-    documents = [{"wav": sound(i, rate)}, {"messages.json": chat(i, "audio"), "wav": sound(i, rate)}, {"png": page(i)}]
-    return {"query.txt": words(i), **documents[i % 3]}
+    documents = [
+        {"wav": sound(i, rate)},
+        {"messages.json": chat(i, "audio"), "wav": sound(i, rate)},
+        {"png": page(i), "txt": words(i)},
+        {"mp4": film(i)},
+    ]
+    return {"query.txt": words(i), **documents[i % 4]}
+
+
+def all_but_sounds(i: int) -> dict[str, bytes]:
+    """For a text encoder and a model that sees."""
+    return (mixed, chats, mixed, films)[i % 4](i)
 
 
 def sounds_and_pages(i: int) -> dict[str, bytes]:
     """For towers: sounds of another rate than the model's, and pages."""
     return {"query.txt": words(i), **({"wav": sound(i, 2 * AUDIO_RATE)} if i % 2 else {"png": page(i)})}
+
+
+def sounds(i: int) -> dict[str, bytes]:
+    """No page at all."""
+    return {"query.txt": words(i), "wav": sound(i, AUDIO_RATE)}
 
 
 Members = Callable[[int], dict[str, bytes]]
@@ -119,8 +134,9 @@ RUNS: list[tuple[str, Members, list[str]]] = [
     ("vlm", chats, [VISUAL, LANGUAGE]),
     ("vlm", films, [VISUAL, LANGUAGE]),
     ("siglip", images_and_texts, ["0.model.text_model", "0.model.vision_model"]),
-    ("omni", sounds_and_all, ["0.model.audio_tower", VISUAL, LANGUAGE]),
-    ("text+vlm", lambda i: chats(i) if i % 3 == 2 else mixed(i), [f"{TEXT}0", f"{IMAGE}{VISUAL}"]),
+    ("omni", all_kinds, ["0.model.audio_tower", VISUAL, LANGUAGE]),
+    ("text+vlm", all_but_sounds, [f"{TEXT}0", f"{IMAGE}{VISUAL}"]),
+    ("clap", sounds, ["0.model.text_model", "0.model.audio_model"]),
     ("text+siglip+clap", sounds_and_pages, [f"{TEXT}3", f"{IMAGE}0.model.vision_model", f"{AUDIO}0.model.audio_model"]),
 ]
 

@@ -16,13 +16,12 @@ from farnear.model.towers import reader_of
 
 def given_to(model: Any, inputs: Sequence[Any], side: str) -> tuple[list[Any], dict[str, Any]]:
     """Inputs of one kind, and arguments of ``preprocess``, for a model and a side."""
-    if all(isinstance(one, str) for one in inputs):
+    are_texts = all(isinstance(one, str) for one in inputs)
+    if are_texts and not hasattr(reader_of(model, side, "text"), "modality_config"):
         # What only tokenizes takes bare texts, and opens none. Its Router is told what they are.
-        if hasattr(reader_of(model, side, "text"), "modality_config"):
-            return [{"text": one} for one in inputs], {}
         return list(inputs), {"modality": "text"}
     rate = rate_of(reader_of(model, side, "audio"))
-    taken = [_at_rate(one, rate) for one in inputs]
+    taken = [{"text": one} if isinstance(one, str) else _at_rate(one, rate) for one in inputs]
     videos = [part["video"] for one in taken for part in _parts_of_messages(one) if part["type"] == "video"]
     for part in (part for one in taken for part in _parts_of_messages(one)):
         kind = part["type"]
