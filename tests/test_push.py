@@ -193,6 +193,7 @@ def test_what_is_refused_before_anything_is_sent(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     hub.repositories["ada/pages"] = Repository()
     refused("ada/pages is public already", words=[*words, "--private"])
+    assert (export / CARD).read_text() == card
     monkeypatch.setenv("HF_TOKEN", "hf_other")
     refused("was not pushed to ada/pages (")
     assert hub.repositories["ada/pages"].commits == 0

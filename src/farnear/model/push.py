@@ -89,7 +89,6 @@ def push(
         raise UserError("HF_HUB_OFFLINE is set, so nothing can be pushed; unset it, where there is a network")
     if get_token() is None:
         raise UserError("there is no token for the hub; run `hf auth login`, or set HF_TOKEN to one that may write")
-    _name_in_card(parcel.folder / CARD, repo_id)
     api = HfApi()
     try:
         api.create_repo(repo_id, private=private or None, exist_ok=True)
@@ -100,6 +99,7 @@ def push(
             )
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
+        _name_in_card(parcel.folder / CARD, repo_id)
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=parcel.folder,
