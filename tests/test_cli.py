@@ -18,6 +18,7 @@ COMMANDS = [
     ["demo"],
     ["launch"],
     ["report"],
+    ["watch"],
     ["shards"],
     ["shards", "from-hf"],
     ["shards", "from-pdf"],

@@ -140,6 +140,8 @@ def _train(
         measure(run, "after", progress.step)
         export(run)
         watch.at("summary")
+        with watch.patient():
+            run.trackers.close()
     with watch.patient():
         if world.is_main:
             print(f"exported {run.folder.export}", flush=True)
