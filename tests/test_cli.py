@@ -20,6 +20,7 @@ COMMANDS = [
     ["export"],
     ["push"],
     ["report"],
+    ["watch"],
     ["shards"],
     ["shards", "from-hf"],
     ["shards", "from-pdf"],

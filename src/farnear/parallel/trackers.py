@@ -93,8 +93,9 @@ class Trackers:
                 print(_left_out(name, error), flush=True)
                 continue
             self._followers.append(follower)
-        if known := {one.name: mark for one in self._followers if (mark := _mark(one))}:
-            replace_text(folder.trackers, json.dumps(known) + "\n")
+        if marks := {one.name: mark for one in self._followers if (mark := _mark(one))}:
+            # One that is left out this time may be back the next.
+            replace_text(folder.trackers, json.dumps({**_read(folder.trackers), **marks}) + "\n")
 
     def log_step(self, figures: Mapping[str, Any]) -> None:
         """Send a step's line of metrics.jsonl."""
@@ -115,7 +116,7 @@ class Trackers:
         # What ends a run before its time may leave it seconds.
         self.close(SECONDS_TO_FINISH if kind is None else SECONDS_TO_LET_GO)
 
-    def close(self, seconds: float) -> None:
+    def close(self, seconds: float = SECONDS_TO_FINISH) -> None:
         """Let each take what it has not taken yet, and end."""
         for follower in self._followers:
             follower.close()

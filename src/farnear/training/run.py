@@ -147,6 +147,8 @@ def _train(run: Run, progress: Progress, started: float) -> dict[str, Any]:
         measure(run, "after", progress.step)
         export(run, exported_step, after=True)
         watch.at("summary")
+        with watch.patient():
+            run.trackers.close()
     with watch.patient():
         if world.is_main:
             print(f"exported {run.folder.export}", flush=True)

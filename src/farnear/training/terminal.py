@@ -31,8 +31,8 @@ from farnear.wording import amount
 SECONDS_OF_SILENCE = 60.0
 _SECONDS_BETWEEN_DRAWS = 0.5
 _BAR = 16
-# Parts of a step, which pass in seconds: the bar is that of the steps meanwhile.
-_ALONE = ("evaluation", "mining", "first stage", "save", "export", "checkpoint")
+# Phases beside the steps, which may take minutes; whatever else there is passes within one.
+_BESIDE = ("evaluation", "mining", "first stage", "save", "export", "checkpoint")
 
 
 class Terminal:
@@ -115,7 +115,7 @@ class Terminal:
             text = f"{place.in_step}{self._stretch.left()}"
             return (0, 1, text) if count is None else (count.done, count.total, text)
         step = record["step"] if record is not None else max((place.step or 0) - 1, 0)
-        if _is_alone(place):
+        if _is_beside(place):
             count = place.count
             head = f"step {place.step:,}: " if place.step else ""
             text = f"{head}{place.in_step}{self._stretch.left()}{self._saving(place)}"
@@ -269,8 +269,8 @@ def _loss(loss: float | None) -> str:
     return "none" if loss is None else f"{loss:.4f}"
 
 
-def _is_alone(place: Place) -> bool:
-    return place.count is not None or place.phase.startswith(_ALONE)
+def _is_beside(place: Place) -> bool:
+    return place.count is not None or place.phase.startswith(_BESIDE)
 
 
 def _kind(place: Place) -> tuple[object, ...]:
