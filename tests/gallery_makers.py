@@ -1,6 +1,7 @@
 """Runs with a gallery of drawn pages: one made on the spot, and a short training."""
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,9 @@ def trained_run(folder: Path, steps: int = 50) -> Path:
     """A run of the demo's model and pages, cut short: enough to have learned something, in a minute."""
     from farnear.model.tiny import save_tiny_model
 
-    train, _ = synthesise(folder / "data", train_pairs=128 * steps, eval_pairs=200, seed=0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*queries repeat")
+        train, _ = synthesise(folder / "data", train_pairs=128 * steps, eval_pairs=200, seed=0)
     reader = read_shards(train[:1])
     texts = [reader[row] for row in reader.index.query_N.tolist()]
     save_tiny_model(folder / "base", texts=texts, seed=0)

@@ -20,6 +20,7 @@ from tiny_runs import make_inputs, run_config
 
 from farnear.errors import RunInterruptedError
 from farnear.parallel.world import World
+from farnear.report.gallery import PAGES_SHOWN
 from farnear.report.page import write_report
 from farnear.retrieve.evaluate import RetrievalTask, build_task
 from farnear.retrieve.gallery import OF_A_KIND, QUERIES_SHOWN, choose, write_gallery
@@ -180,7 +181,7 @@ def test_every_kind_of_page_has_something_to_show(of_all_kinds: Path) -> None:
     assert cards["words"]["words"].startswith("a text of many words a text of") and len(cards["words"]["words"]) == 300
     assert cards["chat"]["words"] == "chat with a page" and cards["both"]["words"] == "beside it"
     assert {key for key, card in cards.items() if "picture" in card} == {"turned", "chat", "both", "seen"}
-    assert "cannot be decoded" in cards["broken"]["fault"] and "broken.png" in cards["broken"]["fault"]
+    assert cards["broken"]["fault"].startswith("cannot be decoded (") and "/" not in cards["broken"]["fault"]
     thumbnails = {}
     for key in ("turned", "chat", "both", "seen"):
         card, path = cards[key], of_all_kinds / "thumbnails" / cards[key]["picture"]
@@ -206,6 +207,8 @@ def test_a_thumbnail_is_bounded_whatever_it_shows() -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8))
     data = thumbnail_bytes(noise)
     assert len(data) <= MOST_BYTES
+    # Both rankings' pages, the right one and a picture of the query, in base64, leave room for words in 5 MB.
+    assert QUERIES_SHOWN * (2 * PAGES_SHOWN + 2) * MOST_BYTES * 4 / 3 < 4.4e6
     assert Image.open(io.BytesIO(data)).width > 40
     plain = thumbnail_bytes(Image.new("RGB", (SIDE, SIDE), "white"))
     assert Image.open(io.BytesIO(plain)).size == (SIDE, SIDE)

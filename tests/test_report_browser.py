@@ -285,7 +285,7 @@ def take_screenshots(browser: Any, report: Path, folder: Path) -> None:
 
 def save(picture: Image.Image, path: Path) -> None:
     """With as few colours as nobody misses: it is kept in the repository."""
-    picture.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    picture.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def taken(browser: Any, device: dict[str, Any], first: str, last: str | None = None) -> Image.Image:

@@ -1,9 +1,9 @@
 """The report: a run folder as one HTML page.
 
 ``write_report`` reads what the run has written (``records``, ``gallery``), has each part of the page say its piece
-(``sections``, ``queries``, drawn with ``figures`` and ``bars``) and fills ``template.html`` with the result. The
-templates alone decide how things look and in which order they come. jinja2 escapes every value. The page forbids itself
-to load anything, and to run anything but the one script that it brings, which is known by its hash.
+(``sections``, ``queries``, ``data_sections``, drawn with ``figures`` and ``bars``) and fills ``template.html`` with the
+result. The templates alone decide how things look and in which order they come. jinja2 escapes every value. The page
+forbids itself to load anything, and to run anything but the one script that it brings, which is known by its hash.
 """
 
 import base64
@@ -15,7 +15,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from farnear.files import replace_text
-from farnear.report import sections
+from farnear.report import data_sections, sections
 from farnear.report.queries import queries
 from farnear.report.records import Run, read_run
 from farnear.run_folder import RunFolder
@@ -51,10 +51,10 @@ def render(run: Run) -> str:
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         training_charts=sections.training_charts(run.steps),
-        time=sections.time_by_phase(run.steps),
-        data_charts=sections.data_charts(run.steps),
-        minings=sections.minings(run.minings),
-        left_out=sections.left_out(run),
+        time=data_sections.time_by_phase(run.steps),
+        data_charts=data_sections.data_charts(run.steps),
+        minings=data_sections.minings(run.minings),
+        left_out=data_sections.left_out(run),
         summary=[(key, sections.plain(value)) for key, value in run.summary.items()],
     )
 

@@ -95,6 +95,7 @@ def queries(gallery: Gallery | None) -> Queries | None:
     if gallery is None or not gallery.shown:
         return None
     numbers = {name: place for place, name in enumerate(gallery.picture)}
+    card_of_picture = {card.picture: card for card in (*gallery.page.values(), *(one.card for one in gallery.shown))}
     thumbnail_of = {page: _thumbnail(f"p{page}", card, numbers) for page, card in gallery.page.items()}
     cards = [_card(query, place, gallery, thumbnail_of, numbers) for place, query in enumerate(gallery.shown)]
     compares = gallery.ranks_before is not None
@@ -113,7 +114,10 @@ def queries(gallery: Gallery | None) -> Queries | None:
         cards=cards,
         filters=[one for one in filters if compares or one[0] in ("", "wrong")],
         orders=orders,
-        pictures=[_picture(name, gallery) for name in numbers],
+        pictures=[
+            Picture(card_of_picture[name].width, card_of_picture[name].height, base64.b64encode(data).decode())
+            for name, data in gallery.picture.items()
+        ],
         thumbnails=list(shown.values()),
     )
 
@@ -162,13 +166,6 @@ def _places(when: str, ranking: Ranking, thumbnail_of: Mapping[int, Thumbnail]) 
 def _thumbnail(id_of_it: str, card: Card, numbers: Mapping[str, int]) -> Thumbnail:
     words = card.fault or card.words or card.kind
     return Thumbnail(id_of_it, numbers.get(card.picture), words, card.name or card.kind)
-
-
-def _picture(name: str, gallery: Gallery) -> Picture:
-    card = next(
-        card for card in [*gallery.page.values(), *(query.card for query in gallery.shown)] if card.picture == name
-    )
-    return Picture(card.width, card.height, base64.b64encode(gallery.picture[name]).decode())
 
 
 def _lead(gallery: Gallery) -> str:

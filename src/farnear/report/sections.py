@@ -18,12 +18,9 @@ from markupsafe import Markup
 
 from farnear.report import bars
 from farnear.report.figures import Series, chart_over_steps
-from farnear.report.records import HEADLINE, Evaluation, LeftOut, Mining, Run, Step
+from farnear.report.records import HEADLINE, Evaluation, Run, Step
 from farnear.report.svg import number
-from farnear.wording import counted
 
-_LOSSES_SHOWN = 50
-_MININGS_SHOWN = 20
 ABSENT = "–"  # noqa: RUF001 (a dash is how tables say that there is nothing)
 
 
@@ -74,38 +71,6 @@ class Measures:
     rows: list[tuple[str, list[str]]]
 
 
-@dataclass(frozen=True)
-class PhaseRow:
-    name: str
-    seconds: str
-    share: str
-    per_step: str
-
-
-@dataclass(frozen=True)
-class MiningRow:
-    step: str
-    pairs: str
-    negatives: str
-    fewer: str
-    time: str
-
-
-@dataclass(frozen=True)
-class Losses:
-    """Pairs that could not be used; ``more`` says how many rows stand in the files beside those shown."""
-
-    sentence: str
-    rows: list[LeftOut]
-    more: str
-
-
-@dataclass(frozen=True)
-class TimeByPhase:
-    bar: Markup
-    rows: list[PhaseRow]
-
-
 ONE_SCORE = 1
 """The number of dimensions of a reranker's score, by which its measures stand in the records."""
 
@@ -150,7 +115,7 @@ def tiles(run: Run) -> list[Tile]:
     if isinstance(seconds, int | float):
         found.append(Tile("Time", duration(seconds), "in all"))
     elif run.steps:
-        in_steps = _sum_of_finite([value for step in run.steps for value in step.seconds_by_phase.values()])
+        in_steps = sum_of_finite([value for step in run.steps for value in step.seconds_by_phase.values()])
         found.append(Tile("Time", duration(in_steps), "in steps"))
     if "world_size" in run.summary:
         strategy = plain(run.summary.get("strategy", ""))
@@ -238,89 +203,11 @@ def training_charts(steps: Sequence[Step]) -> list[Chart]:
     if not steps:
         return []
     return [
-        _chart_of("Loss", steps, [step.loss for step in steps]),
-        _chart_of("Gradient norm", steps, [step.grad_norm for step in steps]),
-        _chart_of("Learning rate", steps, [step.lr for step in steps]),
-        _chart_of("Pairs per second", steps, [step.pairs_per_s for step in steps]),
+        chart_of("Loss", steps, [step.loss for step in steps]),
+        chart_of("Gradient norm", steps, [step.grad_norm for step in steps]),
+        chart_of("Learning rate", steps, [step.lr for step in steps]),
+        chart_of("Pairs per second", steps, [step.pairs_per_s for step in steps]),
     ]
-
-
-def data_charts(steps: Sequence[Step]) -> list[Chart]:
-    """What became of the steps' tokens and pairs; a count without any has a note and no drawing."""
-    if not steps:
-        return []
-    charts = []
-    if any(step.padding_share is not None for step in steps):
-        padding = [nan if step.padding_share is None else 100 * step.padding_share for step in steps]
-        known = [share for share in padding if isfinite(share)]
-        mean = f"{fsum(known) / len(known):.1f}% in the mean of the steps" if known else ABSENT
-        note = "Percent of the tokens that only fill a mini-batch up to its longest row, and are computed for nothing."
-        charts.append(Chart("Padding", mean, _chart_of("Padding", steps, padding).drawing, note))
-    note = (
-        "Pages in a batch, of other pairs or hard negatives, that answer a query too: they are none of its negatives."
-    )
-    charts.append(_counts("Masked negatives", steps, [step.masked for step in steps], note))
-    if any(step.quarantined is not None for step in steps):
-        counts = [nan if step.quarantined is None else step.quarantined for step in steps]
-        note = "Pairs that could not be read or decoded: they count in no loss."
-        charts.append(_counts("Quarantined pairs", steps, counts, note))
-    return charts
-
-
-def minings(done: Sequence[Mining]) -> list[MiningRow]:
-    """The newest times that hard negatives were mined anew."""
-    return [
-        MiningRow(
-            f"{mining.step:,}",
-            f"{mining.pairs:,}",
-            f"{mining.negatives:,}",
-            f"{mining.pairs_with_fewer:,}",
-            duration(mining.seconds),
-        )
-        for mining in done[-_MININGS_SHOWN:]
-    ]
-
-
-def _counts(title: str, steps: Sequence[Step], values: Sequence[float], note: str) -> Chart:
-    total = _sum_of_finite(values)
-    chart = _chart_of(title, steps, values, "bars")
-    return Chart(title, f"{number(total, 6)} in all", chart.drawing if total else Markup(""), note)
-
-
-def time_by_phase(steps: Sequence[Step]) -> TimeByPhase | None:
-    """Where the seconds of the steps went; None where none were recorded."""
-    phases = list(dict.fromkeys(phase for step in steps for phase in step.seconds_by_phase))
-    seconds = {phase: _sum_of_finite([step.seconds_by_phase.get(phase, 0.0) for step in steps]) for phase in phases}
-    total = fsum(seconds.values())
-    if not total > 0:
-        return None
-    name_of_phase = {phase: phase.replace("_", " ").capitalize() for phase in phases}
-    rows = [
-        PhaseRow(
-            name_of_phase[phase],
-            duration(seconds[phase]),
-            f"{seconds[phase] / total:.1%}",
-            f"{number(1000 * seconds[phase] / len(steps))} ms",
-        )
-        for phase in phases
-    ]
-    shares = [(name_of_phase[phase], seconds[phase] / total) for phase in phases]
-    return TimeByPhase(bars.stacked_bar("Time by phase", shares), rows)
-
-
-def left_out(run: Run) -> Losses | None:
-    """Pairs that the shards' faults cost, and those quarantined on the way; None where there are none."""
-    rows = [*run.lost_to_faults, *run.quarantined]
-    if not rows:
-        return None
-    lost = sum(fault.pairs for fault in run.lost_to_faults)
-    quarantined = len({one.where for one in run.quarantined})
-    sentence = (
-        f"{counted(lost, 'pair')} or more lost to {counted(len(run.lost_to_faults), 'fault')} of the shards "
-        f"(faults.jsonl), {counted(quarantined, 'pair')} quarantined in training (quarantine.jsonl)."
-    )
-    more = f"and {len(rows) - _LOSSES_SHOWN:,} more" if len(rows) > _LOSSES_SHOWN else ""
-    return Losses(sentence, rows[:_LOSSES_SHOWN], more)
 
 
 def duration(seconds: float) -> str:
@@ -340,9 +227,10 @@ def plain(value: object) -> str:
     return json.dumps(value)
 
 
-def _chart_of(
+def chart_of(
     title: str, steps: Sequence[Step], values: Sequence[float], style: Literal["line", "bars"] = "line"
 ) -> Chart:
+    """One value a step, and its last one beside the title."""
     drawing = chart_over_steps(title, [Series([step.step for step in steps], values)], style)
     broken = sum(not isfinite(value) for value in values)
     note = f"{broken:,} of {len(values):,} values are not finite: crosses at the top." if broken else ""
@@ -387,5 +275,6 @@ def _signed(difference: float) -> str:
     return f"{difference:+.3f}".replace("-", "\N{MINUS SIGN}") if isfinite(difference) else number(difference)
 
 
-def _sum_of_finite(values: Sequence[float]) -> float:
+def sum_of_finite(values: Sequence[float]) -> float:
+    """Of what can be summed."""
     return fsum(value for value in values if isfinite(value))

@@ -28,7 +28,7 @@ from PIL import Image
 from farnear.data.document_names import DocumentNames
 from farnear.data.index import modality_name
 from farnear.data.plan import random_bits
-from farnear.data.read import InputReader
+from farnear.data.read import BadInputError, InputReader
 from farnear.errors import UserError
 from farnear.files import published, replace_text
 from farnear.report.gallery import PAGES_SHOWN
@@ -64,9 +64,8 @@ def write_gallery(
         moved: Called with each input that is read.
     """
     earlier = _lines_of(folder / "before.jsonl", task.fingerprint) if kind == "after" else None
-    lines = list(
-        _lines(task, rankings, _words(task, moved) if earlier is None else [line["query"] for line in earlier])
-    )
+    words = _words(task, moved) if earlier is None else [line["query"] for line in earlier]
+    lines = list(_lines(task, rankings, words))
     hash_Q = task.index.query_hash_N[task.query_pair_Q]
     why = choose(rankings.rank_Q, None if earlier is None else _ranks(earlier), hash_Q)
     shown = [
@@ -207,7 +206,9 @@ def _card(reader: InputReader, row: int, folder: Path) -> dict[str, Any]:
             with published(folder / name) as file:
                 file.write(thumbnail_bytes(picture))
     except UserError as error:
-        return {**card, "fault": _cut(str(error), _CHARACTERS_OF_PAGE)}
+        # Its name stands beside it, and the folder that it lies in is nobody's business.
+        reason = error.reason if isinstance(error, BadInputError) else str(error)
+        return {**card, "fault": _cut(reason, _CHARACTERS_OF_PAGE)}
     if (folder / name).exists():
         with Image.open(folder / name) as picture:
             card |= {"picture": name, "width": picture.width, "height": picture.height}

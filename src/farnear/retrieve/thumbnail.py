@@ -6,7 +6,7 @@ from PIL import Image
 
 SIDE = 200
 """Pixels of a thumbnail at most."""
-MOST_BYTES = 4600
+MOST_BYTES = 4500
 """Of a thumbnail: a report's 60 queries with two rankings, a right page and a picture each stay below 5 MB."""
 _QUALITIES = (80, 65, 50, 35)
 
