@@ -207,3 +207,10 @@ def test_a_chat_is_given_arrays_and_the_reader_keeps_its_own(models: dict[str, d
     assert arguments["processing_kwargs"]["video"]["video_metadata"][0]["total_num_frames"] == 3
     assert one[1]["content"][0]["audio"] is heard
     assert given_to(omni, ["a.png"], "query") == ([{"text": "a.png"}], {})
+    # Of a Router's models each hears at a rate of its own, and chats are read by another than sounds.
+    both = {"image": models["omni"]["name_or_path"], "audio": models["clap"]["name_or_path"]}
+    router = load_model(ModelConfig(router=both), with_weights=False)
+    (chatted,), _ = given_to(router, [one], "query")
+    (alone,), _ = given_to(router, [{"audio": {**heard, "sampling_rate": 16_000}}], "query")
+    assert chatted[1]["content"][0]["audio"].shape == (1600,)
+    assert alone["audio"]["sampling_rate"] == AUDIO_RATE and alone["audio"]["array"].shape == (400,)

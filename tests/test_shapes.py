@@ -39,7 +39,7 @@ INNER = "0.model."
 TEXT, IMAGE = "0.sub_modules.text.", "0.sub_modules.image."
 
 
-@pytest.mark.parametrize("name", ["clip", "clip_st", "siglip", "siglip_st"])
+@pytest.mark.parametrize("name", ["clip", "siglip_st"])
 def test_a_dual_encoder(tmp_path: Path, data: Path, towers: dict[str, str], name: str) -> None:
     export = trained_and_checked(
         tmp_path, data, {"name_or_path": towers[name]}, [f"{INNER}text_model", f"{INNER}vision_model"]

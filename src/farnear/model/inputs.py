@@ -20,7 +20,7 @@ def given_to(model: Any, inputs: Sequence[Any], side: str) -> tuple[list[Any], d
     if are_texts and not hasattr(reader_of(model, side, "text"), "modality_config"):
         # What only tokenizes takes bare texts, and opens none. Its Router is told what they are.
         return list(inputs), {"modality": "text"}
-    rate = rate_of(reader_of(model, side, "audio"))
+    rate = rate_of(reader_of(model, side, _kind_of(inputs[0])))
     taken = [{"text": one} if isinstance(one, str) else _at_rate(one, rate) for one in inputs]
     videos = [part["video"] for one in taken for part in _parts_of_messages(one) if part["type"] == "video"]
     for part in (part for one in taken for part in _parts_of_messages(one)):
@@ -48,6 +48,13 @@ def resampled(audio: dict[str, Any], rate: int) -> dict[str, Any]:
     resampler = av.AudioResampler("flt", "mono", rate)
     parts = [part.to_ndarray()[0] for part in (*resampler.resample(frame), *resampler.resample(None))]
     return {"array": np.concatenate(parts), "sampling_rate": rate}
+
+
+def _kind_of(one: Any) -> str:
+    """As far as it matters for audio."""
+    if isinstance(one, list):
+        return "message"
+    return "+".join(one) if isinstance(one, dict) else "text"
 
 
 def _at_rate(one: Any, rate: int | None) -> Any:
