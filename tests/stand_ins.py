@@ -16,6 +16,7 @@ from pair_makers import YES_NO, page
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense
 from sentence_transformers.sentence_transformer.modules import Normalize
+from tiny_towers import save_tiny_siglip, save_tiny_text_encoder
 
 from farnear.ingest.synthetic import synthesise
 from farnear.model.load import load_model
@@ -44,6 +45,8 @@ def reranker_of(folder: Path) -> None:
 MODELS: dict[str, Callable[[Path], None]] = {
     "Qwen/Qwen3-VL-Embedding-2B": lambda folder: embedder_of(folder, 2048),
     "Qwen/Qwen3-VL-Reranker-2B": reranker_of,
+    "sentence-transformers/all-MiniLM-L6-v2": lambda folder: save_tiny_text_encoder(folder) and None,
+    "google/siglip2-base-patch16-512": lambda folder: save_tiny_siglip(folder, hidden_size=768) and None,
     "runs/tiny": lambda folder: save_tiny_model(folder) and None,
 }
 """What stands for a model, by its name on the hub; the last is what the examples' own heads make."""
