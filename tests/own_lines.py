@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 
-_LABELS = "model|reads|pages|trains|pairs|inputs|batch|cache|loss|duplicates|order|steps|saves|evaluates|mines"
+_LABELS = "model|reads|pages|trains|pairs|inputs|batch|cache|loss|duplicates|order|steps|saves|evaluates|mines|licence"
 _OWN = re.compile(
     r"|".join(
         (

@@ -175,7 +175,7 @@ def test_every_kind_of_page_has_something_to_show(of_all_kinds: Path) -> None:
         "words": "text",
         "sound": "audio",
         "film": "video",
-        "chat": "message",
+        "chat": "image+message",
         "both": "image+text",
     }
     assert cards["words"]["words"].startswith("a text of many words a text of") and len(cards["words"]["words"]) == 300
