@@ -262,7 +262,7 @@ def _when(evaluation: Evaluation) -> str:
 
 def _measure_name(key: str) -> str:
     name, _, cut = key.partition("@")
-    return {"ndcg": "nDCG", "mrr": "MRR", "recall": "Recall"}.get(name, name) + ("@" + cut if cut else "")
+    return {"ndcg": "nDCG", "mrr": "MRR", "map": "MAP", "recall": "Recall"}.get(name, name) + ("@" + cut if cut else "")
 
 
 def _score(value: float | None) -> str:
