@@ -17,9 +17,9 @@ install: $(INSTALLED) ## .venv with farnear and its tools, without running anyth
 demo: $(INSTALLED) ## train a tiny model on drawn pages with two processes; under five minutes
 	$(RUN)/farnear demo
 
-# Four at a time, also on two cores, as many tests wait for processes; a file's together, as they share what is slow to make.
+# Three at a time, also on two cores, as many tests wait for processes; a file's together, as they share what is slow.
 test: $(INSTALLED) ## the default test suite; under 15 minutes on two cores
-	$(RUN)/pytest -n 4 --dist loadfile --no-loadscope-reorder
+	$(RUN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED) ## ruff, mypy and the layering
 	$(RUN)/ruff format --check .

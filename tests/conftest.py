@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 # Read by libraries when they are imported, and inherited by the processes that tests start.
@@ -23,6 +24,9 @@ os.environ["HF_MODULES_CACHE"] = f"{CACHE.name}/modules"
 
 # Ranks and data workers are forked from one process that has imported these once.
 multiprocessing.set_forkserver_preload(["torch", "sentence_transformers", "deepspeed", "farnear.training.run"])
+
+# Tests run several at a time, and threads of a loaded machine wait for each other at every operation on small tensors.
+torch.set_num_threads(1)
 
 WriteRunFile = Callable[..., Path]
 

@@ -1,10 +1,8 @@
 """Pairs of all kinds and tiny bases for rerankers, shared by their tests."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from PIL import Image
 from sentence_transformers import CrossEncoder
@@ -21,15 +19,6 @@ TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'system' %}I:{{ c(m) }}{% elif m.role == 'query' %}Q:{{ c(m) }}"
     "{% elif m.role == 'document' %}D:{{ c(m) }}{% endif %}{% endfor %}<|im_start|>"
 )
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Threads of a loaded machine wait for each other, at every operation on these small tensors."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def page(width: int, height: int, seed: int) -> Image.Image:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from object_stores import ModelHub, model_hub_server
-from pair_makers import TEMPLATE, YES_NO, one_thread, page  # noqa: F401
+from pair_makers import TEMPLATE, YES_NO, page
 from safetensors.torch import load_file
 from tiny_runs import cut_back, make_inputs, run_config
 
@@ -28,7 +28,6 @@ from farnear.sections import ModelConfig
 from farnear.training.checkpoint import open_checkpoint
 from farnear.training.exporting import export_checkpoint
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CARD = {
     "license": "Apache-2.0",
     "data_license": "cc-by-4.0",

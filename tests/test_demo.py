@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from own_lines import noise
-from pair_makers import one_thread  # noqa: F401
 from stages_here import run_stages_here
 
 from farnear import demo, demo_reranker
@@ -36,7 +35,6 @@ def test_a_small_demo_ends_with_lines_that_work(
     assert answer.stdout.count(",") == 2
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_small_demo_of_the_reranker_ends_with_lines_that_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

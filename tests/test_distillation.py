@@ -10,7 +10,6 @@ import pytest
 import torch
 from dense_loss import dense_distillation, dense_loss
 from mined_shards import page_tokens, write_shards
-from pair_makers import one_thread  # noqa: F401
 from ranks import run_ranks
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import DistillKLDivLoss, MarginMSELoss, MatryoshkaLoss
@@ -40,8 +39,6 @@ from farnear.training.run import train_in
 from farnear.training.shards import open_data
 
 from tar_makers import STORE  # isort: skip
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 OBJECTIVES: list[dict[str, Any]] = [
     {"distillation": "margin_mse"},

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import webdataset
 from encode_here import encode_here
-from pair_makers import one_thread  # noqa: F401
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
@@ -29,8 +28,6 @@ from farnear.run_folder import DONE
 from farnear.sections import ModelConfig
 
 READERS = ((ir_measures.read_trec_qrels, "qrels.txt"), (ir_measures.read_trec_run, "run.trec"))
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ from typing import Any
 
 import datasets
 import pytest
-from pair_makers import one_thread  # noqa: F401
 from stages_here import run_stages_here
 from stand_ins import EVAL_NEGATIVES, EVAL_QUERIES, MODELS, PAIRS, make_data
 
@@ -32,8 +31,6 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
 RECIPE = ROOT / "examples" / "qwen3-vl-embedding-2b.yaml"
 INSTEAD = {"strategy": "single", "training.max_steps": 2, "data.dataloader_num_workers": 0}
 NEEDS_A_GPU = ("flash_attention_2", "flash_attention_3")
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

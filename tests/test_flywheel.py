@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from pair_makers import TEMPLATE, YES_NO, one_thread  # noqa: F401
+from pair_makers import TEMPLATE, YES_NO
 from stages_here import run_stages_here
 from tiny_runs import make_inputs
 
@@ -17,8 +17,6 @@ from farnear.errors import UserError
 from farnear.flywheel_file import read_flywheel
 from farnear.launching import flywheel
 from farnear.model.tiny import save_tiny_model
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tree(folder: Path) -> dict[str, Any]:

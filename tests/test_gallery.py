@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from media_makers import video_bytes, wav_bytes
-from pair_makers import one_thread  # noqa: F401
 from PIL import Image
 from tar_makers import STORE, index_of, pair_members, write_tar
 from tiny_runs import make_inputs, run_config
@@ -273,7 +272,6 @@ def ndcg_of(path: Path) -> float:
     )
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_run_shows_where_it_stands_however_it_ends(folder: Path) -> None:
     """Stopped by a signal after step 2, failed at step 3, and finished in a third go."""
     config, run, signals = config_of(folder, "run"), RunFolder(folder / "run"), Signals()
@@ -310,7 +308,6 @@ def test_a_run_shows_where_it_stands_however_it_ends(folder: Path) -> None:
     assert "after training</h4>" not in run.report.read_text()
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_no_report_is_worth_a_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config, run = config_of(folder, "mute"), RunFolder(folder / "mute")
     with (
@@ -326,7 +323,6 @@ def test_no_report_is_worth_a_run(folder: Path, capsys: pytest.CaptureFixture[st
     assert write_report(run.path).exists()
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_run_that_starts_over_starts_a_new_gallery(folder: Path) -> None:
     config, run = config_of(folder, "over"), RunFolder(folder / "over")
     with patch("farnear.training.run.train", side_effect=ZeroDivisionError), pytest.raises(ZeroDivisionError):

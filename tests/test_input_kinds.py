@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 from media_makers import video_bytes
-from pair_makers import one_thread  # noqa: F401
 from shape_runs import page, shape_config, sound, text_and_page, trained_and_checked, write_shards
 from tiny_towers import (
     AUDIO_RATE,
@@ -28,8 +27,6 @@ from farnear.model.inputs import given_to, resampled
 from farnear.model.load import load_model
 from farnear.model.tiny import save_tiny_model
 from farnear.sections import ModelConfig
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 VISUAL, LANGUAGE = "0.model.visual", "0.model.language_model"
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from mined_shards import Colours, page_tokens
-from pair_makers import TEMPLATE, YES_NO, one_thread  # noqa: F401
+from pair_makers import TEMPLATE, YES_NO
 from tiny_runs import run_tree
 
 from farnear.config import RunConfig, parse_config
@@ -29,8 +29,6 @@ from farnear.training.run import train_in
 from farnear.training.shards import open_data
 
 ONE = World(0, 1, torch.device("cpu"))
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def preprocess(inputs: list[Any], side: str) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 import webdataset
 from encode_here import encode_here
-from pair_makers import one_thread  # noqa: F401
 
 from farnear.cli import main, train_command
 from farnear.ingest.synthetic import synthesise
@@ -71,7 +70,6 @@ def look_at(here: Path, told: str) -> None:
     assert re.search(r"^pages/\d{4}\.png$", told, re.MULTILINE)
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_the_first_run_works_as_it_is_written_down(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

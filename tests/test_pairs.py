@@ -7,7 +7,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from pair_makers import make_bases, mixed_pairs, one_thread, page, raw_scores  # noqa: F401
+from pair_makers import make_bases, mixed_pairs, page, raw_scores
 from sentence_transformers import CrossEncoder
 from test_pixels import folders  # noqa: F401
 from torch import Tensor
@@ -23,9 +23,6 @@ from farnear.sections import ModelConfig
 
 CPU = torch.device("cpu")
 PAIRS = mixed_pairs()
-
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

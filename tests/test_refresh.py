@@ -10,7 +10,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from pair_makers import TEMPLATE, one_thread  # noqa: F401
+from pair_makers import TEMPLATE
 from ranks import run_ranks
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
@@ -40,8 +40,6 @@ from farnear.training.watch import Watch
 ALONE = World(0, 1, torch.device("cpu"))
 FIRST = Path("mined") / "step-00000002" / "negatives.jsonl"
 SECOND = Path("mined") / "step-00000004" / "negatives.jsonl"
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def config_of(folder: Path, output_dir: str, **keys: Any) -> RunConfig:

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 from gallery_makers import drawn_run, trained_run
-from pair_makers import one_thread  # noqa: F401
 from PIL import Image
 
 from farnear.report.page import write_report
@@ -253,7 +252,6 @@ def test_without_its_script_the_page_shows_everything(browser: Any, report: Path
 
 
 @pytest.mark.soak
-@pytest.mark.usefixtures("one_thread")
 def test_screenshots_of_a_training(browser: Any, tmp_path: Path) -> None:
     """Into the folder that FARNEAR_SCREENSHOTS names, by which the documentation's are replaced."""
     folder = Path(os.environ.get("FARNEAR_SCREENSHOTS", tmp_path / "pictures"))

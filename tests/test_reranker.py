@@ -7,7 +7,7 @@ from typing import Any
 import exactness
 import pytest
 import torch
-from pair_makers import YES_NO, make_bases, mixed_pairs, one_thread, page, raw_scores  # noqa: F401
+from pair_makers import YES_NO, make_bases, mixed_pairs, page, raw_scores
 from ranks import run_ranks
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -34,8 +34,6 @@ CPU = torch.device("cpu")
 HEADS = ("yes_no", "linear", "yes_no_linear")
 PAIRS = mixed_pairs()
 BOUND = 1e-5
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

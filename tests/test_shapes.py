@@ -6,13 +6,10 @@ Each is trained, evaluated and exported, and its cached gradient compared with t
 from pathlib import Path
 
 import pytest
-from pair_makers import one_thread  # noqa: F401
 from shape_runs import text_and_page, trained_and_checked, write_shards
 from tiny_towers import save_tiny_clip, save_tiny_siglip, save_tiny_text_encoder
 
 from farnear.model.tiny import save_tiny_model
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -46,7 +46,7 @@ class Job:
         self.folder, self.environment = folder, environment
         words = [sys.executable, "-m", "farnear", "submit", "run.yaml", "--nodes", "2"]
         ended = subprocess.run(
-            words, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60
+            words, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True, timeout=180
         )
         found = re.match(r"job (\d+) submitted", ended.stdout)
         assert found, ended.stderr
@@ -181,5 +181,5 @@ def test_a_run_survives_what_a_cluster_does_to_it(tmp_path: Path, environment: d
     assert sorted(path.name for path in logs.iterdir()) == [f"rank-{rank:05d}.log" for rank in range(4)]
     assert again.log.count("continuing from step-") == 1
 
-    run_ranks(run_undisturbed, 4, str(tmp_path))
+    run_ranks(run_undisturbed, 4, str(tmp_path), seconds=500)
     assert losses(tmp_path / RUN) == losses(tmp_path / "undisturbed")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pair_makers import one_thread, page  # noqa: F401
+from pair_makers import page
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
@@ -31,8 +31,6 @@ from farnear.model.tiny import save_tiny_model
 from farnear.model.towers import leave_out_unreached, readers, readers_of_pages, takes, unreached
 from farnear.model.trainable import choose_trainable
 from farnear.sections import ModelConfig
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 TEXTS = ["a page", "which page shows the number of pages?"]
 CPU = torch.device("cpu")

@@ -15,7 +15,6 @@ import torch
 import yaml
 from accelerate import tracking
 from conftest import WriteRunFile
-from pair_makers import one_thread  # noqa: F401
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 from tiny_runs import make_inputs, run_config, run_tree
@@ -31,7 +30,6 @@ from farnear.parallel.world import World
 from farnear.run_folder import RunFolder
 from farnear.training.run import train_in
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 ALONE = World(0, 1, torch.device("cpu"))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from pair_makers import TEMPLATE, YES_NO, one_thread  # noqa: F401
+from pair_makers import TEMPLATE, YES_NO
 from ranks import run_ranks
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.cross_encoder.evaluation import CrossEncoderRerankingEvaluator
@@ -32,7 +32,6 @@ from farnear.retrieve.rerank import NO_CANDIDATE, given_candidates, reranked
 from farnear.sections import ModelConfig
 from farnear.training.mine_ranks import mine_on_ranks, mining_config
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 K = 10
 
 
