@@ -19,6 +19,7 @@ from tiny_runs import make_inputs, run_config
 
 import farnear
 from farnear.cli import main
+from farnear.config import load_config
 from farnear.model.load import load_model
 from farnear.retrieve import embeddings
 from farnear.retrieve.collection import open_collection
@@ -207,19 +208,30 @@ def test_a_corpus_is_embedded_without_queries(inputs: Path, monkeypatch: pytest.
     assert not found.query_ids and not Path("out/queries.npy").exists()
 
 
-def test_a_run_is_evaluated_by_its_export_its_dims_and_its_shards(
+def test_models_beside_a_run_are_measured_as_the_run_measured_its_own(
     inputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """By its export, its dims, its shards and its pixels; its base model has the figures from before training."""
     encode_here(monkeypatch)
-    config = run_config(inputs, "run", data={"eval": str(inputs / "data" / "eval-*.tar")}, training={"max_steps": 2})
-    summary = farnear.train(config)
-    assert main(["compare", str(inputs / "embedder"), str(inputs / "run"), "--resamples", "100"]) == 0
-    told = capsys.readouterr().out
-    results = json.loads(Path("evaluation/run/results.json").read_text())["results"]
-    assert {str(row["dim"]): round(row["ndcg@10"], 4) for row in results} == summary["ndcg@10_by_dim"]
-    before = json.loads(Path("evaluation/embedder/results.json").read_text())["results"]
-    assert {str(row["dim"]): round(row["ndcg@10"], 4) for row in before} == summary["ndcg@10_by_dim_before"]
-    assert "run against embedder" in told
+    data = {"eval": str(inputs / "data" / "eval-*.tar")}
+    model = {"max_pixels": 2048, "prompts": {"query": "find: ", "document": ""}}
+    summary = farnear.train(run_config(inputs, "run", data=data, model=model, training={"max_steps": 2}))
+    words = [str(inputs / name) for name in ("base", "run", "embedder")]
+    assert main(["compare", *words, "--resamples", "100"]) == 0
+    assert "run against base" in capsys.readouterr().out
+
+    def measured(name: str) -> dict[str, float]:
+        results = json.loads(Path(f"evaluation/{name}/results.json").read_text())["results"]
+        return {str(row["dim"]): round(row["ndcg@10"], 4) for row in results}
+
+    assert measured("run") == summary["ndcg@10_by_dim"]
+    assert measured("base") == summary["ndcg@10_by_dim_before"]
+    # A model that is not the run's own keeps its prompts, and sees pages of the same size.
+    assert load_config(Path("evaluation/embedder/embeddings/encode.yaml")).model.max_pixels == 2048
+    assert load_config(Path("evaluation/embedder/embeddings/encode.yaml")).model.prompts is None
+    assert main(["evaluate", words[0], "--data", data["eval"], "--out", "alone"]) == 0
+    alone = json.loads(Path("alone/base/results.json").read_text())["results"][0]
+    assert round(alone["ndcg@10"], 4) != measured("base")["64"], "pages of another size would be seen"
 
 
 def test_a_checkpoint_is_exported_and_evaluated(

@@ -105,11 +105,11 @@ def test_the_page_is_whole_and_loads_nothing(run_folder: Path) -> None:
 def test_the_figures_of_the_run(run_folder: Path) -> None:
     words = _read(run_folder).words
     assert "nDCG@10 with 1,024 dimensions 0.040 → 0.950 after training" in words
-    assert "Optimizer steps 20 epoch 2" in words
+    assert "Optimizer steps 20 epoch 3" in words
     assert "Pairs per second 83.71" in words
     assert "Time 2 min 33 s" in words
     assert "Processes 2 zero2" in words
-    assert "Peak memory 2 GiB" in words
+    assert "Peak memory 2.1 GB" in words
     # The full dimension first, in the order of numbers and not of strings.
     assert "1,024 0.040 0.950 +0.910 128 0.030 0.800 +0.770 64 0.020 0.700 +0.680" in words
     assert "Dimensions nDCG@1 nDCG@10 Recall@10 1,024 0.100 0.950 0.500" in words

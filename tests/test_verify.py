@@ -210,7 +210,7 @@ def test_a_summary_of_every_modality(tmp_path: Path) -> None:
         ("c.jpg", noise(1)[:-200]),
     ]
     text = summary([write_tar(tmp_path / "a.tar", members)])
-    assert line(text, "queries") == "text 1, audio 1, message 1"
+    assert line(text, "queries") == "text 1, audio 1, image+message 1"
     assert "query     audio of 0.5 s at 8,000 Hz" in text
     assert "positive  a.tar/a.mp4: video of 1.5 s, 3 frames of 32 x 16" in text
     assert "query     user: look, image of 6 x 4" in text

@@ -139,14 +139,16 @@ def _measured(arguments: argparse.Namespace) -> tuple[list["Subject"], int]:
     named = {
         name: named_model(word, arguments.out / name / "model") for name, word in names.items() if name not in stored
     }
+    runs = [one.run for one in named.values() if one.run is not None]
     shards, corpus = arguments.data, arguments.corpus
     if shards is None and named:
-        run = next((one.run for one in named.values() if one.run is not None and one.run.data.eval), None)
+        run = next((run for run in runs if run.data.eval), None)
         if run is None:
             raise UserError("no shards are named, and no run that has data.eval; name shards of pairs with --data")
         shards, corpus = run.data.eval, [*corpus, *run.data.eval_corpus]
+    beside = runs[0] if runs else None
     configs = {
-        name: encoding_config(model, shards, corpus, overrides, arguments.out / name / "embeddings")
+        name: encoding_config(model, shards, corpus, overrides, arguments.out / name / "embeddings", beside)
         for name, model in named.items()
     }
     for name, config in configs.items():

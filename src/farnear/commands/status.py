@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from farnear.command_line import Parser, add_run_arguments
+from farnear.errors import UserError
 
 
 def add_status(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -13,7 +14,7 @@ def add_status(commands: "argparse._SubParsersAction[Parser]") -> None:
         help="how a run stands or has ended",
         description="Print the state of a run (running, finished, stopped, failed), its newest checkpoint and the "
         "reason, from status.json in its run folder.",
-        epilog="example:\n  farnear status run.yaml output_dir=runs/second",
+        epilog="examples:\n  farnear status run.yaml output_dir=runs/second\n  farnear status runs/second",
     )
     add_run_arguments(parser, resumes=False)
     parser.set_defaults(command=_status)
@@ -27,7 +28,10 @@ def _status(arguments: argparse.Namespace) -> int:
     from farnear.status import read_status
     from farnear.wording import printable
 
-    folder = RunFolder(Path(load_config(arguments.run_file, arguments.overrides).output_dir))
+    named = arguments.run_file
+    if named.is_dir() and arguments.overrides:
+        raise UserError(f"{named} is a run folder, and its run file is what it is; drop {arguments.overrides[0]}")
+    folder = RunFolder(named if named.is_dir() else Path(load_config(named, arguments.overrides).output_dir))
     status = read_status(folder)
     if status is None:
         print(f"nothing has run in {folder.path}", file=sys.stderr)

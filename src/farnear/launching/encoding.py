@@ -80,12 +80,19 @@ def named_model(word: str, exported: Path) -> NamedModel:
 
 
 def encoding_config(
-    model: NamedModel, shards: Sequence[str], corpus: Sequence[str], overrides: Sequence[str], folder: Path
+    model: NamedModel,
+    shards: Sequence[str],
+    corpus: Sequence[str],
+    overrides: Sequence[str],
+    folder: Path,
+    beside: RunConfig | None = None,
 ) -> RunConfig:
     """A run file that names the model and what it is to embed, as its section `data` says.
 
     Args:
         overrides: `section.key=value` words; they win over what the model's own run says.
+        beside: A run whose model it is measured beside. What no run of its own is known of is computed as that one is,
+            and sees pages of the same size; that run's base model is what it was before the training.
 
     Raises:
         UserError: A key is unknown, or a value out of range.
@@ -96,9 +103,14 @@ def encoding_config(
         "data": {"train": list(shards), "train_corpus": list(corpus)},
         "strategy": "single",
     }
-    if model.run is not None:
-        run = model.run
-        tree["model"] = model_beside(run, model.name_or_path).model_dump(mode="json")
+    run = model.run or beside
+    if run is not None:
+        if model.run is None and _same_model(model.name_or_path, run.model.name_or_path):
+            tree["model"] = run.model.model_dump(mode="json", exclude={"lora", "freeze"})
+        else:
+            tree["model"] = model_beside(run, model.name_or_path).model_dump(mode="json")
+            if model.run is None:
+                tree["model"] |= {"min_pixels": run.model.min_pixels, "max_pixels": run.model.max_pixels}
         tree["training"] = {key: getattr(run.training, key) for key in ("bf16", "fp16", "pure_bf16")}
         if run.strategy in ("zero3", "fsdp2"):
             tree["strategy"] = run.strategy
@@ -111,6 +123,10 @@ def encoding_config(
     if (tree.get("num_processes") or 1) > 1 and tree["strategy"] == "single":
         tree["strategy"] = "ddp"
     return parse_config(tree, source=f"encoding with {model.name_or_path}")
+
+
+def _same_model(one: str, other: str) -> bool:
+    return one == other or (Path(one).is_dir() and Path(one).resolve() == Path(other).resolve())
 
 
 def encode(

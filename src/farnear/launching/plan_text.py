@@ -224,8 +224,9 @@ def _time(forecast: Forecast) -> list[tuple[str, str]]:
         ("by", model),
     ]
     if forecast.data.steps is not None:
-        hours = forecast.data.steps * time.total / 3600
-        lines.append(("run", f"{counted(forecast.data.steps, 'step')}: {hours:.1f} h, without evaluations and saves"))
+        seconds = forecast.data.steps * time.total
+        takes = f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
+        lines.append(("run", f"{counted(forecast.data.steps, 'step')}: {takes}, without evaluations and saves"))
     lines.append(
         (
             "checkpoint",

@@ -140,8 +140,8 @@ def find_config(config: ModelConfig, run_file: Path) -> Path:
             return place
     raise UserError(
         f"there is no model folder {name} here, and the config.json of the hub's model of that name, by which memory "
-        "is planned, is neither in the hub's cache nor beside the run file; correct model.name_or_path, or put it into "
-        f"{run_file.parent / last.lower()}/config.json"
+        "is planned, is neither in the hub's cache nor beside the run file; correct model.name_or_path, run `farnear "
+        f"prefetch {run_file}` where there is a network, or put it into {run_file.parent / last.lower()}/config.json"
     )
 
 

@@ -20,6 +20,7 @@ from farnear.report import bars
 from farnear.report.figures import Series, chart_over_steps
 from farnear.report.records import HEADLINE, Evaluation, Run, Step
 from farnear.report.svg import number
+from farnear.wording import amount
 
 ABSENT = "–"  # noqa: RUF001 (a dash is how tables say that there is nothing)
 
@@ -101,7 +102,7 @@ def tiles(run: Run) -> list[Tile]:
             found.append(Tile("nDCG@10 by the embedder alone", _score(shown.embedder), "the order that was reranked"))
     if run.steps:
         last = run.steps[-1]
-        found.append(Tile("Optimizer steps", f"{last.step:,}", f"epoch {number(last.epoch)}"))
+        found.append(Tile("Optimizer steps", f"{last.step:,}", f"epoch {number(last.epoch + 1)}"))
         # The summary's is a mean over the last steps: a single one may be a batch of one pair, whose loss is 0.
         loss = run.summary.get("loss")
         newest_loss = float(loss) if isinstance(loss, int | float) else last.loss
@@ -122,7 +123,7 @@ def tiles(run: Run) -> list[Tile]:
         found.append(Tile("Processes", plain(run.summary["world_size"]), strategy))
     peaks = [step.peak_memory_bytes for step in run.steps if isfinite(step.peak_memory_bytes)]
     if any(peaks):
-        found.append(Tile("Peak memory", f"{number(max(peaks) / 2**30)} GiB"))
+        found.append(Tile("Peak memory", amount(max(peaks))))
     return found
 
 

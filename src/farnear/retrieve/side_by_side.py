@@ -31,6 +31,7 @@ from farnear.retrieve.quality import Quality, qualities, refuse_unmeasurable
 from farnear.retrieve.trec import write_qrels, write_run
 from farnear.wording import counted
 
+OF_A_COMPARISON = ("comparison.json", "queries.csv")
 NOT_FOUND = 0
 """The rank of a page that is not among the ``DEPTH`` nearest."""
 
@@ -188,6 +189,9 @@ def write_results(out: Path, subjects: Sequence[Subject]) -> None:
     """Leave what was measured of each model, and TREC's files."""
     first = subjects[0].collection
     out.mkdir(parents=True, exist_ok=True)
+    for name in OF_A_COMPARISON:
+        # Of an earlier one, which had other results.
+        (out / name).unlink(missing_ok=True)
     write_qrels(out / "qrels.txt", first.query_ids, first.document_ids, first.relevant)
     for subject in subjects:
         collection, best = subject.collection, subject.qualities[0]
@@ -224,7 +228,7 @@ def write_comparison(out: Path, subjects: Sequence[Subject], compared: Sequence[
     """Leave the differences, and the table of queries."""
     baseline, *others = subjects
     about = {"baseline": baseline.name, "measure": measure, "differences": [asdict(one) for one in compared]}
-    replace_text(out / "comparison.json", json.dumps(about, indent=1) + "\n")
+    replace_text(out / OF_A_COMPARISON[0], json.dumps(about, indent=1) + "\n")
     changes = {other.name: {one.query: one for one in query_changes(baseline, other, measure)} for other in others}
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -236,4 +240,4 @@ def write_comparison(out: Path, subjects: Sequence[Subject], compared: Sequence[
             other = by_query[query]
             row += [f"{other.value:.6f}", other.rank or "", f"{other.change:+.6f}"]
         writer.writerow(row)
-    replace_text(out / "queries.csv", text.getvalue())
+    replace_text(out / OF_A_COMPARISON[1], text.getvalue())

@@ -99,7 +99,7 @@ def _queries(count: int) -> str:
 
 
 def _milliseconds(seconds: float) -> str:
-    return f"{1000 * seconds:,.1f} ms"
+    return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{1000 * seconds:,.0f} ms"
 
 
 def _shortened(text: str) -> str:
