@@ -56,5 +56,7 @@ def _rank_main(rank: int, world_size: int, port: int, work: Callable[..., None],
     sys.path.insert(0, str(Path(__file__).parent))
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1")
     os.environ["MASTER_PORT"] = str(port)
+    # As launches set it on two cores. Unset, accelerate would take all cores for each rank, and sums round otherwise.
+    os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     work(rank, world_size, *arguments)
