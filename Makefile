@@ -39,6 +39,7 @@ bench: $(INSTALLED) ## exactness of the gradient; speed of a step, the loss, the
 	$(RUN)/python benchmarks/loss.py
 	$(RUN)/python benchmarks/data.py
 	$(RUN)/python benchmarks/mining.py
+	$(RUN)/python benchmarks/compare.py
 	$(RUN)/python benchmarks/checkpoint.py
 
 soak: $(INSTALLED) ## what takes longer: the tests left out of `make test`, the fault campaign, the benchmarks
@@ -52,6 +53,7 @@ soak: $(INSTALLED) ## what takes longer: the tests left out of `make test`, the 
 	$(RUN)/python benchmarks/loss.py
 	$(RUN)/python benchmarks/data.py
 	$(RUN)/python benchmarks/mining.py
+	$(RUN)/python benchmarks/compare.py
 	$(RUN)/python benchmarks/checkpoint.py
 	$(RUN)/python benchmarks/scaling.py
 	$(RUN)/python benchmarks/forecast.py

@@ -60,7 +60,7 @@ def test_workers_end_when_their_rank_is_killed(rank: Callable[[Path], None], tmp
         time.sleep(1.0)  # for workers that are still being started
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-        _, left = psutil.wait_procs(workers, timeout=10)
+        _, left = psutil.wait_procs(workers, timeout=30)
         assert left == []
     finally:
         for worker in workers:
