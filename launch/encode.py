@@ -1,19 +1,7 @@
 """One rank of `farnear encode`: started by it as launch/train.py is by a launch, and of no use otherwise."""
 
-import os
-import sys
-import traceback
-
 from farnear.commands.encode import rank_command
+from farnear.commands.rank import end_rank
 
 if __name__ == "__main__":
-    try:
-        code = rank_command(sys.argv[1:])
-    except Exception:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if code:
-        # Tidying up could wait for ranks that are gone.
-        os._exit(code)
+    end_rank(rank_command)

@@ -24,7 +24,7 @@ from farnear.commands.mine import rank_command
 from farnear.config import RunConfig, load_config, models_named
 from farnear.export_folder import whole_export
 from farnear.flywheel_file import is_flywheel, read_flywheel
-from farnear.launching import mining
+from farnear.launching import local
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
@@ -130,7 +130,7 @@ FLYWHEELS = [path for path in EXAMPLES if is_flywheel(path)]
 
 @pytest.mark.parametrize("example", RUN_FILES, ids=lambda path: path.stem)
 def test_a_run_file_trains_as_it_stands(example: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mining, "supervise", lambda command, threads: rank_command(command[3:]))
+    monkeypatch.setattr(local, "supervise", lambda command, threads: rank_command(command[3:]))
     config = load_config(example)
     assert_trained_as_written(config, train(example), instead_of(config))
 

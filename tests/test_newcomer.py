@@ -77,8 +77,8 @@ def test_the_first_run_works_as_it_is_written_down(
         words = list(command)
         return train_command(words[next(n for n, word in enumerate(words) if word.endswith("train.py")) + 1 :])
 
-    encode_here(monkeypatch)
     monkeypatch.setattr(local, "supervise", supervise)
+    encode_here(monkeypatch)
     for _, text in blocks("sh"):
         for line in text.splitlines():
             program, *words = shlex.split(line)

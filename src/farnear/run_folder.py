@@ -6,15 +6,17 @@ asks again, as it may be started otherwise.
 """
 
 import fcntl
+import hashlib
+import json
 import os
 import platform
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import Any, Literal, TextIO
 
 from farnear.errors import UserError
 
@@ -240,6 +242,20 @@ def _locked(file: TextIO) -> bool:
 
 DONE = "done.json"
 """In a folder that was mined or encoded into: what it was made of, and the files that were left; there when all is."""
+
+
+def digest_of(deciding: Mapping[str, Any]) -> str:
+    """What work in such a folder is known by, from all that decides what comes of it, in words and numbers."""
+    return hashlib.blake2b(json.dumps(deciding, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def done_in(folder: Path, inputs: str | None, files_in: Callable[[Path], dict[str, int]]) -> bool:
+    """Whether work has ended in a folder, of these inputs if they are given, and its files are there still."""
+    try:
+        done = json.loads((folder / DONE).read_text(encoding="utf-8"))
+        return bool(inputs in (None, done["inputs"]) and done["files"] and done["files"] == files_in(folder))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def files_left(folder: Path) -> dict[str, int]:

@@ -2,19 +2,15 @@
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from farnear.command_line import Parser, parse, positive
-from farnear.environment import prepare_environment
-from farnear.errors import UserError, as_user_error
-from farnear.noise import quiet
-from farnear.outcome import announce, tell
-from farnear.processes import end_with_parent
+from farnear.command_line import Parser, positive
+from farnear.commands.rank import work_on_rank
 
 if TYPE_CHECKING:
     from farnear.launching.encoding import NamedModel
+    from farnear.signals import Signals
 
 
 def add_encode(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -77,27 +73,15 @@ def exported(model: "NamedModel") -> "NamedModel":
 
 def rank_command(words: list[str]) -> int:
     """What launch/encode.py does on each rank. Returns the exit code."""
-    from farnear.config import load_config
-    from farnear.signals import Signals
-
     parser = Parser(prog="launch/encode.py", description="One rank of farnear encode.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("run_file", type=Path)
     parser.add_argument("encoding", type=json.loads)
-    try:
-        arguments = parse(parser, words)
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            end_with_parent(os.getppid())
-        config = load_config(arguments.run_file)
-        with Signals() as signals:
-            announce()
-            prepare_environment()
-            quiet()
-            from farnear.training.encode_ranks import Encoding, encode_on_ranks
+    return work_on_rank(parser, words, _encode_on_rank)
 
-            encode_on_ranks(config, arguments.folder, Encoding(**arguments.encoding), signals)
-        return 0
-    except (UserError, OSError) as error:
-        mistake = as_user_error(error)
-    tell(mistake)
-    return mistake.exit_code
+
+def _encode_on_rank(arguments: argparse.Namespace, signals: "Signals") -> None:
+    from farnear.config import load_config
+    from farnear.training.encode_ranks import Encoding, encode_on_ranks
+
+    encode_on_ranks(load_config(arguments.run_file), arguments.folder, Encoding(**arguments.encoding), signals)

@@ -1,15 +1,14 @@
 """`farnear mine`: hard negatives for the training pairs of a run file."""
 
 import argparse
-import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from farnear.command_line import Parser, parse, positive
-from farnear.environment import prepare_environment
-from farnear.errors import UserError, as_user_error
-from farnear.noise import quiet
-from farnear.outcome import announce, tell
-from farnear.processes import end_with_parent
+from farnear.command_line import Parser, positive
+from farnear.commands.rank import work_on_rank
+
+if TYPE_CHECKING:
+    from farnear.signals import Signals
 
 
 def add_mine(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -49,28 +48,17 @@ def _mine(arguments: argparse.Namespace) -> int:
 
 def rank_command(words: list[str]) -> int:
     """What launch/mine.py does on each rank. Returns the exit code."""
-    from farnear.config import load_config
-    from farnear.signals import Signals
-
     parser = Parser(prog="launch/mine.py", description="One rank of farnear mine.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("inputs")
     parser.add_argument("run_file", type=Path)
     parser.add_argument("overrides", nargs="*", default=[])
-    try:
-        arguments = parse(parser, words)
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            end_with_parent(os.getppid())
-        config = load_config(arguments.run_file, arguments.overrides)
-        with Signals() as signals:
-            announce()
-            prepare_environment()
-            quiet()
-            from farnear.training.mine_ranks import mine_on_ranks, mining_config
+    return work_on_rank(parser, words, _mine_on_rank)
 
-            mine_on_ranks(mining_config(config), arguments.folder, arguments.inputs, signals)
-        return 0
-    except (UserError, OSError) as error:
-        mistake = as_user_error(error)
-    tell(mistake)
-    return mistake.exit_code
+
+def _mine_on_rank(arguments: argparse.Namespace, signals: "Signals") -> None:
+    from farnear.config import load_config
+    from farnear.training.mine_ranks import mine_on_ranks, mining_config
+
+    config = load_config(arguments.run_file, arguments.overrides)
+    mine_on_ranks(mining_config(config), arguments.folder, arguments.inputs, signals)

@@ -5,7 +5,6 @@ by a checkpoint of a run, of which an export is made first. Of a run its run fil
 to be computed and which Matryoshka dims it was trained to have; of any other what the command line says.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,13 +17,9 @@ from farnear.data.run_shards import shard_store, shards_to_encode
 from farnear.errors import UserError
 from farnear.files import replace_text
 from farnear.launching.hardware import read_hardware
-from farnear.launching.local import accelerate_command, python_command, ranks_of_machine, variables_of_ranks
+from farnear.launching.local import run_beside
 from farnear.launching.mining import files_of_model
-from farnear.launching.nodes import Nodes
-from farnear.launching.supervision import supervise
-from farnear.mining_section import strategy_of_mining
-from farnear.run_folder import DONE, RunFolder, files_of_collection
-from farnear.wording import counted
+from farnear.run_folder import RunFolder, digest_of, done_in, files_of_collection
 
 PROGRAM = "encode.py"
 RUN_FILE = "encode.yaml"
@@ -144,44 +139,28 @@ def encode(
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file, and embeddings need a folder; name another one")
     inputs = _inputs_of(config, truncate_dim, precision, about)
-    if _is_done(folder, inputs):
+    if done_in(folder, inputs, files_of_collection):
         print(f"{folder} holds the embeddings of the same model and shards; nothing is left to do", flush=True)
         return 0
     others = [path for path in folder.iterdir() if path != Path(config.model.name_or_path)] if folder.exists() else []
     if others and not (folder / RUN_FILE).exists():
         raise UserError(f"{folder} holds other files, which are not replaced; name another folder")
-    hardware = read_hardware()
-    ranks = ranks_of_machine(config, Nodes(), hardware)
     folder.mkdir(parents=True, exist_ok=True)
     replace_text(folder / RUN_FILE, dump_config(config))
     encoding = {"truncate_dim": truncate_dim, "precision": precision, "inputs": inputs, "about": dict(about)}
-    arguments = [str(folder), str(folder / RUN_FILE), json.dumps(encoding)]
-    strategy = strategy_of_mining(config.strategy)
-    if strategy == "single":
-        _, command = python_command(arguments, PROGRAM)
-    else:
-        _, command = accelerate_command(strategy, arguments, None, config.num_processes, program=PROGRAM)
-    print(f"on {hardware}: {counted(ranks, 'rank')}, {config.model.title}, into {folder}", flush=True)
-    return supervise(command, variables_of_ranks(ranks, has_gpus=bool(hardware.gpus)))
+    return run_beside(PROGRAM, config, [str(folder), str(folder / RUN_FILE), json.dumps(encoding)], folder)
 
 
 def _inputs_of(config: RunConfig, truncate_dim: int | None, precision: str, about: Mapping[str, Any]) -> str:
     """A digest of what decides what the folder holds."""
     cache = cache_folder(config.data.cache_dir)
     store = shard_store(config.data, cache)
-    deciding = {
-        "model": config.model.model_dump(mode="json"),
-        "files": files_of_model(Path(config.model.name_or_path)),
-        "precision": [getattr(config.training, key) for key in ("bf16", "fp16", "pure_bf16")],
-        "content": cached_index(shards_to_encode(config.data, store), cache, store).fingerprint,
-        "form": [truncate_dim, precision, dict(about)],
-    }
-    return hashlib.blake2b(json.dumps(deciding, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def _is_done(folder: Path, inputs: str) -> bool:
-    try:
-        done = json.loads((folder / DONE).read_text(encoding="utf-8"))
-        return bool(done["inputs"] == inputs and done["files"] == files_of_collection(folder))
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    return digest_of(
+        {
+            "model": config.model.model_dump(mode="json"),
+            "files": files_of_model(Path(config.model.name_or_path)),
+            "precision": [getattr(config.training, key) for key in ("bf16", "fp16", "pure_bf16")],
+            "content": cached_index(shards_to_encode(config.data, store), cache, store).fingerprint,
+            "form": [truncate_dim, precision, dict(about)],
+        }
+    )

@@ -20,6 +20,7 @@ from farnear.launching.accelerate_config import check_config_file
 from farnear.launching.hardware import Hardware, read_hardware
 from farnear.launching.nodes import Nodes
 from farnear.launching.supervision import supervise
+from farnear.mining_section import strategy_of_mining
 from farnear.noise import QUIET
 from farnear.rank_logs import LOG_DIR
 from farnear.resources import resource_root
@@ -146,6 +147,26 @@ def ranks_of_machine(config: RunConfig, nodes: Nodes, hardware: Hardware) -> int
         )
     hardware.refuse_more_ranks(ranks)
     return ranks
+
+
+def run_beside(program: str, config: RunConfig, arguments: Sequence[str], folder: Path) -> int:
+    """Work that trains nothing, on the ranks of this machine, into a folder. Returns the exit code.
+
+    Args:
+        program: In the folder `launch`.
+
+    Raises:
+        UserError: Before the start, or the one that a rank met.
+    """
+    hardware = read_hardware()
+    ranks = ranks_of_machine(config, Nodes(), hardware)
+    strategy = strategy_of_mining(config.strategy)
+    if strategy == "single":
+        _, command = python_command(arguments, program)
+    else:
+        _, command = accelerate_command(strategy, arguments, None, config.num_processes, program=program)
+    print(f"on {hardware}: {counted(ranks, 'rank')}, {config.model.title}, into {folder}", flush=True)
+    return supervise(command, variables_of_ranks(ranks, has_gpus=bool(hardware.gpus)))
 
 
 def python_command(arguments: Sequence[str], program: str = "train.py") -> tuple[list[str], list[str]]:

@@ -4,7 +4,6 @@ The same command goes on where a killed one stopped, and does nothing where one 
 file's sections that decide what is found, the shards by their content, and the model by the files of its folder.
 """
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,14 +11,9 @@ from typing import Any
 
 from farnear.config import RunConfig, load_config
 from farnear.errors import UserError
-from farnear.launching.hardware import read_hardware
-from farnear.launching.local import accelerate_command, python_command, ranks_of_machine, variables_of_ranks
-from farnear.launching.nodes import Nodes
+from farnear.launching.local import run_beside
 from farnear.launching.run_data import fingerprints
-from farnear.launching.supervision import supervise
-from farnear.mining_section import strategy_of_mining
-from farnear.run_folder import DONE, files_left
-from farnear.wording import counted
+from farnear.run_folder import digest_of, done_in, files_left
 
 PROGRAM = "mine.py"
 
@@ -53,21 +47,12 @@ def mine(
     if is_done(folder, inputs):
         print(f"{folder / 'negatives.jsonl'} was mined of the same model, shards and settings; nothing is left to do")
         return 0
-    hardware = read_hardware()
-    ranks = ranks_of_machine(config, Nodes(), hardware)
-    strategy = strategy_of_mining(config.strategy)
-    arguments = [str(folder), inputs, str(run_file), *words]
-    if strategy == "single":
-        _, command = python_command(arguments, PROGRAM)
-    else:
-        _, command = accelerate_command(strategy, arguments, None, config.num_processes, program=PROGRAM)
-    print(f"on {hardware}: {counted(ranks, 'rank')}, {config.model.title}, into {folder}", flush=True)
-    return supervise(command, variables_of_ranks(ranks, has_gpus=bool(hardware.gpus)))
+    return run_beside(PROGRAM, config, [str(folder), inputs, str(run_file), *words], folder)
 
 
 def inputs_of(config: RunConfig) -> str:
     """A digest of what decides which negatives are found."""
-    return hashlib.blake2b(json.dumps(deciding(config), sort_keys=True).encode(), digest_size=16).hexdigest()
+    return digest_of(deciding(config))
 
 
 def deciding(config: RunConfig) -> dict[str, Any]:
@@ -100,8 +85,4 @@ def files_of_model(model: Path) -> list[list[str | int]]:
 
 def is_done(folder: Path, inputs: str | None = None) -> bool:
     """Whether a mining has ended there, of these inputs if they are given, and all that it has left is there still."""
-    try:
-        done = json.loads((folder / DONE).read_text(encoding="utf-8"))
-        return bool(inputs in (None, done["inputs"]) and done["files"] and done["files"] == files_left(folder))
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    return done_in(folder, inputs, files_left)

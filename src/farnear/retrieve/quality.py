@@ -9,13 +9,12 @@ Shapes: Q queries, P pages, k results, d components.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
-from time import perf_counter
 
 import numpy as np
 import numpy.typing as npt
 
 from farnear.errors import UserError
+from farnear.retrieve.alone import seconds_alone
 from farnear.retrieve.codes import Float32, Precision, unit_prefix
 from farnear.retrieve.collection import Collection
 from farnear.retrieve.flat_index import flat_index
@@ -23,8 +22,6 @@ from farnear.retrieve.measure import OF_AN_EVALUATION, measures_by_query
 from farnear.wording import counted
 
 DEPTH = 100
-_QUERIES_ALONE = 9
-"""That are timed one by one, after one that warms up."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,10 +89,6 @@ def _quality(collection: Collection, dim: int, precision: Precision, rescore_mul
     index = flat_index(collection.documents, dim, precision, rescore_multiplier)
     query_Qd = unit_prefix(collection.queries, dim)
     score_Qk, page_Qk = index.search(query_Qd, DEPTH)
-    seconds = []
-    for query in np.linspace(0, len(query_Qd) - 1, 1 + _QUERIES_ALONE).astype(int):
-        started = perf_counter()
-        index.alone(query_Qd[query], 10)
-        seconds.append(perf_counter() - started)
+    seconds = seconds_alone(lambda query: index.alone(query_Qd[query], 10), len(query_Qd))
     by_query = measures_by_query(page_Qk, collection.relevant, OF_AN_EVALUATION)
-    return Quality(dim, precision, by_query, page_Qk.numpy(), score_Qk.numpy(), index.nbytes, median(seconds[1:]))
+    return Quality(dim, precision, by_query, page_Qk.numpy(), score_Qk.numpy(), index.nbytes, seconds)

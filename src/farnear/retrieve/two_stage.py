@@ -10,15 +10,13 @@ reranker tells pages apart, and nothing about a first stage.
 Shapes: Q queries, k candidates of each.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from statistics import median
-from time import perf_counter
 
 import numpy as np
 import numpy.typing as npt
 
 from farnear.parallel.world import on_main_rank
+from farnear.retrieve.alone import seconds_alone
 from farnear.retrieve.encode import encode
 from farnear.retrieve.evaluate import DEPTH, RetrievalTask, embeddings_of
 from farnear.retrieve.inference import Inference, nothing
@@ -28,9 +26,6 @@ from farnear.retrieve.rerank import given_candidates, pairs_of, reranked, score_
 from farnear.retrieve.search import top_k
 
 Int64 = npt.NDArray[np.int64]
-
-_QUERIES_ALONE = 9
-"""That are timed one by one, after one that warms up."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +75,7 @@ def found_by(embedder: Inference, task: RetrievalTask, k: int) -> FirstStage:
         row = task.index.query_N[task.query_pair_Q[[query]]]
         top_k(encode(alone, task.index, task.store, "query", row), page_PD, k)
 
-    return FirstStage(candidate_Qk, measures, _seconds_alone(one, len(candidate_Qk)))
+    return FirstStage(candidate_Qk, measures, seconds_alone(one, len(candidate_Qk)))
 
 
 def given(task: RetrievalTask, k: int) -> FirstStage:
@@ -99,7 +94,7 @@ def rerank(task: RetrievalTask, first: FirstStage, reranker: Inference) -> Secon
     reranker.model.train(False)
     try:
         score_n = score(reranker, candidate_Qk, slice(None))
-        seconds = _seconds_alone(
+        seconds = seconds_alone(
             lambda query: score(alone, candidate_Qk[query : query + 1], slice(query, query + 1)), len(candidate_Qk)
         )
     finally:
@@ -107,13 +102,3 @@ def rerank(task: RetrievalTask, first: FirstStage, reranker: Inference) -> Secon
     page_Qk, score_Qk = reranked(candidate_Qk, score_n)
     rankings = rankings_of(page_Qk, score_Qk, task.relevant)
     return SecondStage(measure(page_Qk, task.relevant), len(score_n), rankings, seconds)
-
-
-def _seconds_alone(once: Callable[[int], object], queries: int) -> float:
-    """The median over some queries, one at a time."""
-    seconds = []
-    for query in np.linspace(0, queries - 1, 1 + _QUERIES_ALONE).astype(int).tolist():
-        started = perf_counter()
-        once(query)
-        seconds.append(perf_counter() - started)
-    return median(seconds[1:])

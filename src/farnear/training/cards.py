@@ -4,10 +4,7 @@ What a card says of base and data stands in `card.json` of the run folder, so th
 checkpoint, where neither the shards nor the run's process are.
 """
 
-import json
 from collections.abc import Mapping
-from contextlib import suppress
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +20,7 @@ from farnear.run_folder import RunFolder
 from farnear.training.checkpoint import Checkpoint
 from farnear.training.describe import loss_in_words, parameters_in_words
 from farnear.training.engine import BuiltModel
+from farnear.training.metrics import readable_lines
 from farnear.training.optim import warmup_steps
 from farnear.training.resume import commits_of
 from farnear.training.shards import RunData
@@ -83,7 +81,7 @@ def run_card(config: RunConfig, folder: RunFolder, facts: CardFacts, step: int, 
         name: Of the folder that it is exported to.
         after: Whether the evaluation after the training, if there is one, was of these weights.
     """
-    records = _records(folder)
+    records = readable_lines(folder.evaluations)
     before = [record for record in records if record["kind"] == "before"]
     # That after the training is told with the last step, whatever step the weights are of.
     now = [record for record in records if record["kind"] == "after" and after] or [
@@ -117,13 +115,3 @@ def _data(config: RunConfig, data: RunData) -> DataFacts:
         eval_pages=whole.pages if whole else None,
         eval_fingerprint=whole.index.fingerprint if whole else None,
     )
-
-
-def _records(folder: RunFolder) -> list[dict[str, Any]]:
-    """Of eval.jsonl; a kill may have come in the middle of the last one."""
-    records = []
-    if folder.evaluations.exists():
-        for line in folder.evaluations.read_text(encoding="utf-8", errors="replace").splitlines():
-            with suppress(ValueError):
-                records.append(json.loads(line))
-    return records

@@ -4,46 +4,38 @@ Parts are embedded into `parts` in the folder, where a killed encoding is gone o
 them to the dimension and precision that were asked for, and they go. The model runs as `farnear mine` has it run.
 """
 
-import json
 import shutil
-from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from statistics import median
-from time import perf_counter
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from farnear.config import RunConfig
 from farnear.data.index import Index
 from farnear.data.shard_store import ShardStore
-from farnear.errors import RunInterruptedError
-from farnear.files import replace_text
-from farnear.parallel.world import World, on_main_rank, start_world, stop_world
+from farnear.parallel.world import World, on_main_rank
+from farnear.retrieve.alone import seconds_alone
 from farnear.retrieve.codes import Precision
 from farnear.retrieve.collection import refuse_dim
 from farnear.retrieve.collection_writing import write_collection
 from farnear.retrieve.embeddings import distinct_inputs, encode_all
 from farnear.retrieve.encode import encode
 from farnear.retrieve.inference import Inference, nothing
-from farnear.run_folder import DONE, RunFolder, claimed, files_of_collection
+from farnear.run_folder import files_of_collection
 from farnear.signals import Signals
+from farnear.training.beside_runs import Work, note_done, work_in
 from farnear.training.embedders import EmbedderKind, embedder_facts
 from farnear.training.engine import build_model
-from farnear.training.guard import Guard, StopAskedError
 from farnear.training.mine_ranks import mining_config
 from farnear.training.opening import prepare_workers
 from farnear.training.shards import kinds_of, open_to_encode, refuse_unsupported
-from farnear.training.terminal import Terminal
-from farnear.training.watch import Watch
 from farnear.wording import counted
 
 PARTS = "parts"
-_ALONE = 9
-"""Inputs that are timed one by one, after one that warms up."""
 
 
 @dataclass(frozen=True)
@@ -73,33 +65,12 @@ def encode_on_ranks(config: RunConfig, folder: Path, encoding: Encoding, signals
         RunInterruptedError: On every rank, after a signal.
     """
     config = mining_config(config)
-    world = start_world(config)
-    claim = ExitStack()
-    try:
-        on_main_rank(world, lambda: claim.enter_context(claimed(RunFolder(folder))))
-        # It speaks of what was there before, which from now on is changed.
-        on_main_rank(world, lambda: (folder / DONE).unlink(missing_ok=True))
-        guard, watch = Guard(world, signals), Watch()
-        with Terminal(watch, is_main=world.is_main) as terminal:
-            _encode(config, world, folder, encoding, guard.stop_if_asked, watch, terminal)
-    except StopAskedError as asked:
-        raise RunInterruptedError(
-            f"stopped by {asked}; what is embedded is kept, and the same command goes on"
-        ) from None
-    finally:
-        claim.close()
-        stop_world()
+    with work_in(config, folder, signals) as work:
+        _encode(config, work, folder, encoding)
 
 
-def _encode(
-    config: RunConfig,
-    world: World,
-    folder: Path,
-    encoding: Encoding,
-    between: Callable[[], None],
-    watch: Watch,
-    terminal: Terminal,
-) -> None:
+def _encode(config: RunConfig, work: Work, folder: Path, encoding: Encoding) -> None:
+    world, between, watch = work.world, work.between, work.watch
     if config.data.dataloader_num_workers:
         prepare_workers()
     watch.at("shards")
@@ -110,7 +81,7 @@ def _encode(
     refuse_unsupported(built.model, config.model.name_or_path, kinds_of(index))
     facts = embedder_facts(config, built, world)
     refuse_dim(encoding.truncate_dim or facts["dim"], facts["dim"], encoding.precision)
-    terminal.begin()
+    work.terminal.begin()
     by = built.inference(config, world, between=between, told=watch.counts("encoding"))
     embeddings = encode_all(by, index, store, folder / PARTS, facts)
     about = {**facts, **encoding.about, **_seconds_alone(by, index, store), "device": _device(world)}
@@ -120,10 +91,7 @@ def _encode(
             folder, embeddings, index, store, about, dim=encoding.truncate_dim, precision=encoding.precision
         )
         shutil.rmtree(folder / PARTS)
-        replace_text(
-            folder / DONE,
-            json.dumps({"inputs": encoding.inputs, "files": files_of_collection(folder)}, indent=1) + "\n",
-        )
+        note_done(folder, encoding.inputs, files_of_collection(folder))
         queries, documents = len(embeddings.queries), len(embeddings.documents)
         asked = f" and {counted(queries, 'query', 'queries')}" if queries else ""
         print(f"encoded {counted(documents, 'page')}{asked} into {folder}", flush=True)
@@ -138,16 +106,18 @@ def _seconds_alone(by: Inference, index: Index, store: ShardStore) -> dict[str, 
     by.model.train(False)
     try:
         for side, (_, rows) in distinct_inputs(index).items():
-            seconds = []
-            for place in np.linspace(0, len(rows) - 1, 1 + _ALONE).astype(int).tolist() if len(rows) else ():
-                started = perf_counter()
-                encode(alone, index, store, side, rows[[place]])
-                seconds.append(perf_counter() - started)
-            if seconds:
-                found[f"seconds_per_{side}"] = round(median(seconds[1:]), 6)
+            if len(rows):
+                once = partial(_embed_alone, alone, index, store, side, rows)
+                found[f"seconds_per_{side}"] = round(seconds_alone(once, len(rows)), 6)
     finally:
         by.model.train(True)
     return found
+
+
+def _embed_alone(
+    by: Inference, index: Index, store: ShardStore, side: str, rows: npt.NDArray[np.int64], place: int
+) -> None:
+    encode(by, index, store, side, rows[[place]])
 
 
 def _device(world: World) -> str:

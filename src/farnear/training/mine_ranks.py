@@ -4,28 +4,20 @@ The model runs under the run's strategy where that spreads its weights, for it m
 copy. With ZeRO-1 and 2 the weights are whole on every rank anyway, so they are mined with as under ddp.
 """
 
-import json
-from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 
 from farnear.config import RunConfig
-from farnear.errors import RunInterruptedError
-from farnear.files import replace_text
 from farnear.mining_section import strategy_of_mining
-from farnear.parallel.world import World, on_main_rank, start_world, stop_world
 from farnear.retrieve.mine import Mined
-from farnear.run_folder import DONE, RunFolder, claimed, files_left
+from farnear.run_folder import files_left
 from farnear.sections import LossConfig
 from farnear.signals import Signals
 from farnear.training.beside import mine_judged
+from farnear.training.beside_runs import Work, note_done, work_in
 from farnear.training.embedders import EmbedderKind, embedder_facts
 from farnear.training.engine import build_model
-from farnear.training.guard import Guard, StopAskedError
 from farnear.training.opening import prepare_workers
 from farnear.training.shards import kinds_held, open_data, refuse_unsupported
-from farnear.training.terminal import Terminal
-from farnear.training.watch import Watch
 from farnear.wording import counted
 
 
@@ -48,25 +40,11 @@ def mine_on_ranks(config: RunConfig, folder: Path, inputs: str, signals: Signals
         UserError: Naming what is wrong with shards or model.
         RunInterruptedError: On every rank, after a signal.
     """
-    world = start_world(config)
-    claim = ExitStack()
-    try:
-        on_main_rank(world, lambda: claim.enter_context(claimed(RunFolder(folder))))
-        # It speaks of what was there before, which from now on is changed.
-        on_main_rank(world, lambda: (folder / DONE).unlink(missing_ok=True))
-        guard, watch = Guard(world, signals), Watch()
-        with Terminal(watch, is_main=world.is_main) as terminal:
-            mined = _mine(config, world, folder, guard.stop_if_asked, watch, terminal)
-        if world.is_main:
-            replace_text(folder / DONE, json.dumps({"inputs": inputs, "files": files_left(folder)}, indent=1) + "\n")
+    with work_in(config, folder, signals) as work:
+        mined = _mine(config, work, folder)
+        if work.world.is_main:
+            note_done(folder, inputs, files_left(folder))
             print(summary(mined), flush=True)
-    except StopAskedError as asked:
-        raise RunInterruptedError(
-            f"stopped by {asked}; what is embedded is kept, and the same command goes on"
-        ) from None
-    finally:
-        claim.close()
-        stop_world()
 
 
 def summary(mined: Mined) -> str:
@@ -83,10 +61,8 @@ def summary(mined: Mined) -> str:
     )
 
 
-def _mine(
-    config: RunConfig, world: World, folder: Path, between: Callable[[], None], watch: Watch, terminal: Terminal
-) -> Mined:
-    watch.at("shards")
+def _mine(config: RunConfig, work: Work, folder: Path) -> Mined:
+    world, between, watch = work.world, work.between, work.watch
     if config.data.dataloader_num_workers:
         prepare_workers()
     data = open_data(config.data, config.evaluation, world)
@@ -95,6 +71,6 @@ def _mine(
     built = build_model(config, EmbedderKind(config), world)
     refuse_unsupported(built.model, config.model.title, kinds_held(data))
     facts = embedder_facts(config, built, world)
-    terminal.begin()
+    work.terminal.begin()
     by = built.inference(config, world, between=between, told=watch.counts("mining"))
     return mine_judged(config, data, by, folder, facts)
