@@ -4,6 +4,7 @@ sentence-transformers, whatever the precision; a killed encoding goes on."""
 import io
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,36 @@ def test_a_killed_encoding_goes_on_and_a_finished_one_is_left_alone(
     assert len(started) == before + 1
     assert main([*words, "killed", "--precision", "int8"]) == 0
     assert open_collection(Path("killed")).precision == "int8"
+
+
+def test_what_is_embedded_stays_until_there_is_something_else(
+    inputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A copy of the model is the same model; and an encoding that is stopped has not touched what was there."""
+    started = encode_here(monkeypatch)
+    words = ["encode", "model", str(inputs / "data" / "train-*.tar"), "out"]
+    shutil.copytree(inputs / "embedder", "model")
+    assert main(words) == 0
+    made = {path.name: path.stat().st_mtime_ns for path in Path("out").glob("*.npy")}
+    for path in Path("model").iterdir():
+        os.utime(path, (1, 1))
+    assert main(words) == 0
+    assert len(started) == 2 and "by the same weights, of the same shards" in capsys.readouterr().out
+    assert {path.name: path.stat().st_mtime_ns for path in Path("out").glob("*.npy")} == made
+    assert main(words) == 0
+    assert len(started) == 2 and "nothing is left to do" in capsys.readouterr().out
+    # Other pixels, other embeddings: stopped at the first of them.
+    with monkeypatch.context() as stopped:
+        stopped.setattr(embeddings, "encode_parts", _interrupt)
+        assert main([*words, "model.max_pixels=4096"]) == 130
+    assert main(words) == 0
+    assert len(started) == 3 and "nothing is left to do" in capsys.readouterr().out
+    assert main([*words, "model.max_pixels=4096"]) == 0
+    assert {path.name: path.stat().st_mtime_ns for path in Path("out").glob("*.npy")} != made
+
+
+def _interrupt(*_: Any, **__: Any) -> Any:
+    raise KeyboardInterrupt
 
 
 def test_a_corpus_is_embedded_without_queries(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

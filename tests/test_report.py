@@ -16,6 +16,7 @@ from report_makers import evaluation_line, step_line, write_rankings, write_run
 from farnear.errors import UserError
 from farnear.report.figures import Series, bins_of, chart_over_steps, ticks
 from farnear.report.page import write_report
+from farnear.report.records import read_run
 from farnear.report.sections import duration
 from farnear.report.svg import number
 
@@ -279,6 +280,16 @@ def test_a_damaged_line_of_metrics_is_named(tmp_path: Path, line: str, complaint
     assert "restore the file" in message
     assert "\n" not in message
     assert not (folder / "report.html").exists()
+
+
+def test_a_line_that_is_being_written_is_no_damage(tmp_path: Path) -> None:
+    """Nor is half a line that a kill has left; one that only lacks its end counts."""
+    folder = write_run(tmp_path / "killed", [step_line(1), step_line(2)])
+    for rest, steps in (('{"step": 3, "lo', 2), (json.dumps(step_line(3)), 3)):
+        text = (folder / "metrics.jsonl").read_text()
+        (folder / "metrics.jsonl").write_text(text + rest)
+        assert len(read_run(folder).steps) == steps
+        (folder / "metrics.jsonl").write_text(text)
 
 
 @pytest.mark.parametrize(

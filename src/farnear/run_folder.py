@@ -249,11 +249,12 @@ def digest_of(deciding: Mapping[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(deciding, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def done_in(folder: Path, inputs: str | None, files_in: Callable[[Path], dict[str, int]]) -> bool:
-    """Whether work has ended in a folder, of these inputs if they are given, and its files are there still."""
+def done_in(folder: Path, files_in: Callable[[Path], dict[str, int]], **made_of: str) -> bool:
+    """Whether work has ended in a folder, of what is given by its digests, and its files are there still."""
     try:
         done = json.loads((folder / DONE).read_text(encoding="utf-8"))
-        return bool(inputs in (None, done["inputs"]) and done["files"] and done["files"] == files_in(folder))
+        is_the_same = all(done[what] == digest for what, digest in made_of.items())
+        return bool(is_the_same and done["files"] and done["files"] == files_in(folder))
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

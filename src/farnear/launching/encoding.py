@@ -139,7 +139,7 @@ def encode(
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file, and embeddings need a folder; name another one")
     inputs = _inputs_of(config, truncate_dim, precision, about)
-    if done_in(folder, inputs, files_of_collection):
+    if done_in(folder, files_of_collection, inputs=inputs):
         print(f"{folder} holds the embeddings of the same model and shards; nothing is left to do", flush=True)
         return 0
     others = [path for path in folder.iterdir() if path != Path(config.model.name_or_path)] if folder.exists() else []

@@ -85,4 +85,4 @@ def files_of_model(model: Path) -> list[list[str | int]]:
 
 def is_done(folder: Path, inputs: str | None = None) -> bool:
     """Whether a mining has ended there, of these inputs if they are given, and all that it has left is there still."""
-    return done_in(folder, inputs, files_left)
+    return done_in(folder, files_left, **({} if inputs is None else {"inputs": inputs}))

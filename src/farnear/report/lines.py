@@ -64,16 +64,27 @@ class Record:
 
 
 def records_of(path: Path) -> Iterator[Record]:
-    """The objects of a file of JSON lines; none where there is no file. Raises UserError."""
+    """The objects of a file of JSON lines; none where there is no file. Raises UserError.
+
+    A last line without its end is being written, or a kill came in the middle of it: a resume cuts it off.
+    """
     if not path.exists():
         return
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    *lines, rest = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines if not _is_whole(rest) else [*lines, rest], start=1):
         yield _record(line, f"{path} line {number}")
 
 
 def record_of(path: Path) -> Record:
     """The object that is all of a file. Raises UserError."""
     return _record(path.read_bytes(), str(path))
+
+
+def _is_whole(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 def _record(text: bytes, place: str) -> Record:

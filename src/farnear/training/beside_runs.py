@@ -36,7 +36,7 @@ class Work:
 
 @contextmanager
 def work_in(config: RunConfig, folder: Path, signals: Signals | None) -> Iterator[Work]:
-    """The ranks that the launcher started, at work in a folder that is theirs and no longer says that it is done.
+    """The ranks that the launcher started, at work in a folder that is theirs.
 
     Raises:
         UserError: Another run writes into the folder.
@@ -46,8 +46,6 @@ def work_in(config: RunConfig, folder: Path, signals: Signals | None) -> Iterato
     claim = ExitStack()
     try:
         on_main_rank(world, lambda: claim.enter_context(claimed(RunFolder(folder))))
-        # It speaks of what was there before, which from now on is changed.
-        on_main_rank(world, lambda: (folder / DONE).unlink(missing_ok=True))
         guard, watch = Guard(world, signals), Watch()
         with Terminal(watch, is_main=world.is_main) as terminal:
             yield Work(world, guard.stop_if_asked, watch, terminal)
@@ -60,6 +58,11 @@ def work_in(config: RunConfig, folder: Path, signals: Signals | None) -> Iterato
         stop_world()
 
 
-def note_done(folder: Path, inputs: str, files: dict[str, int]) -> None:
+def note_done(folder: Path, files: dict[str, int], **made_of: str) -> None:
     """Say that all is there, of what it was made and how large its files are."""
-    replace_text(folder / DONE, json.dumps({"inputs": inputs, "files": files}, indent=1) + "\n")
+    replace_text(folder / DONE, json.dumps({**made_of, "files": files}, indent=1) + "\n")
+
+
+def no_longer_done(folder: Path) -> None:
+    """Take back what was said of the files that are there, before the first of them changes."""
+    (folder / DONE).unlink(missing_ok=True)

@@ -25,9 +25,9 @@ from farnear.retrieve.collection_writing import write_collection
 from farnear.retrieve.embeddings import distinct_inputs, encode_all
 from farnear.retrieve.encode import encode
 from farnear.retrieve.inference import Inference, nothing
-from farnear.run_folder import files_of_collection
+from farnear.run_folder import digest_of, done_in, files_of_collection
 from farnear.signals import Signals
-from farnear.training.beside_runs import Work, note_done, work_in
+from farnear.training.beside_runs import Work, no_longer_done, note_done, work_in
 from farnear.training.embedders import EmbedderKind, embedder_facts
 from farnear.training.engine import build_model
 from farnear.training.mine_ranks import mining_config
@@ -81,17 +81,33 @@ def _encode(config: RunConfig, work: Work, folder: Path, encoding: Encoding) -> 
     refuse_unsupported(built.model, config.model.name_or_path, kinds_of(index))
     facts = embedder_facts(config, built, world)
     refuse_dim(encoding.truncate_dim or facts["dim"], facts["dim"], encoding.precision)
+    form = [encoding.truncate_dim, encoding.precision, encoding.about]
+    content = digest_of({**facts, "index": index.fingerprint, "form": form})
+    made_of = {"inputs": encoding.inputs, "content": content}
+
+    def is_there() -> bool:
+        # A launch goes by names, sizes and times of files; what counts is what is in them.
+        if not done_in(folder, files_of_collection, content=content):
+            return False
+        shutil.rmtree(folder / PARTS, ignore_errors=True)
+        note_done(folder, files_of_collection(folder), **made_of)
+        print(f"{folder} holds the embeddings by the same weights, of the same shards", flush=True)
+        return True
+
+    if on_main_rank(world, is_there):
+        return
     work.terminal.begin()
     by = built.inference(config, world, between=between, told=watch.counts("encoding"))
     embeddings = encode_all(by, index, store, folder / PARTS, facts)
     about = {**facts, **encoding.about, **_seconds_alone(by, index, store), "device": _device(world)}
 
     def finish() -> None:
+        no_longer_done(folder)
         write_collection(
             folder, embeddings, index, store, about, dim=encoding.truncate_dim, precision=encoding.precision
         )
         shutil.rmtree(folder / PARTS)
-        note_done(folder, encoding.inputs, files_of_collection(folder))
+        note_done(folder, files_of_collection(folder), **made_of)
         queries, documents = len(embeddings.queries), len(embeddings.documents)
         asked = f" and {counted(queries, 'query', 'queries')}" if queries else ""
         print(f"encoded {counted(documents, 'page')}{asked} into {folder}", flush=True)

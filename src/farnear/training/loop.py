@@ -101,6 +101,7 @@ def train(parts: Parts, progress: Progress) -> Progress:
                 parts.hurry()
             progress = evaluate_and_save(parts, progress)
             parts.watch.at("data", step=progress.step + 1)
+    parts.watch.at("end of training", step=progress.step)
     parts.saver.finish()
     return progress
 

@@ -4,16 +4,18 @@ The model runs under the run's strategy where that spreads its weights, for it m
 copy. With ZeRO-1 and 2 the weights are whole on every rank anyway, so they are mined with as under ddp.
 """
 
+from functools import partial
 from pathlib import Path
 
 from farnear.config import RunConfig
 from farnear.mining_section import strategy_of_mining
+from farnear.parallel.world import on_main_rank
 from farnear.retrieve.mine import Mined
 from farnear.run_folder import files_left
 from farnear.sections import LossConfig
 from farnear.signals import Signals
 from farnear.training.beside import mine_judged
-from farnear.training.beside_runs import Work, note_done, work_in
+from farnear.training.beside_runs import Work, no_longer_done, note_done, work_in
 from farnear.training.embedders import EmbedderKind, embedder_facts
 from farnear.training.engine import build_model
 from farnear.training.opening import prepare_workers
@@ -43,7 +45,7 @@ def mine_on_ranks(config: RunConfig, folder: Path, inputs: str, signals: Signals
     with work_in(config, folder, signals) as work:
         mined = _mine(config, work, folder)
         if work.world.is_main:
-            note_done(folder, inputs, files_left(folder))
+            note_done(folder, files_left(folder), inputs=inputs)
             print(summary(mined), flush=True)
 
 
@@ -72,5 +74,6 @@ def _mine(config: RunConfig, work: Work, folder: Path) -> Mined:
     refuse_unsupported(built.model, config.model.title, kinds_held(data))
     facts = embedder_facts(config, built, world)
     work.terminal.begin()
+    on_main_rank(world, partial(no_longer_done, folder))
     by = built.inference(config, world, between=between, told=watch.counts("mining"))
     return mine_judged(config, data, by, folder, facts)
