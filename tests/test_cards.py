@@ -158,8 +158,8 @@ def test_the_card_of_the_best_so_far_has_what_is_known_then(finished: tuple[Path
     during = [record for record in records(run) if record["kind"] == "during"]
     assert len(cards) >= 2
     first = during[0]
-    assert "Measured at step 2, on a sample: 4 queries on 4 pages of `eval-*.tar`" in cards[0]
-    assert "measured on all, 8 queries on 8 pages, so the two do not compare" in cards[0]
+    assert "Measured at step 2, on a sample: 4 queries against 4 pages of `eval-*.tar`" in cards[0]
+    assert "measured on all, 8 queries against 8 pages, so the two do not compare" in cards[0]
     assert f" {first['metrics']['64']['ndcg@10']:.4f} " in cards[0]
     assert "**Steps**: 2 of 6" in cards[0]
     assert cards[-1] == words_of(run / "export")
@@ -314,7 +314,7 @@ def test_the_best_is_exported_with_its_own_figures(folder: Path, tmp_path: Path)
     run = folder / "best"
     assert export_checkpoint(run, tmp_path / "best", best=True).name == "step-00000002"
     assert words_of(tmp_path / "best").replace('"best"', '"export"') == words_of(run / "export")
-    assert "Measured on 8 queries on 8 pages" in words_of(tmp_path / "best")
+    assert "Measured on 8 queries against 8 pages" in words_of(tmp_path / "best")
     export_checkpoint(run, tmp_path / "last")
     assert "Measured at step 6, on a sample" in words_of(tmp_path / "last")
 

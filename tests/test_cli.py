@@ -21,6 +21,7 @@ COMMANDS = [
     ["push"],
     ["report"],
     ["watch"],
+    ["tiny"],
     ["shards"],
     ["shards", "from-hf"],
     ["shards", "from-pdf"],
@@ -51,6 +52,16 @@ def test_help_does_not_wait_for_torch() -> None:
     assert time.monotonic() - start < 2  # seconds; 0.1 on an idle machine
     modules = set(ended.stdout.splitlines()[-1].split())
     assert not modules & {"torch", "transformers", "numpy", "pydantic", "accelerate"}
+
+
+def test_a_tiny_model_replaces_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("farnear.noise.quiet", lambda: None)  # for the other tests of this process
+    assert cli.main(["tiny", str(tmp_path / "model")]) == 0
+    assert (tmp_path / "model" / "model.safetensors").exists()
+    assert cli.main(["tiny", str(tmp_path)]) == 2
+    assert "is there already, and is not replaced" in capsys.readouterr().err
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -362,6 +362,13 @@ def test_bins_cover_every_step_once() -> None:
     assert (bins[0].low, bins[0].high, bins[0].mean) == (1, 11, 6)
 
 
+def test_one_step_stands_in_the_middle_of_its_axis() -> None:
+    drawing = _Page(f"<main>{chart_over_steps('Loss', [Series([7], [0.5])], 'line')}</main>")
+    marks = [found for tag, found in drawing.tags if tag == "text" and found.get("y") == "198.0"]
+    assert len(marks) == 1 and "7" in drawing.text_of_tag["text"]
+    assert not {"6", "8"} & set(drawing.text_of_tag["text"])
+
+
 @pytest.mark.parametrize("level", [0.0, 0.5, 0.99])
 def test_labels_do_not_cover_each_other(level: float) -> None:
     series = [Series([0, 1], [0.0, level + 0.001 * line], label=f"<b>{line}") for line in range(6)]
@@ -424,6 +431,7 @@ def test_the_page_says_what_became_of_the_queries(tmp_path: Path) -> None:
         in page.words
     )
     assert "All 5 queries of the evaluation." in page.words
+    assert "random sample" not in page.words  # of all
     assert page.text_of_tag["option"] == ["Biggest gain", "Biggest loss", "Worst now", "Alphabetical"]
     cards = [found for tag, found in page.tags if tag == "li" and "data-gain" in found]
     moves = [text.strip() for text in page.text_of_tag["p"] if "rank" in text and "\N{RIGHTWARDS ARROW}" in text]

@@ -26,6 +26,7 @@ from farnear.commands.push import add_push
 from farnear.commands.shards import add_shards
 from farnear.commands.status import add_status
 from farnear.commands.submit import add_submit
+from farnear.commands.tiny import add_tiny
 from farnear.commands.watch import add_watch
 from farnear.environment import prepare_environment
 from farnear.errors import UserError, as_user_error
@@ -92,6 +93,7 @@ def farnear_parser() -> Parser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_demo(commands)
     add_shards(commands)
+    add_tiny(commands)
     add_prefetch(commands)
     add_plan(commands)
     add_doctor(commands)

@@ -1,12 +1,13 @@
 """Files that others read, while and after they are written: whole or not there, and with the usual permissions."""
 
 import fcntl
+import json
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 @contextmanager
@@ -83,3 +84,13 @@ def _umask() -> int:
 
 
 _UMASK = _umask()
+
+
+def readable_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a file, as far as they can be read; none where it is not there."""
+    records = []
+    with suppress(OSError):
+        for line in path.read_bytes().splitlines():
+            with suppress(ValueError):  # a kill came in the middle of it
+                records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict)]

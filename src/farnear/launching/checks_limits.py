@@ -98,9 +98,10 @@ def shm(subject: Subject) -> list[Finding]:
     if tokens:
         sizes.append(3 * PIXELS_OF_A_TOKEN * (TOKENS_OF_AUTO if isinstance(tokens, str) else tokens))
     needed = subject.ranks * subject.workers * prefetch * min(sizes)
+    workers = f"{counted(subject.ranks, 'rank')} x {counted(subject.workers, 'worker')}"
     what = (
-        f"{gigabytes(free)} free in {SHM}, and {subject.ranks} ranks x {subject.workers} workers x {prefetch} "
-        f"mini-batches of {gigabytes(min(sizes))} make {gigabytes(needed)}"
+        f"{gigabytes(free)} free in {SHM}, and {workers} x {prefetch} mini-batches of "
+        f"{gigabytes(min(sizes))} make {gigabytes(needed)}"
     )
     if free >= needed:
         return ok(what)
@@ -129,7 +130,8 @@ def memory(subject: Subject) -> list[Finding]:
     spread = config.strategy in ("zero3", "fsdp2")
     per_parameter = 4 if subject.gpus else 16
     needed = subject.parameters * per_parameter * (1 if spread else subject.ranks)
-    what += f", and {'rank 0 needs' if spread else f'{subject.ranks} ranks need'} {gigabytes(needed)} for the model"
+    one = spread or subject.ranks == 1
+    what += f", and {'rank 0 needs' if one else f'{subject.ranks} ranks need'} {gigabytes(needed)} for the model"
     if available >= needed:
         return ok(what)
     return fail(

@@ -9,7 +9,6 @@ instead of submitted. The signal before the time limit must come early enough fo
 the run's saves have taken so far, in `saves.jsonl` of its folder; before the first one, from the size of a checkpoint.
 """
 
-import json
 import math
 import os
 import re
@@ -18,13 +17,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from farnear.config import RunConfig, dump_config, load_config
 from farnear.errors import UserError
-from farnear.files import replace_text
+from farnear.files import readable_lines, replace_text
 from farnear.resources import resource_root
 from farnear.run_folder import RunFolder, check_start
 from farnear.slurm_section import SlurmConfig
@@ -167,8 +165,8 @@ def lead_seconds(folder: RunFolder, save_seconds: float | None = None) -> int:
     Args:
         save_seconds: As a plan foresees it, for a run that has not saved yet; None where it is not known.
     """
-    saves = [seconds for record in _records(folder.saves) if (seconds := _number(record.get("seconds")))]
-    steps = [_seconds_of_step(record) for record in _records(folder.metrics)]
+    saves = [seconds for record in readable_lines(folder.saves)[-_LAST:] if (seconds := _number(record.get("seconds")))]
+    steps = [_seconds_of_step(record) for record in readable_lines(folder.metrics)[-_LAST:]]
     save = max(saves, default=save_seconds)
     if save is None:
         return UNKNOWN_LEAD_SECONDS
@@ -301,16 +299,6 @@ def _replaced(pattern: str, text: str, script: str) -> str:
     if not found:
         raise RuntimeError(f"slurm/train.sbatch has no part like {pattern!r} any more")
     return script
-
-
-def _records(path: Path) -> list[dict[str, Any]]:
-    """The last lines of a run's records, as far as they can be read."""
-    records = []
-    with suppress(OSError):
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines()[-_LAST:]:
-            with suppress(ValueError):  # a kill came in the middle of it
-                records.append(json.loads(line))
-    return [record for record in records if isinstance(record, dict)]
 
 
 def _seconds_of_step(record: dict[str, Any]) -> float:

@@ -118,11 +118,13 @@ def _results(config: RunConfig, evaluations: Evaluations) -> dict[str, Any] | No
     before, now = evaluations.before, evaluations.now
     if now is None:
         return None
-    told = f"{counted(now['queries'], 'query', 'queries')} on {counted(now['pages'], 'page')} of {eval_names(config)}"
+    told = (
+        f"{counted(now['queries'], 'query', 'queries')} against {counted(now['pages'], 'page')} of {eval_names(config)}"
+    )
     if now["kind"] == "during":
         told = f"Measured at step {now['step']}, on a sample: {told}"
         if before is not None:
-            size = f"{counted(before['queries'], 'query', 'queries')} on {counted(before['pages'], 'page')}"
+            size = f"{counted(before['queries'], 'query', 'queries')} against {counted(before['pages'], 'page')}"
             told += f". The base model was measured on all, {size}, so the two do not compare"
     else:
         told = f"Measured on {told}"

@@ -20,7 +20,7 @@ def training_words(config: RunConfig, facts: CardFacts, step: int) -> Iterator[t
     of_all = f" of {facts.total_steps:,}" if facts.total_steps else ""
     yield "Base model" if len(facts.bases) == 1 else "Base models", "; ".join(map(_named, facts.bases))
     if facts.parameters:
-        yield "Parameters", facts.parameters
+        yield "Size", facts.parameters
     if config.model.lora is not None:
         yield "LoRA", f"{', '.join(f'{key} {value}' for key, value in config.model.lora.items())}; merged here"
     if config.model.freeze:

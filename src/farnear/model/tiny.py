@@ -4,7 +4,7 @@ The demo and the tests need a model that has every part of the ones people train
 placeholders in the token stream, three-axis rotary positions, a chat template, a processor) and that learns on a CPU
 within minutes. So this module writes a Qwen3-VL of toy size to a folder, together with a byte-level tokenizer trained
 on a few sentences, in the layout that a hub checkpoint has. ``SentenceTransformer(folder)`` and farnear's own loading
-see no difference from a real one.
+see no difference from a real one. ``farnear tiny FOLDER`` writes one from a shell.
 """
 
 import os

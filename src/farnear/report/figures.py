@@ -67,7 +67,8 @@ class Scale:
     right: float
 
     def x(self, step: float) -> float:
-        return LEFT + (step - self.low_step) / (self.high_step - self.low_step) * (self.right - LEFT)
+        share = (step - self.low_step) / (self.high_step - self.low_step) if self.low_step < self.high_step else 0.5
+        return LEFT + share * (self.right - LEFT)
 
     def y(self, value: float) -> float:
         return HEIGHT - BOTTOM - (value - self.low) / (self.high - self.low) * (HEIGHT - BOTTOM - TOP)
@@ -114,8 +115,8 @@ def chart_over_steps(
     low, high = value_range or _range_of(everything, from_zero=style == "bars")
     labelled = any(line.label for line in series)
     scale = Scale(
-        low_step - (low_step == high_step),
-        high_step + (low_step == high_step),
+        low_step,
+        high_step,
         low,
         high,
         WIDTH - RIGHT - ROOM_FOR_LABELS * labelled,
@@ -159,7 +160,8 @@ def _axes(scale: Scale, whole_values: bool) -> Iterator[Markup]:
         words = scientific(value, 3) if value and not 1e-2 <= largest < 1e6 else number(value)
         yield Markup('<line class="grid" x1="{}" x2="{:.1f}" y1="{:.1f}" y2="{:.1f}"/>').format(LEFT, scale.right, y, y)
         yield text(LEFT - 8, y + 4, words, "end")
-    for step in ticks(scale.low_step, scale.high_step, 6, True):
+    has_one = scale.low_step == scale.high_step
+    for step in [scale.low_step] if has_one else ticks(scale.low_step, scale.high_step, 6, True):
         x = scale.x(step)
         bottom = HEIGHT - BOTTOM
         yield Markup('<line class="axis" x1="{:.1f}" x2="{:.1f}" y1="{}" y2="{}"/>').format(x, x, bottom, bottom + 4)

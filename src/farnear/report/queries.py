@@ -145,7 +145,8 @@ def _card(
         picture=picture,
         move=" \N{RIGHTWARDS ARROW} ".join(ranks),
         verdict=("better" if gain > 0 else "worse" if gain < 0 else "as before") if before else "",
-        why=", ".join(query.why),
+        # Where all are shown, none was chosen.
+        why=", ".join(query.why) if len(gallery.shown) < len(gallery.ranks) else "",
         tags=tags,
         keys={"gain": -gain, "loss": gain, "now": -(now.rank or gallery.looked_at + 1)},
         rows=rows,

@@ -11,6 +11,7 @@ import torch
 from pydantic import ValidationError
 
 from farnear.config import RunConfig
+from farnear.files import readable_lines
 from farnear.model.base import bases_facts
 from farnear.model.card import card_text
 from farnear.model.card_facts import UNKNOWN, CardFacts, DataFacts, Evaluations, base_license_of
@@ -20,7 +21,6 @@ from farnear.run_folder import RunFolder
 from farnear.training.checkpoint import Checkpoint
 from farnear.training.describe import loss_in_words, parameters_in_words
 from farnear.training.engine import BuiltModel
-from farnear.training.metrics import readable_lines
 from farnear.training.optim import warmup_steps
 from farnear.training.resume import commits_of
 from farnear.training.shards import RunData

@@ -9,7 +9,6 @@ import json
 import math
 import resource
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,16 +53,6 @@ def cut_after(path: Path, step: int) -> None:
     if len(kept) < len(lines):
         with published(path) as file:
             file.write(b"".join(line + b"\n" for line in kept))
-
-
-def readable_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a file, as far as they can be read; none where it is not there."""
-    records = []
-    with suppress(OSError):
-        for line in path.read_bytes().splitlines():
-            with suppress(ValueError):  # a kill came in the middle of it
-                records.append(json.loads(line))
-    return [record for record in records if isinstance(record, dict)]
 
 
 def mean_loss(records: Iterable[Mapping[str, Any]]) -> float | None:

@@ -27,7 +27,7 @@ from farnear.data.faults import Fault
 from farnear.data.order import Order
 from farnear.data.remote import shown
 from farnear.data.run_order import plan_settings, steps_in_all
-from farnear.files import replace_text
+from farnear.files import readable_lines, replace_text
 from farnear.model.base import at_commits
 from farnear.model.card_facts import CardFacts
 from farnear.model.export import heal_export
@@ -45,7 +45,7 @@ from farnear.training.embedders import EmbedderKind
 from farnear.training.engine import BuiltModel, build_model
 from farnear.training.guard import Guard
 from farnear.training.kind import Gradient, Kind, Setting
-from farnear.training.metrics import cut_after, readable_lines
+from farnear.training.metrics import cut_after
 from farnear.training.mined import negatives_of_checkpoint
 from farnear.training.optim import steps_of
 from farnear.training.rerankers import RerankerKind

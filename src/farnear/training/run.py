@@ -21,7 +21,7 @@ from typing import Any
 from farnear.config import RunConfig
 from farnear.data.loader import TrainLoader
 from farnear.errors import RunInterruptedError, RunStoppedError, UserError
-from farnear.files import remove_drafts
+from farnear.files import readable_lines, remove_drafts
 from farnear.outcome import tell
 from farnear.parallel.world import PATIENCE, World, on_main_rank, start_world, stop_world, tells_of_a_lost_rank, tighten
 from farnear.run_folder import Resume, RunFolder, check_start, claimed
@@ -34,7 +34,7 @@ from farnear.training.describe import derived_numbers
 from farnear.training.guard import Guard, StopAskedError
 from farnear.training.kind import Setting
 from farnear.training.loop import Parts, train
-from farnear.training.metrics import append_line, readable_lines
+from farnear.training.metrics import append_line
 from farnear.training.opening import Run, open_run, set_all_aside, set_loss_scale
 from farnear.training.optim import learning_rate_schedule
 from farnear.training.quarantine import Quarantine
