@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import fsspec
@@ -26,6 +27,7 @@ from farnear.data.read import BadInputError, InputReader
 from farnear.data.remote import RemoteFacts
 from farnear.data.run_shards import shard_sets, shard_store
 from farnear.errors import UserError
+from farnear.model.hub import refuse_unless_fetched
 from farnear.model.load import load_model
 from farnear.parallel.world import World
 from farnear.sections import ModelConfig
@@ -191,6 +193,24 @@ def test_what_was_not_prefetched_is_named(
     assert main(["prefetch", str(elsewhere.run_file())]) == 2
     assert "HF_HUB_OFFLINE is set, so nothing can be fetched; unset it" in error_of(capsys)
     assert elsewhere.requests() == asked
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(elsewhere: Elsewhere, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for file after file, each with retries; and one that says no is believed only when the file is asked for."""
+    from huggingface_hub import constants
+
+    asked = elsewhere.requests()
+    model = ModelConfig(name_or_path="org/tiny")
+    refuse_unless_fetched(model)
+    assert elsewhere.requests() > asked
+    refuse_unless_fetched(ModelConfig(name_or_path="org/other"))  # 404
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    started = monotonic()
+    with pytest.raises(
+        UserError, match=r"org/tiny cannot be loaded: .*The hub cannot be asked \(ConnectError: .*prefetch"
+    ):
+        load_model(model)
+    assert monotonic() - started < 10
 
 
 def test_what_is_lost_after_prefetch_is_named(

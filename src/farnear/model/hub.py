@@ -15,6 +15,7 @@ from farnear.sections import ModelConfig
 OTHER_FORMATS = re.compile(r"[^/]*\.(h5|msgpack|ot|onnx|gguf)|(onnx|openvino|original)/.*")
 PICKLES = re.compile(r"pytorch_model[^/]*\.bin(\.index\.json)?|consolidated[^/]*\.pth")
 MODULES = "modules.json"
+_PATIENCE_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -47,22 +48,42 @@ def refuse_missing_folder(name: str) -> None:
 
 
 def refuse_unless_fetched(config: ModelConfig) -> None:
-    """Without a network, raise ``UserError`` for a model of which the hub's cache does not know whether it has modules.
+    """Raise ``UserError`` for a model that is not here, where it cannot be had either.
 
-    A download that was made otherwise may lack modules.json where the hub has it, and the model would then be taken for
-    a raw one, with a pooling that is not its own, without a word.
+    Without a network that is one of which the hub's cache does not know whether it has modules. A download that was
+    made otherwise may lack modules.json where the hub has it, and the model would then be taken for a raw one, with a
+    pooling that is not its own, without a word. And a hub that does not answer is asked once: loading would ask for one
+    file after another, for minutes, and then say that there is no such model.
     """
     from huggingface_hub import constants, try_to_load_from_cache
 
     name = config.name_or_path
-    if is_folder(name) or not is_offline():
+    if is_folder(name) or try_to_load_from_cache(name, MODULES, constants.HF_HUB_CACHE, config.revision) is not None:
         return
-    if try_to_load_from_cache(name, MODULES, constants.HF_HUB_CACHE, config.revision) is None:
+    why = PREFETCH if is_offline() else _silence_of_the_hub(config)
+    if why is not None:
         revision = f" at revision {config.revision}" if config.revision else ""
         raise UserError(
             f"model {name}{revision} cannot be loaded: no folder of that name is here, and it is not in the "
-            f"hub's cache {constants.HF_HUB_CACHE}. {PREFETCH}"
+            f"hub's cache {constants.HF_HUB_CACHE}. {why}"
         )
+
+
+def _silence_of_the_hub(config: ModelConfig) -> str | None:
+    """Why it cannot be asked; None where it answers, whatever that is."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        HfApi().model_info(config.name_or_path, revision=config.revision, timeout=_PATIENCE_SECONDS)
+    except (HfHubHTTPError, HFValidationError):
+        return None
+    except Exception as error:  # of the network, by whatever client
+        return (
+            f"The hub cannot be asked ({type(error).__name__}: {' '.join(str(error).split())[:160]}); correct the name "
+            "if a folder is meant, or run `farnear prefetch RUN.yaml` where there is a network"
+        )
+    return None
 
 
 def look_up(config: ModelConfig) -> HubFiles:
