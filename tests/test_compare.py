@@ -3,11 +3,13 @@
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from farnear.cli import main
+from farnear.commands.evaluate import short_names
 from farnear.data.plan import random_bits
 from farnear.errors import UserError
 from farnear.retrieve.collection import open_collection
@@ -149,7 +151,15 @@ def _refused(folder: Path, file: str, text: str | None, message: str, tmp_path: 
         ("qrels.txt", "".join(f"q{q} 0 page-{q + 1} 1\n" for q in range(QUERIES)), "other pages for the same queries"),
         ("qrels.txt", "q0 0 page-9999 1\n", "names document page-9999, which is not among"),
         ("qrels.txt", "q0 page-1\n", "line 1 is not `QUERY 0 DOCUMENT RELEVANCE`"),
+        ("document-ids.txt", PAGE_IDS.replace("page-7\n", "page 7\n"), r"line 8 is 'page 7', .* write them %20"),
+        ("document-ids.txt", PAGE_IDS.replace("page-7\n", "\n"), "line 8 is ''"),
+        ("document-ids.txt", "", "0 ids and 150 rows"),
         ("documents.npy", "no array", "cannot be read"),
+        ("manifest.json", "[1]", "manifest.json is not a JSON object"),
+        ("manifest.json", '{"matryoshka_dims": [8.5]}', r"matryoshka_dims is \[8.5\], which it cannot be"),
+        ("manifest.json", '{"seconds_per_query": "2"}', "seconds_per_query is '2', which it cannot be"),
+        ("queries.jsonl", '{"id": "q0"}', "queries.jsonl line 1 is not"),
+        ("queries.jsonl", '\n{"id": "q0", "text": null}', "queries.jsonl line 2 is not"),
         ("document-ids.txt", None, "holds no embeddings"),
         ("qrels.txt", None, "cannot be read"),
     ],
@@ -159,6 +169,96 @@ def test_what_cannot_be_compared_is_said(file: str, text: str | None, message: s
     _refused(make_collection(tmp_path / "other", noise=1.0), file, text, message, tmp_path)
 
 
+def _with(array: np.ndarray, place: Any, value: float) -> np.ndarray:
+    array[place] = value
+    return array
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("documents", lambda x: _with(x, (3, 0), np.nan), "documents.npy row 3 is not finite"),
+        ("queries", lambda x: _with(x, (0, 1), np.inf), "queries.npy row 0 is not finite"),
+        ("documents", lambda x: x.astype(np.float64) * 1e30, "row 0 is not finite, or longer than fp32 can square"),
+        ("queries", lambda x: x[:, 0], "queries.npy is not one array of"),
+        ("queries", lambda x: x[:, :, None], "queries.npy is not one array of"),
+        ("queries", lambda x: x[:, :0], "queries.npy is not one array of"),
+        ("queries", lambda x: x * 1j, "queries.npy is of type complex64, not float32"),
+        ("queries", lambda x: x[:, :24], "queries of 24 components and documents of 32"),
+        ("documents", lambda x: x.astype(np.uint8), "documents.npy is of type uint8, not float32"),
+        ("documents", lambda x: x.astype(np.int8), "documents.npy holds int8, .* or the signs of 256 components"),
+        ("ranges", lambda _: np.zeros((2, DIM)), "ranges.npy is of int8 codes, and documents.npy is float32"),
+    ],
+)
+def test_arrays_that_cannot_be_are_said(file: str, change: Any, message: str, tmp_path: Path) -> None:
+    folder = make_collection(tmp_path / "other", noise=1.0)
+    found = np.load(folder / f"{file}.npy") if file != "ranges" else None
+    np.save(folder / f"{file}.npy", change(found))
+    with pytest.raises(UserError, match=message):
+        open_collection(folder)
+
+
+@pytest.mark.parametrize("ranges", [np.zeros(DIM), np.zeros((DIM, 2)), np.zeros((2, DIM), np.int64)])
+def test_ranges_that_cannot_be_are_said(ranges: np.ndarray, tmp_path: Path) -> None:
+    folder = make_collection(tmp_path / "other", noise=1.0)
+    np.save(folder / "documents.npy", np.zeros((PAGES, DIM), np.int8))
+    np.save(folder / "ranges.npy", ranges)
+    with pytest.raises(UserError, match=r"not one array|not the least and the largest value"):
+        open_collection(folder)
+
+
+def test_an_archive_is_no_array(tmp_path: Path) -> None:
+    folder = make_collection(tmp_path / "other", noise=1.0)
+    with (folder / "documents.npy").open("wb") as file:
+        np.savez(file, np.zeros((PAGES, DIM), np.float32))
+    with pytest.raises(UserError, match="is not one array"):
+        open_collection(folder)
+
+
+def test_files_as_other_systems_and_people_write_them_are_read(tmp_path: Path) -> None:
+    """A mark at the beginning, carriage returns, blank lines, other floats, words that are no words."""
+    folder, plain = (make_collection(tmp_path / name, noise=1.0) for name in ("other", "plain"))
+    for name in ("document-ids.txt", "query-ids.txt", "qrels.txt"):
+        text = (folder / name).read_text().replace("\n", "\r\n")
+        (folder / name).write_bytes(b"\xef\xbb\xbf" + text.encode() + (b"\r\n" if name == "qrels.txt" else b""))
+    np.save(folder / "documents.npy", np.load(folder / "documents.npy").astype(">f8"))
+    odd = "two\u2028lines, half a \ud83d"
+    line = json.dumps({"id": "q0", "text": odd}, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    (folder / "queries.jsonl").write_bytes(line.replace(b"\xed\xa0\xbd", b"\\ud83d") + b"\n\n")
+    other, first = measured({"other": open_collection(folder), "plain": open_collection(plain)}, None, ("float32",))
+    assert other.qualities[0].measures == first.qualities[0].measures
+    assert other.collection.texts["q0"] == "two\u2028lines, half a ?"
+    assert other.collection.texts["q1"] == "q1"
+
+
+def test_what_was_not_measured_alike_is_not_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, dim in (("base", 24), ("tuned", 32)):
+        folder = make_collection(tmp_path / name, noise=1.0)
+        for file in ("documents.npy", "queries.npy"):
+            np.save(folder / file, np.load(folder / file)[:, :dim])
+    assert main(["compare", "base", "tuned"]) == 2
+    told = capsys.readouterr().err
+    assert "nothing was measured alike of base (float32 at 24) and tuned (float32 at 32)" in told
+    # Queries are told apart where both were measured, not each at the largest of its own.
+    assert main(["compare", "base", "tuned", "--dims", "32", "24"]) == 0
+    rows = list(csv.DictReader((tmp_path / "evaluation" / "queries.csv").open(encoding="utf-8")))
+    at_24 = measured({"tuned": open_collection(tmp_path / "tuned")}, [24], ("float32",))[0].qualities[0]
+    assert np.mean([float(row["tuned ndcg@10"]) for row in rows]) == pytest.approx(at_24.measures["ndcg@10"], abs=1e-6)
+
+
+def test_names_stay_in_the_folder_of_results_and_on_their_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "deep").mkdir()
+    monkeypatch.chdir(tmp_path / "deep")
+    assert short_names([".."]) == [tmp_path.name]
+    assert short_names(["/"]) == ["model"]
+    assert short_names(["runs/../a/export", "b\nc"]) == ["a", "b\\nc"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -166,6 +266,9 @@ def test_what_cannot_be_compared_is_said(file: str, text: str | None, message: s
         (["base", "base"], "named twice"),
         (["base", "tuned", "--dims", "64"], "no model has 64 components, the most are 32"),
         (["base", "tuned", "--dims", "0"], "not a whole number"),
+        (["base", "tuned", "--dims", "20", "8", "--precision", "float32", "binary"], "20 is no multiple of 8"),
+        (["base", "tuned", "--data", "eval.tar"], "read by nobody; take them out"),
+        (["base", "tuned", "model.max_pixels=9"], "read by nobody; take them out"),
         (["base", "elsewhere/tuned"], "no shards are named, and no run that has data.eval"),
     ],
 )

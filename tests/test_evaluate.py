@@ -300,7 +300,7 @@ def test_a_checkpoint_is_exported_and_evaluated(
     [
         (["evaluate"], "no model is named"),
         (["evaluate", "base"], "no shards are named"),
-        (["evaluate", "base", "--data", "nothing-*.tar"], "nothing-*.tar"),
+        (["evaluate", "BASE", "--data", "nothing-*.tar"], "nothing-*.tar"),
         (["evaluate", "nowhere/base", "--data", "SHARDS"], "nowhere/base"),
         (
             ["encode", "BASE", "SHARDS", "out", "--truncate_dim", "65"],

@@ -37,6 +37,11 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
+def writable(text: str) -> str:
+    """A text as a file of UTF-8 takes it: half a pair of surrogates, which JSON can hold, becomes a question mark."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 def some_of(words: Sequence[str], most: int = 8) -> str:
     """The first of many words, and how many more there are."""
     more = f" and {len(words) - most} more" if len(words) > most else ""

@@ -1,6 +1,7 @@
 """`farnear evaluate` and `farnear compare`: how well models find pages, each for itself and side by side."""
 
 import argparse
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 from farnear.command_line import Parser, positive
 from farnear.commands.encode import exported
 from farnear.errors import UserError
+from farnear.wording import printable
 
 if TYPE_CHECKING:
     from farnear.retrieve.side_by_side import Subject
@@ -121,8 +123,8 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 def _parted(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Models, and values as in a run file."""
-    models = [word for word in words if not _OVERRIDE.fullmatch(word)]
-    return models, [word for word in words if _OVERRIDE.fullmatch(word)]
+    overrides = [word for word in words if _OVERRIDE.fullmatch(word) and not Path(word).exists()]
+    return [word for word in words if word not in overrides], overrides
 
 
 def _measured(arguments: argparse.Namespace) -> tuple[list["Subject"], int]:
@@ -132,13 +134,18 @@ def _measured(arguments: argparse.Namespace) -> tuple[list["Subject"], int]:
     models, overrides = _parted(arguments.overrides)
     if not models:
         raise UserError("no model is named; name a folder, a model on the hub, or a run")
-    if arguments.num_processes is not None:
-        overrides.append(f"num_processes={arguments.num_processes}")
     names = dict(zip(short_names(models), models, strict=True))
     stored = {name: Path(word) for name, word in names.items() if (Path(word) / "documents.npy").is_file()}
     named = {
         name: named_model(word, arguments.out / name / "model") for name, word in names.items() if name not in stored
     }
+    if not named and (arguments.data or arguments.corpus or overrides or arguments.num_processes):
+        raise UserError(
+            "every model is there as embeddings, so --data, --corpus, --num_processes and keys of a run file are read "
+            "by nobody; take them out"
+        )
+    if arguments.num_processes is not None:
+        overrides.append(f"num_processes={arguments.num_processes}")
     runs = [one.run for one in named.values() if one.run is not None]
     shards, corpus = arguments.data, arguments.corpus
     if shards is None and named:
@@ -170,10 +177,7 @@ def short_names(words: Sequence[str]) -> list[str]:
 
     `runs/a/export` is `a`, for an export is called by its run.
     """
-    parts = [
-        [part for part in Path(word).parts if part not in ("/", "..", ".", "export", "checkpoints")] for word in words
-    ]
-    parts = [of_word or [word] for of_word, word in zip(parts, words, strict=True)]
+    parts = [_parts(Path(word)) or _parts(Path(word).absolute()) or ["model"] for word in words]
     names = [of_word[-1] for of_word in parts]
     for length in range(2, max(map(len, parts)) + 1):
         shared = {name for name in names if names.count(name) > 1}
@@ -183,6 +187,12 @@ def short_names(words: Sequence[str]) -> list[str]:
     if twice := [word for word, name in zip(words, names, strict=True) if names.count(name) > 1]:
         raise UserError(f"{twice[-1]} is named twice, and would be compared with itself; name it once")
     return names
+
+
+def _parts(path: Path) -> list[str]:
+    """Of a path what can be part of a name: folders are called by it, and lines of tables."""
+    left_out = ("/", "..", ".", "export", "checkpoints")
+    return [printable(part) for part in Path(os.path.normpath(path)).parts if part not in left_out]
 
 
 def _where(out: Path, subjects: Sequence["Subject"]) -> str:

@@ -20,6 +20,7 @@ from farnear.retrieve.collection import FORMAT, MANIFEST, refuse_dim
 from farnear.retrieve.embeddings import Embeddings, StoredRows, distinct_inputs
 from farnear.retrieve.evaluate import RetrievalTask, build_task
 from farnear.retrieve.trec import trec_id, write_qrels
+from farnear.wording import writable
 
 
 def write_collection(
@@ -80,7 +81,7 @@ def _write_queries(folder: Path, rows: StoredRows, task: RetrievalTask, dim: int
     with published(folder / "queries.npy") as file:
         np.save(file, unit_prefix(rows[:], dim))
     reader = InputReader(task.index, task.store)
-    texts = [text_of(reader[int(row)]) for row in task.index.query_N[task.query_pair_Q]]
+    texts = [writable(text_of(reader[int(row)])) for row in task.index.query_N[task.query_pair_Q]]
     lines = [
         json.dumps({"id": one, "text": text}, ensure_ascii=False) for one, text in zip(query_ids, texts, strict=True)
     ]

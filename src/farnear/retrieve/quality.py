@@ -81,7 +81,6 @@ def qualities(
         _quality(collection, dim, precision, rescore_multiplier)
         for dim in sorted(set(dims), reverse=True)
         for precision in precisions
-        if precision != "binary" or dim % 8 == 0
     ]
 
 

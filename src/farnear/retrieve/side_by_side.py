@@ -24,7 +24,7 @@ import numpy.typing as npt
 from farnear.errors import UserError
 from farnear.files import replace_text
 from farnear.retrieve.codes import Precision
-from farnear.retrieve.collection import Collection
+from farnear.retrieve.collection import Collection, refuse_dim
 from farnear.retrieve.compare import Difference, differences
 from farnear.retrieve.measure import OF_AN_EVALUATION
 from farnear.retrieve.quality import Quality, qualities, refuse_unmeasurable
@@ -89,6 +89,14 @@ def measured(
         within = [dim for dim in wanted if dim <= collection.dim]
         if not within:
             raise UserError(f"{name} has {collection.dim} components, fewer than any dimension asked for; add one")
+        if collection.precision != "float32" and collection.dim not in within:
+            raise UserError(
+                f"{name} is stored in {collection.precision} and can be measured at its own {collection.dim} "
+                "components alone; add them to --dims"
+            )
+        if collection.precision == "float32" and "binary" in precisions:
+            for dim in within:
+                refuse_dim(dim, collection.dim, "binary")
         found.append(Subject(name, collection, qualities(collection, within, precisions, rescore_multiplier)))
     return found
 
@@ -126,15 +134,34 @@ def compare(subjects: Sequence[Subject], *, resamples: int, seed: int) -> list[C
     found = []
     for other in others:
         place_Q = _places(baseline, other)
-        both = [(one, base) for one in other.qualities if (base := baseline.quality(one.dim, one.precision))]
+        both = measured_by_both(baseline, other)
         columns = [one.by_query[name][place_Q] - base.by_query[name] for one, base in both for name in OF_AN_EVALUATION]
-        found_differences = iter(differences(np.stack(columns, axis=1), resamples=resamples, seed=seed) if both else ())
+        found_differences = iter(differences(np.stack(columns, axis=1), resamples=resamples, seed=seed))
         found += [
             Compared(other.name, one.dim, one.precision, name, base.measures[name], one.measures[name], difference)
             for one, base in both
             for name, difference in zip(OF_AN_EVALUATION, found_differences, strict=False)
         ]
     return found
+
+
+def measured_by_both(baseline: Subject, other: Subject) -> list[tuple[Quality, Quality]]:
+    """The other model's qualities, the largest first, each with the baseline's at its dimension and precision.
+
+    Raises:
+        UserError: There is none.
+    """
+    both = [(one, base) for one in other.qualities if (base := baseline.quality(one.dim, one.precision))]
+    if not both:
+        told = [
+            f"{subject.name} ({', '.join(f'{one.precision} at {one.dim}' for one in subject.qualities)})"
+            for subject in (baseline, other)
+        ]
+        raise UserError(
+            f"nothing was measured alike of {told[0]} and {told[1]}, so they cannot be compared; ask for a dimension "
+            "and a precision that both have with --dims and --precision"
+        )
+    return both
 
 
 def _places(baseline: Subject, other: Subject) -> npt.NDArray[np.int64]:
@@ -154,7 +181,7 @@ def first_ranks(subject: Subject, quality: Quality) -> npt.NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class QueryChange:
-    """A query by the baseline and by another model, both at their largest dimension."""
+    """A query by the baseline and by another model, both at the largest dimension that both were measured at."""
 
     query: str
     text: str
@@ -171,7 +198,8 @@ class QueryChange:
 
 def query_changes(baseline: Subject, other: Subject, measure: str) -> list[QueryChange]:
     """Every query by both models, the greatest gain first."""
-    of_base, of_other, place_Q = baseline.qualities[0], other.qualities[0], _places(baseline, other)
+    (of_other, of_base), *_ = measured_by_both(baseline, other)
+    place_Q = _places(baseline, other)
     texts = baseline.collection.texts
     columns = zip(
         baseline.collection.query_ids,

@@ -22,7 +22,7 @@ def quality_table(subjects: Sequence[Subject]) -> str:
     lines = [task, "", *_aligned(rows), ""]
     for subject in subjects:
         facts = subject.collection.facts
-        if "seconds_per_query" in facts:
+        if "seconds_per_query" in facts and "seconds_per_document" in facts:
             query, page = _milliseconds(facts["seconds_per_query"]), _milliseconds(facts["seconds_per_document"])
             device = facts.get("device", "device not known")
             lines.append(f"{subject.name}: embeds a query that comes alone in {query}, a page in {page} ({device})")

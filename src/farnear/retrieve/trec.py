@@ -66,7 +66,9 @@ def read_qrels(path: Path) -> dict[str, set[str]]:
         UserError: A line is not of that form.
     """
     answers: dict[str, set[str]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             query, _, document, relevance = line.split()
             is_relevant = int(relevance) > 0
