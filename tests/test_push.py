@@ -163,6 +163,10 @@ def test_what_is_refused_before_anything_is_sent(
         assert message in told, told
 
     refused("pages is no name on the hub; write NAME/REPO", words=[*words[:2], "--repo-id", "pages"])
+    refused("is no name on the hub (Cannot have -- or .. in repo_id", words=[*words[:2], "--repo-id", "ada/pa--ges"])
+    refused("is no name on the hub; write NAME/REPO", words=[*words[:2], "--repo-id", "\u00e4da/pages"])
+    for branch in ("", "a b", "a..b"):
+        refused("cannot be the name of a branch", words=[*words, f"--revision={branch}"])
     refused("there is no folder", words=["push", str(export / "missing"), *words[2:]])
     refused("is no export of farnear", words=["push", str(export / "1_Pooling"), *words[2:]])
     card = (export / CARD).read_text()

@@ -20,7 +20,7 @@ from farnear.launching.slurm import waiting_job
 from farnear.report import following
 from farnear.report.following import Following
 from farnear.report.tail import Tail, samples
-from farnear.report.watch_text import ASCII_BLOCKS, picture, sparkline
+from farnear.report.watch_text import ASCII_BLOCKS, news, one_line, picture, sparkline
 from farnear.report.watching import watch
 from farnear.run_folder import RunFolder
 from farnear.status import write_status
@@ -70,6 +70,34 @@ def folder(tmp_path: Path) -> RunFolder:
     for rank in range(4):
         beat(folder, rank, 121, "step 121, pass two, mini-batch 3", 1000)
     return folder
+
+
+JUNK = (None, "low", True, -5, 2.5, 1e400, float("nan"), [1], {"a": {}}, 10**40, "\ud800")
+
+
+@pytest.mark.parametrize("junk", JUNK, ids=repr)
+def test_junk_in_any_place_of_any_record_draws_no_less_than_the_rest(folder: RunFolder, junk: Any) -> None:
+    """Disks fill and files are edited: who watches a run sees what can be seen."""
+    append(folder.minings, {"step": 60, "negatives": 9, "seconds": 3.0})
+    append(folder.bad_steps, {"step": 7, "what": "loss", "action": "left out"})
+    append(folder.quarantine, {"step": 7, "shard": "a.tar", "key": "k"})
+    for path in (folder.metrics, folder.evaluations, folder.saves, folder.minings, folder.bad_steps, folder.quarantine):
+        whole = path.read_text()
+        record = json.loads(whole.splitlines()[-1])
+        before = Following(folder.path).look()
+        for key in (*record, "everything"):
+            changed = dict.fromkeys(record, junk) if key == "everything" else {**record, key: junk}
+            path.write_text(whole + json.dumps(changed) + "\n" + "[" * 100_000 + "\n\x00\n")
+            view = Following(folder.path).look()
+            shown = picture(view, 100, 30), one_line(view), *news(before, view)
+            assert "running" in shown[0] and "nDCG@10" in shown[0] and "step 120/600" in shown[0], key
+            for line in shown:
+                line.encode()
+        path.write_text(whole)
+    status = json.loads(folder.status.read_text())
+    for key in status:
+        folder.status.write_text(json.dumps({**status, key: junk}))
+        picture(Following(folder.path).look(), 100, 30)
 
 
 # Files that grow

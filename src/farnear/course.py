@@ -7,10 +7,12 @@ happened yet has no known length; it is named instead, and left out.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, TypeGuard
 
 RECENT = 50
 """Steps whose mean is taken."""
+_MOST = 2.0**53
+"""Whole numbers below it are floats too; no figure of a run is as large."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,10 @@ FACTS = tuple(field.name for field in fields(Course))
 
 
 def course_of(status: Mapping[str, Any]) -> Course | None:
-    """From `status.json`; None where the run has not told it."""
-    if not all(isinstance(status.get(name), int) for name in ("total_steps", "epochs", "ranks")):
+    """From `status.json`; None where the run has not told it, or somebody has made something else of it."""
+    intervals = [status.get(name) for name in ("eval_steps", "save_steps", "refresh_steps")]
+    counts = [status.get(name) for name in ("total_steps", "epochs", "ranks")] + [x for x in intervals if x is not None]
+    if not all(map(is_count, counts)) or not isinstance(status.get("evaluates"), bool):
         return None
     return Course(**{name: status.get(name) for name in FACTS})  # type: ignore[arg-type]
 
@@ -126,6 +130,16 @@ def duration(seconds: float) -> str:
     return f"{days} day{'' if days == 1 else 's'} {clock}" if days else clock
 
 
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a value from a record can be reckoned with."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _MOST
+
+
+def is_count(value: Any) -> TypeGuard[int]:
+    """Whether it is a number of steps, ranks, pages."""
+    return is_number(value) and isinstance(value, int) and value >= 0
+
+
 def _due(interval: int | None, course: Course, step: int, *, at_end: bool = True) -> int:
     """How often what comes every so many steps is still to come."""
     if not interval:
@@ -135,4 +149,4 @@ def _due(interval: int | None, course: Course, step: int, *, at_end: bool = True
 
 
 def _is_time(value: Any) -> bool:
-    return isinstance(value, (int, float)) and 0 <= value < float("inf")
+    return is_number(value) and value >= 0

@@ -19,7 +19,8 @@ from farnear.files import replace_text
 from farnear.offline import is_offline
 from farnear.run_folder import RunFolder
 
-REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+_NO_BRANCH = re.compile(r"[\s~^:?*\[\\]|\.\.|^[-/]|[/.]$")
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,17 @@ def parcel_of(path: Path) -> Parcel:
 
 def refuse_unless_possible(repo_id: str, revision: str | None, *, create_pr: bool) -> None:
     """Raise UserError where the hub need not be asked to know that it would refuse."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
     if not REPO_ID.fullmatch(repo_id):
         raise UserError(f"--repo-id {repo_id} is no name on the hub; write NAME/REPO")
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UserError(f"--repo-id {repo_id} is no name on the hub ({' '.join(str(error).split())[:200]})") from None
+    if revision is not None and (not revision or _NO_BRANCH.search(revision)):
+        raise UserError(f"--revision {revision!r} cannot be the name of a branch; take letters, digits, - and /")
     if create_pr and revision is not None:
         raise UserError("--create-pr asks for a change of the main branch, and --revision names another; drop one")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from farnear.course import Course, Pace, course_of
+from farnear.course import Course, Pace, course_of, is_count, is_number
 from farnear.report.tail import Record, Tail, samples
 from farnear.run_folder import RunFolder
 from farnear.status import read_status
@@ -126,11 +126,11 @@ class Following:
             state=state,
             reason=status.get("reason"),
             exit_code=1 if state == "killed" else code if isinstance(code, int) else None,
-            checkpoint=status.get("checkpoint") if state != "running" else _name_in(self._folder.latest),
+            checkpoint=_name_in(self._folder.latest) if state == "running" else _name(status.get("checkpoint")),
             best=_name_in(self._folder.best),
             course=course,
             pace=pace,
-            step=last.get("step", status.get("step") or None),
+            step=last.get("step", status["step"] or None if is_count(status.get("step")) else None),
             last=last,
             recent=tuple(self._recent),
             losses=tuple(self._losses),
@@ -139,25 +139,25 @@ class Following:
             minings=self._records["minings"],
             ranks=tuple(self._ranks(course, state)),
             bad_steps=self._records["bad_steps"],
-            quarantined=len({(one.get("shard"), one.get("key")) for one in self._records["quarantine"]}),
+            quarantined=len({(str(one.get("shard")), str(one.get("key"))) for one in self._records["quarantine"]}),
             silent_for=silent_for,
         )
 
     def _read_metrics(self) -> None:
         is_anew, records = self._metrics.look()
-        records = [record for record in records if isinstance(record.get("step"), int)]
+        records = [record for record in records if is_count(record.get("step"))]
         if is_anew or not self._has_looked:
             self._recent.clear()
             self._losses = []
             first = records[0]["step"] if records else 0
             earlier = samples(self._folder.metrics, _SAMPLES) if first > 1 else []
-            self._add_losses([one for one in earlier if isinstance(one.get("step"), int) and one["step"] < first])
+            self._add_losses([one for one in earlier if is_count(one.get("step")) and one["step"] < first])
         self._has_looked = self._has_looked or bool(records)
         self._recent.extend(records)
         self._add_losses(records)
 
     def _add_losses(self, records: Sequence[Record]) -> None:
-        self._losses += [(one["step"], one["loss"]) for one in records if isinstance(one.get("loss"), (int, float))]
+        self._losses += [(one["step"], one["loss"]) for one in records if is_number(one.get("loss"))]
         while len(self._losses) > _POINTS:
             pairs = zip(self._losses[::2], self._losses[1::2], strict=False)
             rest = self._losses[-1:] if len(self._losses) % 2 else []
@@ -212,7 +212,7 @@ class _Beat:
         self.told_at = str(facts.get("time", ""))
         self.place = str(facts.get("place", ""))
         step = facts.get("step")
-        self.step = step if isinstance(step, int) else None
+        self.step = step if is_count(step) else None
         self._seen_at = monotonic()
         self._age_when_seen = 0.0 if before is not None else _age(self.told_at)
         self._moves = (facts.get("pid"), facts.get("moves"))
@@ -256,6 +256,10 @@ def _age(time: str) -> float:
     except ValueError:
         return 0.0
     return max(0.0, (datetime.now(timezone.utc) - told).total_seconds())
+
+
+def _name(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None
 
 
 def _name_in(path: Path) -> str | None:

@@ -97,7 +97,7 @@ def read_run(run_folder: Path) -> Run:
     config_file = run_folder / "run.yaml"
     try:
         config = config_file.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{run_folder} holds no run.yaml, so it is not a run folder: give the folder that a training wrote"
         ) from None

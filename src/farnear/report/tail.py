@@ -86,7 +86,7 @@ def _records(lines: bytes) -> list[Record]:
     for line in lines.split(b"\n"):
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(record, dict):
             records.append(record)

@@ -9,9 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime, timezone
 from itertools import groupby
 from math import isfinite
-from typing import Any, TypeGuard
 
-from farnear.course import duration
+from farnear.course import duration, is_count, is_number
 from farnear.report.following import Rank, View
 from farnear.report.tail import Record
 from farnear.wording import amount, counted, printable, spans
@@ -56,15 +55,19 @@ def one_line(view: View, waits: str | None = None) -> str:
 
 def news(before: View | None, view: View) -> Iterator[str]:
     """Lines on what has been added since the view before: evaluations, checkpoints, minings, steps left out."""
-    if before is None:
-        return
+    return map(printable, _news(before, view)) if before is not None else iter(())
+
+
+def _news(before: View, view: View) -> Iterator[str]:
     for record in _added(before.evaluations, view.evaluations):
         by_dim = "  ".join(f"{dim}: {value:.4f}" for dim, value in _by_dim(record))
         yield f"step {record.get('step')}: nDCG@10 {record.get('kind')} training  {by_dim}"
     for record in _added(before.saves, view.saves):
         yield f"step {record.get('step')}: saved"
     for record in _added(before.minings, view.minings):
-        yield f"step {record.get('step')}: mined {counted(record.get('negatives', 0), 'hard negative')}"
+        found = record.get("negatives")
+        mined = counted(found, "hard negative") if is_count(found) else "hard negatives"
+        yield f"step {record.get('step')}: mined {mined}"
     for record in _added(before.bad_steps, view.bad_steps):
         yield f"step {record.get('step')}: {record.get('what')}, {record.get('action')}"
 
@@ -97,7 +100,7 @@ def _step(view: View) -> str:
     if view.course is None:
         return f"step {view.step:,}"
     epoch = view.last.get("epoch")
-    told = f"  epoch {epoch + 1}/{view.course.epochs}" if isinstance(epoch, int) else ""
+    told = f"  epoch {epoch + 1}/{view.course.epochs}" if is_count(epoch) else ""
     return f"step {view.step:,}/{view.course.total_steps:,}{told}"
 
 
@@ -122,8 +125,10 @@ def _steps(view: View, width: int, blocks: str) -> Iterator[str]:
     loss = f"{_loss(view):<9}"
     room = max(width - _LABEL - 2 - len(loss) - 1, 8)
     yield _line("loss", f"{loss} {sparkline(view.losses, room, blocks)}")
-    figures = [f"lr {view.last.get('lr', 0.0):.2e}"]
-    if _is_number(norm := view.last.get("grad_norm")):
+    figures = []
+    if is_number(rate := view.last.get("lr")):
+        figures.append(f"lr {rate:.2e}")
+    if is_number(norm := view.last.get("grad_norm")):
         figures.append(f"grad norm {norm:.3f}")
     yield _line("step", "  ".join([*figures, *_speed(view.last), *_padding(view.recent)]))
     if phases := _phases(view.recent):
@@ -180,14 +185,14 @@ def _by_dim(record: Record) -> Iterable[tuple[str, float]]:
     if not isinstance(metrics, dict):
         return []
     found = [(dim, of_dim.get(HEADLINE)) for dim, of_dim in metrics.items() if isinstance(of_dim, dict)]
-    return [(dim, value) for dim, value in found if _is_number(value)]
+    return [(dim, value) for dim, value in found if is_number(value)]
 
 
 def _saved(view: View) -> Iterator[str]:
     if view.checkpoint is None:
         return
     told = view.checkpoint
-    if view.saves and _is_number(seconds := view.saves[-1].get("seconds")):
+    if view.saves and is_number(seconds := view.saves[-1].get("seconds")):
         told += f" in {seconds:.1f} s"
     yield _line("saved", told + (f"  best {view.best}" if view.best else ""))
 
@@ -230,7 +235,7 @@ def _phases(records: Sequence[Record]) -> str:
     for record in records:
         phases = record.get("seconds")
         for name, seconds in phases.items() if isinstance(phases, dict) else ():
-            if _is_number(seconds):
+            if is_number(seconds):
                 sums[name] = sums.get(name, 0.0) + seconds
     total = sum(sums.values())
     if not total:
@@ -247,27 +252,27 @@ def _beside(view: View) -> str:
         "minings": (view.minings, "seconds"),
         "waits for saves": (view.saves, "seconds_waited"),
     }
-    sums = {name: sum(filter(_is_number, (one.get(key) for one in many))) for name, (many, key) in kinds.items()}
+    sums = {name: sum(filter(is_number, (one.get(key) for one in many))) for name, (many, key) in kinds.items()}
     return "  ".join(f"{name} {duration(seconds)}" for name, seconds in sums.items() if seconds >= 1)
 
 
 def _padding(records: Sequence[Record]) -> list[str]:
-    shares = [share for record in records if _is_number(share := record.get("padding_share"))]
+    shares = [share for record in records if is_number(share := record.get("padding_share"))]
     return [f"padding {sum(shares) / len(shares):.0%}"] if shares else []
 
 
 def _speed(record: Record) -> list[str]:
     told = []
-    if _is_number(speed := record.get("pairs_per_s")):
+    if is_number(speed := record.get("pairs_per_s")):
         told.append(f"{speed:.1f} pairs/s")
-    if _is_number(memory := record.get("peak_memory_bytes")):
+    if is_number(memory := record.get("peak_memory_bytes")):
         told.append(amount(memory))
     return told
 
 
 def _loss(view: View) -> str:
     """The mean of the last steps, fewer than those of speeds: it moves."""
-    losses = [loss for record in view.recent[-_STEPS_OF_LOSS:] if _is_number(loss := record.get("loss"))]
+    losses = [loss for record in view.recent[-_STEPS_OF_LOSS:] if is_number(loss := record.get("loss"))]
     return f"{sum(losses) / len(losses):.4f}" if losses else "none"
 
 
@@ -295,7 +300,3 @@ def _cut(line: str, width: int) -> str:
 
 def _line(label: str, text: str) -> str:
     return f"{label:>{_LABEL}}  {text}"
-
-
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
