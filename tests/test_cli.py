@@ -64,6 +64,16 @@ def test_a_tiny_model_replaces_nothing(
     assert "is there already, and is not replaced" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("output", "told"), [("/dev/full", "standard output cannot be written"), ("", "")])
+def test_output_that_cannot_be_written(output: str, told: str, tmp_path: Path) -> None:
+    """A full disk takes a line, and where a shell has closed the stream nobody wants it."""
+    (tmp_path / "run.lock").touch()
+    command = f"{sys.executable} -m farnear watch {tmp_path} --once >{output or '&-'}"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == (2 if told else 0), ended.stderr
+    assert told in ended.stderr and ended.stderr.count("\n") == bool(told)
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main(["--version"])

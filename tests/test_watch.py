@@ -193,7 +193,7 @@ def test_the_picture_has_it_all(folder: RunFolder) -> None:
     assert "512  0.1000 -> 0.4000" in after
 
 
-@pytest.mark.parametrize(("width", "height"), [(40, 24), (80, 12), (200, 60), (20, 5)])
+@pytest.mark.parametrize(("width", "height"), [(40, 24), (80, 12), (200, 60), (20, 5), (3, 9)])
 def test_the_picture_fits_the_terminal(folder: RunFolder, width: int, height: int) -> None:
     metrics_by_dim = {str(2**power): {"ndcg@10": 0.5} for power in range(4, 14)}
     append(folder.evaluations, {**evaluation(110, "during", 0.4), "metrics": metrics_by_dim})
@@ -201,7 +201,7 @@ def test_the_picture_fits_the_terminal(folder: RunFolder, width: int, height: in
         beat(folder, rank, 121, f"step 121, in phase {rank}", 1000)
     lines = picture(Following(folder.path).look(), width, height).splitlines()
     assert len(lines) < height and all(len(line) <= width for line in lines)
-    assert "running" in lines[1]
+    assert "running" in lines[1] or width < 7
     if height == 24:
         assert "more" in "".join(lines)
 

@@ -39,6 +39,9 @@ def main(words: Sequence[str] | None = None) -> int:
     """The `farnear` command. Returns its exit code."""
     from farnear.outcome import error_line
 
+    # Streams that a shell has closed.
+    sys.stdout = sys.stdout or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    sys.stderr = sys.stderr or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     try:
         arguments = parse(farnear_parser(), sys.argv[1:] if words is None else words)
         command: Command = arguments.command

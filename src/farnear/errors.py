@@ -4,6 +4,8 @@ A ``UserError`` says what is wrong, why it matters and what to do. Every command
 standard error and exit code 2; anything else that escapes is a defect of farnear's and shows its traceback.
 """
 
+import errno
+
 
 class UserError(Exception):
     """A mistake that the user can mend. The message is one line: what is wrong, why, and what to do."""
@@ -34,6 +36,9 @@ def as_user_error(error: UserError | OSError) -> UserError:
     """
     if isinstance(error, UserError):
         return error
+    if error.filename is None and error.errno in (errno.ENOSPC, errno.EIO):
+        # What writes files names them (`farnear.files`): this is where the output goes.
+        return UserError(f"standard output cannot be written ({error.strerror}); send it elsewhere")
     if error.filename is None:
         raise error
     return refused_by_system(error)

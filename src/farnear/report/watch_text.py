@@ -19,6 +19,7 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 ASCII_BLOCKS = "_.-=+*#@"
 HEADLINE = "ndcg@10"
 _LABEL = 10
+_NARROWEST = 20  # narrower ones are cut
 _FEWEST_DIMS = 2
 _STEPS_OF_LOSS = 10
 
@@ -30,7 +31,8 @@ def picture(view: View, width: int = 80, height: int = 24, *, waits: str | None 
         waits: What a cluster says of the run's job, where one waits.
     """
     blocks = BLOCKS if unicode else ASCII_BLOCKS
-    head = [*_head(view, width, waits), *_steps(view, width, blocks)]
+    drawn = max(width, _NARROWEST)
+    head = [*_head(view, drawn, waits), *_steps(view, drawn, blocks)]
     tail = [*_saved(view), *_left_out(view)]
     evaluations, ranks = list(_evaluations(view)), list(_ranks(view))
     room = height - 1 - len(head) - len(tail)
