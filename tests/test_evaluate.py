@@ -289,6 +289,9 @@ def test_a_checkpoint_is_exported_and_evaluated(
     other = inputs / "second" / "checkpoints" / "step-00000002"
     *_, of_other = evaluated(inputs / "first", steps[0], other)
     assert len(started) == count + 1 and of_other != after
+    assert evaluated(inputs / "first" / "latest")
+    latest = json.loads(Path("evaluation/latest/results.json").read_text())["results"][0]
+    assert {name: latest[name] for name in whole} == whole
     capsys.readouterr()
     os.truncate(next(steps[1].glob("*.safetensors")), 100)
     assert main(["evaluate", str(steps[1])]) == 2

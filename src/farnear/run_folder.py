@@ -173,6 +173,14 @@ def published_checkpoints(checkpoints: Path) -> list[Path]:
     return sorted(path for path in checkpoints.glob("step-*") if _CHECKPOINT_NAME.fullmatch(path.name))
 
 
+def checkpoint_named(path: Path) -> Path:
+    """A checkpoint by the file of a run that names it, ``RUN/best`` or ``RUN/latest``; any other path as it is."""
+    folder = RunFolder(path.parent)
+    if path not in (folder.best, folder.latest) or not path.is_file():
+        return path
+    return folder.checkpoints / path.read_text(encoding="utf-8").strip()
+
+
 def check_start(output_dir: Path, resume: Resume | None) -> None:
     """Refuse to start over what a run or a person has made, and to resume what has no checkpoint.
 

@@ -27,7 +27,9 @@ def add_encode(commands: "argparse._SubParsersAction[Parser]") -> None:
         "    --precision int8 model.max_pixels=360000 training.bf16=true\n\n"
         "docs/evaluation.md says more.",
     )
-    parser.add_argument("model", metavar="MODEL", help="a model's folder or name on the hub, a run, or a checkpoint")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a model's folder or name on the hub, a run, or a checkpoint (RUN/best too)"
+    )
     parser.add_argument("shards", metavar="SHARDS", help="of pairs or of pages: a path, URL, glob or braces")
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
     parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="as in a run file")

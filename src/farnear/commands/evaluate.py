@@ -63,7 +63,8 @@ def _parser(
         metavar="MODEL [key=value]",
         nargs="*",
         default=[],
-        help="a model's folder or name on the hub, a run's folder, a checkpoint, or embeddings; keys of a run file",
+        help="a model's folder or name on the hub, a run's folder, a checkpoint (RUN/best too), or embeddings; keys of "
+        "a run file",
     )
     parser.add_argument(
         "--data", metavar="SHARDS", nargs="+", help="of pairs (default: data.eval of a run among MODEL)"

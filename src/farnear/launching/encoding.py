@@ -1,8 +1,9 @@
 """Starts `farnear encode` on its ranks, as a training is started, or says that it is done already.
 
 A model is named by its folder or its name on the hub, by the folder of a run, whose export is meant, by that export, or
-by a checkpoint of a run, of which an export is made first. Of a run its run file is known, and with it how the model is
-to be computed and which Matryoshka dims it was trained to have; of any other what the command line says.
+by a checkpoint of a run (`RUN/best` too), of which an export is made first. Of a run its run file is known, and with it
+how the model is to be computed and which Matryoshka dims it was trained to have; of any other what the command line
+says.
 """
 
 import json
@@ -20,7 +21,7 @@ from farnear.launching.hardware import read_hardware
 from farnear.launching.local import run_beside
 from farnear.launching.mining import files_of_model
 from farnear.model.hub import refuse_missing_folder, refuse_unless_fetched
-from farnear.run_folder import RunFolder, digest_of, done_in, files_of_collection
+from farnear.run_folder import RunFolder, checkpoint_named, digest_of, done_in, files_of_collection
 
 PROGRAM = "encode.py"
 RUN_FILE = "encode.yaml"
@@ -56,7 +57,7 @@ def named_model(word: str, exported: Path) -> NamedModel:
     Raises:
         UserError: A run that has trained no embedder, or exported none yet.
     """
-    path = Path(word)
+    path = checkpoint_named(Path(word))
     is_checkpoint = path.absolute().parent.name == "checkpoints"
     run_folder = path.absolute().parents[1] if is_checkpoint else path.parent if path.name == "export" else path
     if not path.is_dir() or not RunFolder(run_folder).config.is_file():

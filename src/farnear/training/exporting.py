@@ -15,7 +15,7 @@ from farnear.errors import UserError
 from farnear.files import replace_text
 from farnear.model.base import at_commits
 from farnear.model.export import export_model
-from farnear.run_folder import RunFolder, published_checkpoints
+from farnear.run_folder import RunFolder, checkpoint_named, published_checkpoints
 from farnear.training.cards import facts_of_checkpoint, run_card
 from farnear.training.checkpoint import MANIFEST, Checkpoint, fault_of, open_checkpoint
 from farnear.training.restoring import whole_weights
@@ -52,7 +52,7 @@ def export_checkpoint(path: Path, out: Path, *, best: bool = False, overrides: S
             )
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise UserError(f"{out} is there already, and an export replaces nothing of yours; name another folder")
-    folder = _checkpoint_of(path, best)
+    folder = _checkpoint_of(checkpoint_named(path), best)
     run = RunFolder(folder.absolute().parents[1])
     checkpoint = _whole(folder)
     if not run.config.is_file():
@@ -114,7 +114,7 @@ def _checkpoint_of(path: Path, best: bool) -> Path:
             f"run folder {path} names no best checkpoint, as nothing was evaluated on the way (evaluation.eval_steps); "
             "drop --best for the newest"
         )
-    return run.checkpoints / run.best.read_text(encoding="utf-8").strip()
+    return checkpoint_named(run.best)
 
 
 def _whole(folder: Path) -> Checkpoint:
