@@ -33,6 +33,7 @@ def _refusal(path: Path, *overrides: str) -> str:
         ("training.seed=1", "seed"),
         ("model.maxpixels=100", "model.max_pixels"),
         ("model.name=x", "model.name_or_path"),
+        ("model.router.imgae=x", "model.router.image"),
         ("data.training=[x]", "data.train"),
         ("evaluation.metric=x", "evaluation.metric_for_best_model"),
     ],

@@ -21,12 +21,14 @@ from tiny_runs import make_inputs, run_config
 import farnear
 from farnear.cli import main
 from farnear.config import load_config
+from farnear.errors import UserError
+from farnear.launching import local
 from farnear.model.load import load_model
-from farnear.retrieve import embeddings
+from farnear.retrieve import collection_writing, embeddings
 from farnear.retrieve.collection import open_collection
 from farnear.retrieve.measure import measure
 from farnear.retrieve.trec import write_qrels, write_run
-from farnear.run_folder import DONE
+from farnear.run_folder import DONE, RunFolder, claimed
 from farnear.sections import ModelConfig
 
 READERS = ((ir_measures.read_trec_qrels, "qrels.txt"), (ir_measures.read_trec_run, "run.trec"))
@@ -221,6 +223,46 @@ def test_what_is_embedded_stays_until_there_is_something_else(
     assert {path.name: path.stat().st_mtime_ns for path in Path("out").glob("*.npy")} != made
 
 
+def test_of_two_at_once_the_second_changes_nothing(
+    inputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its launch may begin while the first one's ranks are started: they know what they are to do."""
+    encode_here(monkeypatch)
+    shards = str(inputs / "data" / "eval-*.tar")
+    supervise = local.supervise
+    codes = []
+
+    def second_comes_first(command: Any, *rest: Any, **keys: Any) -> int:
+        with monkeypatch.context() as inside, claimed(RunFolder(Path("out"))):
+            inside.setattr(local, "supervise", supervise)
+            codes.append(main(["encode", str(inputs / "embedder"), shards, "out", "model.max_pixels=4096"]))
+        return supervise(command, *rest, **keys)
+
+    monkeypatch.setattr(local, "supervise", second_comes_first)
+    words = ["encode", str(inputs / "embedder"), shards, "out"]
+    assert main(words) == 0
+    assert codes == [2] and "another run is writing into out" in capsys.readouterr().err
+    monkeypatch.setattr(local, "supervise", supervise)
+    assert main([*words[:3], "alone"]) == 0
+    for name in ("documents.npy", "queries.npy", "encode.yaml"):
+        found = (Path("alone") / name).read_bytes().replace(b"output_dir: alone", b"output_dir: out")
+        assert (Path("out") / name).read_bytes() == found
+
+
+def test_what_is_half_written_is_not_measured(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode_here(monkeypatch)
+    words = ["encode", str(inputs / "embedder"), str(inputs / "data" / "eval-*.tar"), "out"]
+    assert main(words) == 0
+    with monkeypatch.context() as broken:
+        broken.setattr(collection_writing, "_write_queries", _interrupt)
+        assert main([*words, "model.max_pixels=4096"]) == 130
+    with pytest.raises(UserError, match="the embeddings in out are not all there"):
+        open_collection(Path("out"))
+    assert main([*words, "model.max_pixels=4096"]) == 0
+    assert load_config(Path("out/encode.yaml")).model.max_pixels == 4096
+    open_collection(Path("out"))
+
+
 def _interrupt(*_: Any, **__: Any) -> Any:
     raise KeyboardInterrupt
 
@@ -314,6 +356,11 @@ def test_a_checkpoint_is_exported_and_evaluated(
             "12 is no multiple of 8",
         ),
         (["encode", "BASE", "SHARDS", "out", "model.max_pixel=3"], "did you mean 'model.max_pixels'"),
+        (
+            ["evaluate", "--data", "SHARDS", "BASE"],
+            "no model is named; name a folder, a model on the hub, or a run, and",
+        ),
+        (["encode", "BASE", "SHARDS", "out", "--corpus", "SHARDS", "model.max_pixel=3"], "'model.max_pixels'"),
         (["encode", "BASE", "SHARDS", "other"], "other holds other files"),
         (["encode", "BASE", "SHARDS", "other/file"], "is a file"),
     ],

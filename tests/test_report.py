@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from report_makers import evaluation_line, step_line, write_rankings, write_run
 
+from farnear.cli import main
 from farnear.errors import UserError
 from farnear.report.figures import Series, bins_of, chart_over_steps, ticks
 from farnear.report.page import write_report
@@ -196,6 +197,14 @@ def test_a_run_of_broken_values_only_is_drawn(tmp_path: Path) -> None:
     page = _read(write_run(tmp_path / "nan", [step_line(step, **nothing, seconds={"data": None}) for step in (1, 2)]))
     assert page.drawing("Loss") == "Loss: 2 of 2 values are not finite"
     assert "No times were recorded" in page.words
+
+
+def test_a_run_file_stands_for_its_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_run(tmp_path / "run", [step_line(1)])
+    run_file = tmp_path / "mine.yaml"
+    run_file.write_text(json.dumps({"output_dir": str(folder), "model": {"name_or_path": "m"}, "data": {"train": "t"}}))
+    assert main(["report", str(run_file)]) == 0
+    assert capsys.readouterr().out == f"{folder / 'report.html'}\n"
 
 
 def test_steps_that_a_resume_did_again_count_once(tmp_path: Path) -> None:

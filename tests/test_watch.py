@@ -237,6 +237,14 @@ def test_ranks_that_are_silent_behind_or_absent_are_marked(folder: RunFolder, mo
     assert Following(folder.path).look().ranks[2].seconds_ago == pytest.approx(300, abs=2)
 
 
+def test_ranks_that_cannot_be_are_not_counted_up_to(folder: RunFolder) -> None:
+    (folder.heartbeats / "rank-99999999999.json").write_text(json.dumps({"step": 121}))
+    status = json.loads(folder.status.read_text())
+    assert [rank.number for rank in Following(folder.path).look().ranks] == [0, 1, 2, 3, 99999999999]
+    folder.status.write_text(json.dumps({**status, "ranks": 2**40}))
+    assert Following(folder.path).look().course is None
+
+
 def test_words_from_files_move_no_cursor(folder: RunFolder) -> None:
     write_status(folder, "failed", reason="two\nlines \x1b[2J", exit_code=1)
     assert "\x1b" not in picture(Following(folder.path).look())

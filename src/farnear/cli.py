@@ -156,12 +156,14 @@ def _add_report(commands: "argparse._SubParsersAction[Parser]") -> None:
         description="Write report.html into a run folder, finished or not, and print its path.",
         epilog="example:\n  farnear report runs/demo",
     )
-    parser.add_argument("run_folder", metavar="RUN_FOLDER", type=Path, help="the output_dir of a run")
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run folder, or the run file of a run")
     parser.set_defaults(command=_report)
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    from farnear.config import load_config
     from farnear.report.page import write_report
 
-    print(write_report(arguments.run_folder))
+    run: Path = arguments.run
+    print(write_report(Path(load_config(run).output_dir) if run.is_file() else run))
     return 0

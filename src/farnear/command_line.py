@@ -5,6 +5,7 @@ sides of an option. And `--resume` takes the words `auto` and `newest` only, so 
 """
 
 import argparse
+import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import NoReturn
 
 from farnear.errors import UserError
 from farnear.run_folder import Resume
+
+_OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)*=.*", re.DOTALL)
 
 
 class Parser(argparse.ArgumentParser):
@@ -61,6 +64,12 @@ def parse(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
     if "overrides" in arguments:
         arguments.overrides = [*arguments.overrides, *remaining]
     return arguments
+
+
+def parted(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Words that name models or shards, and overrides among them. What is there under such a name is no override."""
+    overrides = [word for word in words if _OVERRIDE.fullmatch(word) and not Path(word).exists()]
+    return [word for word in words if word not in overrides], overrides
 
 
 def _with_resume_joined(words: Sequence[str]) -> list[str]:

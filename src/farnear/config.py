@@ -345,8 +345,8 @@ def _likeness(key: str, known: str) -> float:
         leaf in known_leaf or known_leaf in leaf
     )
     likeness += 0.2 * (section != "" and section == known_section)
-    # Sections do not lie in sections.
-    known_is_section = any(other.startswith(f"{known}.") for other in known_keys())
+    # The sections at the top do not lie in sections.
+    known_is_section = "." not in known and any(other.startswith(f"{known}.") for other in known_keys())
     return likeness - ("." in key and known_is_section)
 
 

@@ -11,6 +11,7 @@ from typing import Any, TypeGuard
 
 RECENT = 50
 """Steps whose mean is taken."""
+_MOST_RANKS = 2**20
 _MOST = 2.0**53
 """Whole numbers below it are floats too; no figure of a run is as large."""
 
@@ -47,7 +48,7 @@ def course_of(status: Mapping[str, Any]) -> Course | None:
     """From `status.json`; None where the run has not told it, or somebody has made something else of it."""
     intervals = [status.get(name) for name in ("eval_steps", "save_steps", "refresh_steps")]
     counts = [status.get(name) for name in ("total_steps", "epochs", "ranks")] + [x for x in intervals if x is not None]
-    if not all(map(is_count, counts)) or not isinstance(status.get("evaluates"), bool):
+    if not all(map(is_count, counts)) or status["ranks"] > _MOST_RANKS or not isinstance(status.get("evaluates"), bool):
         return None
     return Course(**{name: status.get(name) for name in FACTS})  # type: ignore[arg-type]
 

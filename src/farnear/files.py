@@ -1,5 +1,6 @@
 """Files that others read, while and after they are written: whole or not there, and with the usual permissions."""
 
+import errno
 import fcntl
 import json
 import os
@@ -25,9 +26,10 @@ def published(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(fresh, path)
     except OSError as error:
-        if error.filename or error.errno is None:
+        if error.filename:
             raise
-        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk does not say where
+        # A full disk does not say where, nor NumPy what.
+        raise OSError(error.errno or errno.ENOSPC, error.strerror or str(error), str(path)) from error
     finally:
         fresh.unlink(missing_ok=True)
     sync(path.parent)

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from farnear.command_line import Parser, positive
+from farnear.command_line import Parser, parted, positive
 from farnear.commands.rank import work_on_rank
 
 if TYPE_CHECKING:
@@ -49,10 +49,12 @@ def _encode(arguments: argparse.Namespace) -> int:
     from farnear.launching.encoding import encode, encoding_config, named_model
 
     model = exported(named_model(arguments.model, arguments.out / "model"))
-    overrides = [*arguments.overrides]
+    # An option that takes several words takes those too.
+    corpus, keys = parted(arguments.corpus)
+    overrides = [*arguments.overrides, *keys]
     if arguments.num_processes is not None:
         overrides.append(f"num_processes={arguments.num_processes}")
-    config = encoding_config(model, [arguments.shards], arguments.corpus, overrides, arguments.out)
+    config = encoding_config(model, [arguments.shards], corpus, overrides, arguments.out)
     about = {"matryoshka_dims": model.matryoshka_dims}
     return encode(
         config, arguments.out, truncate_dim=arguments.truncate_dim, precision=arguments.precision, about=about
@@ -77,13 +79,13 @@ def rank_command(words: list[str]) -> int:
     """What launch/encode.py does on each rank. Returns the exit code."""
     parser = Parser(prog="launch/encode.py", description="One rank of farnear encode.")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("run_file", type=Path)
+    parser.add_argument("config", type=json.loads, help="as a run file has it")
     parser.add_argument("encoding", type=json.loads)
     return work_on_rank(parser, words, _encode_on_rank)
 
 
 def _encode_on_rank(arguments: argparse.Namespace, signals: "Signals") -> None:
-    from farnear.config import load_config
+    from farnear.config import parse_config
     from farnear.training.encode_ranks import Encoding, encode_on_ranks
 
-    encode_on_ranks(load_config(arguments.run_file), arguments.folder, Encoding(**arguments.encoding), signals)
+    encode_on_ranks(parse_config(arguments.config), arguments.folder, Encoding(**arguments.encoding), signals)

@@ -2,12 +2,11 @@
 
 import argparse
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from farnear.command_line import Parser, positive
+from farnear.command_line import Parser, parted, positive
 from farnear.commands.encode import exported
 from farnear.errors import UserError
 from farnear.wording import printable
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
     from farnear.retrieve.side_by_side import Subject
 
 MEASURES = ("ndcg@1", "ndcg@5", "ndcg@10", "recall@1", "recall@5", "recall@10", "recall@100", "mrr@10", "map@100")
-_OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)*=.*", re.DOTALL)
 
 
 def add_evaluate(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -100,7 +98,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    models, _ = _parted(arguments.overrides)
+    models, _ = parted(arguments.overrides)
     if len(models) < 2:
         raise UserError(
             "compare takes two models or more, the first of which the others are compared with; name another"
@@ -122,19 +120,21 @@ def _compare(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _parted(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Models, and values as in a run file."""
-    overrides = [word for word in words if _OVERRIDE.fullmatch(word) and not Path(word).exists()]
-    return [word for word in words if word not in overrides], overrides
-
-
 def _measured(arguments: argparse.Namespace) -> tuple[list["Subject"], int]:
     """Every model measured; or, where embedding with one has failed, its exit code."""
     from farnear.launching.encoding import encode, encoding_config, named_model
 
-    models, overrides = _parted(arguments.overrides)
+    models, overrides = parted(arguments.overrides)
+    for option in ("data", "corpus"):
+        # Which take all words after them.
+        words, keys = parted(getattr(arguments, option) or [])
+        overrides += keys
+        setattr(arguments, option, words or None if option == "data" else words)
     if not models:
-        raise UserError("no model is named; name a folder, a model on the hub, or a run")
+        raise UserError(
+            "no model is named; name a folder, a model on the hub, or a run, and before --data, --corpus, --dims and "
+            "--precision, which take all words after them"
+        )
     names = dict(zip(short_names(models), models, strict=True))
     stored = {name: Path(word) for name, word in names.items() if (Path(word) / "documents.npy").is_file()}
     named = {

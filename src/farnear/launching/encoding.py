@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from farnear.config import RunConfig, apply_override, dump_config, load_config, model_beside, parse_config
+from farnear.config import RunConfig, apply_override, load_config, model_beside, parse_config
 from farnear.data.index_cache import cache_folder, cached_index
 from farnear.data.run_shards import shard_store, shards_to_encode
 from farnear.errors import UserError
-from farnear.files import replace_text
 from farnear.launching.hardware import read_hardware
 from farnear.launching.local import run_beside
 from farnear.launching.mining import files_of_model
@@ -24,8 +23,6 @@ from farnear.model.hub import refuse_missing_folder, refuse_unless_fetched
 from farnear.run_folder import RunFolder, checkpoint_named, digest_of, done_in, files_of_collection
 
 PROGRAM = "encode.py"
-RUN_FILE = "encode.yaml"
-"""How the embeddings of a folder were made, as a run file has it."""
 
 
 @dataclass(frozen=True)
@@ -148,12 +145,11 @@ def encode(
         print(f"{folder} holds the embeddings of the same model and shards; nothing is left to do", flush=True)
         return 0
     others = [path for path in folder.iterdir() if path != Path(config.model.name_or_path)] if folder.exists() else []
-    if others and not (folder / RUN_FILE).exists():
+    if others and not RunFolder(folder).lock.exists():
         raise UserError(f"{folder} holds other files, which are not replaced; name another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_text(folder / RUN_FILE, dump_config(config))
     encoding = {"truncate_dim": truncate_dim, "precision": precision, "inputs": inputs, "about": dict(about)}
-    return run_beside(PROGRAM, config, [str(folder), str(folder / RUN_FILE), json.dumps(encoding)], folder)
+    # Nothing is written here: another launch may hold the folder, and its ranks would read it.
+    return run_beside(PROGRAM, config, [str(folder), config.model_dump_json(), json.dumps(encoding)], folder)
 
 
 def _inputs_of(config: RunConfig, truncate_dim: int | None, precision: str, about: Mapping[str, Any]) -> str:

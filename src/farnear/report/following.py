@@ -189,7 +189,7 @@ class Following:
             return
         furthest = max((beat.step or 0 for beat in self._beats.values()), default=0)
         told_furthest = min((beat.told_at for beat in self._beats.values() if (beat.step or 0) == furthest), default="")
-        for number in range(max([course.ranks if course else 0, *(one + 1 for one in self._beats)])):
+        for number in sorted({*range(course.ranks if course else 0), *self._beats}):
             beat = self._beats.get(number)
             if beat is None:
                 yield Rank(number, None, mark="no heartbeat")

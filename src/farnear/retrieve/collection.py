@@ -31,6 +31,7 @@ from farnear.errors import UserError
 from farnear.retrieve.codes import BLOCK, BinaryRows, Float32, Int8Rows, Precision
 from farnear.retrieve.search import Rows
 from farnear.retrieve.trec import read_qrels
+from farnear.run_folder import DONE, RunFolder
 from farnear.wording import writable
 
 FORMAT = "farnear collection 1"
@@ -89,6 +90,11 @@ def open_collection(folder: Path) -> Collection:
     if not is_collection(folder):
         raise UserError(
             f"{folder} holds no embeddings (documents.npy and document-ids.txt); make them with `farnear encode`"
+        )
+    if RunFolder(folder).lock.exists() and not (folder / DONE).exists():
+        raise UserError(
+            f"the embeddings in {folder} are not all there: making them has been broken off, or goes on; run the same "
+            "`farnear encode` again"
         )
     stored = _array(folder / "documents.npy")
     document_ids = _read_ids(folder / "document-ids.txt", "document", len(stored))

@@ -57,8 +57,8 @@ def refuse_unmeasurable(collection: Collection) -> None:
         )
     if unanswered := [one for one, pages in zip(collection.query_ids, collection.relevant, strict=True) if not pages]:
         raise UserError(
-            f"{counted(len(unanswered), 'query', 'queries')} in {collection.folder} have no page that answers them, "
-            f"{unanswered[0]} among them, so they cannot be measured; complete qrels.txt, or take them out"
+            f"{collection.folder} holds {counted(len(unanswered), 'query', 'queries')} without a page that answers "
+            f"({unanswered[0]} first), which cannot be measured; complete qrels.txt, or take them out"
         )
 
 

@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from farnear.config import RunConfig
+from farnear.config import RunConfig, dump_config
 from farnear.data.index import Index
 from farnear.data.shard_store import ShardStore
+from farnear.files import replace_text
 from farnear.parallel.world import World, on_main_rank
 from farnear.retrieve.alone import seconds_alone
 from farnear.retrieve.codes import Precision
@@ -36,6 +37,8 @@ from farnear.training.shards import kinds_of, open_to_encode, refuse_unsupported
 from farnear.wording import counted
 
 PARTS = "parts"
+RUN_FILE = "encode.yaml"
+"""How the embeddings of a folder were made, as a run file has it."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,7 @@ def _encode(config: RunConfig, work: Work, folder: Path, encoding: Encoding) -> 
         write_collection(
             folder, embeddings, index, store, about, dim=encoding.truncate_dim, precision=encoding.precision
         )
+        replace_text(folder / RUN_FILE, dump_config(config))
         shutil.rmtree(folder / PARTS)
         note_done(folder, files_of_collection(folder), **made_of)
         queries, documents = len(embeddings.queries), len(embeddings.documents)
