@@ -275,7 +275,10 @@ def test_a_corpus_is_embedded_without_queries(inputs: Path, monkeypatch: pytest.
             stream = io.BytesIO()
             page.save(stream, "PNG")
             tar.write({"__key__": f"doc {key}", "png": stream.getvalue()})
-    assert main(["encode", str(inputs / "embedder"), "corpus with a blank.tar", "out"]) == 0
+    words = ["encode", str(inputs / "embedder")]
+    assert main([*words, str(inputs / "data" / "eval-*.tar"), "out"]) == 0
+    assert open_collection(Path("out")).query_ids
+    assert main([*words, "corpus with a blank.tar", "out"]) == 0
     found = open_collection(Path("out"))
     assert sorted(found.document_ids) == sorted(f"doc%20{key}" for key in pages)
     assert not found.query_ids and not Path("out/queries.npy").exists()

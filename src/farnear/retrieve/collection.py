@@ -36,6 +36,7 @@ from farnear.wording import writable
 
 FORMAT = "farnear collection 1"
 MANIFEST = "manifest.json"
+OF_QUERIES = ("query-ids.txt", "queries.npy", "queries.jsonl", "qrels.txt")
 _LONGEST = 1e18
 """Length of a row whose square fp32 still holds."""
 

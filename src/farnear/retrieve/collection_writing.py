@@ -16,7 +16,7 @@ from farnear.data.read import InputReader, text_of
 from farnear.data.shard_store import ShardStore
 from farnear.files import published, replace_text
 from farnear.retrieve.codes import BLOCK, Precision, binary_codes, int8_codes, unit_prefix, value_ranges
-from farnear.retrieve.collection import FORMAT, MANIFEST, refuse_dim
+from farnear.retrieve.collection import FORMAT, MANIFEST, OF_QUERIES, refuse_dim
 from farnear.retrieve.embeddings import Embeddings, StoredRows, distinct_inputs
 from farnear.retrieve.evaluate import RetrievalTask, build_task
 from farnear.retrieve.trec import trec_id, write_qrels
@@ -52,6 +52,9 @@ def write_collection(
     queries = len(task.query_pair_Q)
     if queries:
         _write_queries(folder, embeddings.queries, task, dim, document_ids)
+    else:
+        for name in OF_QUERIES:
+            (folder / name).unlink(missing_ok=True)
     about = {"format": FORMAT, **facts, "dim": dim, "full_dim": full, "precision": precision}
     about |= {"queries": queries, "documents": len(document_ids), "task": task.fingerprint}
     replace_text(folder / MANIFEST, json.dumps(about, indent=1) + "\n")
