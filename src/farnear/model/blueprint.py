@@ -6,6 +6,7 @@ what goes through it stand as many tokens as the index's costs assume for a temp
 """
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ class Blueprint(nn.Module):
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
         for module in self.modules():
             if module is not self and hasattr(module, "gradient_checkpointing_enable"):
-                module.gradient_checkpointing_enable(**kwargs)
+                enable: Any = module.gradient_checkpointing_enable
+                enable(**kwargs)
 
     def _settle(self, config: RunConfig) -> None:
         """What a run does to a model that it has loaded, and what is known of it then."""
@@ -122,8 +124,9 @@ class EmbedderBlueprint(Blueprint):
             for name, child in towers[""].named_children():
                 self.add_module(name, child)
         else:
-            self.add_module("0", self._routes)
-            self._routes.sub_modules = nn.ModuleDict(towers)
+            router: Any = nn.Module()
+            router.sub_modules, router.route_mappings = nn.ModuleDict(towers), self._routes.mappings
+            self.add_module("0", router)
         # Not registered once more: names are those of a SentenceTransformer.
         self._towers = towers
         first = next(iter(towers.values()))
@@ -183,21 +186,20 @@ class EmbedderBlueprint(Blueprint):
         return self._towers.get(route) if route is not None else None
 
 
-class _Routes(nn.Module):
-    """In place of sentence-transformers' Router: its modules by route, and which input goes where."""
+@dataclass(frozen=True)
+class _Routes:
+    """Which input goes where: by (side, kind), None standing for any, and what no mapping names by default."""
 
-    sub_modules: nn.ModuleDict
-
-    def __init__(self, mappings: Mapping[tuple[Any, Any], str], default: str | None, routes: Collection[str]) -> None:
-        super().__init__()
-        self.route_mappings, self._default, self._routes = mappings, default, routes
+    mappings: Mapping[tuple[Any, Any], str]
+    default: str | None
+    routes: Collection[str]
 
     def route_of(self, side: str, kind: str) -> str | None:
         """As the Router resolves it: the most exact mapping, then a route of the side's or the kind's own name."""
         for key in ((side, kind), (side, None), (None, kind), (None, None)):
-            if key in self.route_mappings:
-                return self.route_mappings[key]
-        return next((name for name in (side, kind) if name in self._routes), self._default)
+            if key in self.mappings:
+                return self.mappings[key]
+        return next((name for name in (side, kind) if name in self.routes), self.default)
 
 
 def _files_of(config: ModelConfig, run_file: Path) -> tuple[Mapping[str, TowerFiles], RouterFiles | None]:

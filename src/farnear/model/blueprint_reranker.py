@@ -151,19 +151,19 @@ class RerankerBlueprint(Blueprint):
         """As `farnear.model.heads.score_cheaply`, with any two rows."""
         if self.head != "yes_no":
             return
-        vocabulary = self.transformers_model.get_output_embeddings()
+        vocabulary: Any = self.transformers_model.get_output_embeddings()
         if type(vocabulary) is nn.Linear:
             is_tied = vocabulary.weight is self.transformers_model.get_input_embeddings().weight
-            kind: Any = _TiedRows if is_tied else RowsLinear
-            vocabulary.__class__, vocabulary.rows = kind, (0, 1)
+            vocabulary.__class__, vocabulary.rows = _TiedRows if is_tied else RowsLinear, (0, 1)
 
 
 class _TiedRows(RowsLinear):
-    """In a run the gradient of the rows is a sparse tensor, of as good as no size; here it is left out."""
+    """In a run the gradient of the rows is a sparse tensor, of as good as no size; here the rows are a leaf."""
 
     def forward(self, input: Tensor) -> Tensor:
         with torch.autocast("cpu", enabled=False):
             weight_rD = embedding(torch.tensor(self.rows), self.weight.detach()).float()
+            weight_rD.requires_grad_(self.weight.requires_grad)
             return linear(input[..., -1:, :].float(), weight_rD)
 
 

@@ -54,7 +54,7 @@ class Tower(nn.Module):
             # Looked at before transformers does, which says less of a wrong value.
             self.width, self.pages = declared_width(settings), declared_pages(config, settings, files.folder)
         layers = [(place, read_declared(path)) for place, path in files.dense]
-        widths = [(told(layer, "in_features"), told(layer, "out_features")) for _, layer in layers if layer.values]
+        widths = [(layer.number("in_features"), told(layer, "out_features")) for _, layer in layers]
         holder = nn.Module()
         holder.model = _on_meta(settings, config, task)
         self.add_module("0", holder)
@@ -63,7 +63,7 @@ class Tower(nn.Module):
             self.width, self.pages = _of_dual(holder.model.config, config, files.folder)
         self.kinds = _kinds_of(holder.model, settings)
         for (place, layer), (before, after) in zip(layers, widths, strict=True):
-            self._add_layer(place, before, after, bias=bool(layer.values.get("bias", True)))
+            self._add_layer(place, before or self.width, after, bias=bool(layer.values.get("bias", True)))
         # A raw model gets a pooling, but for one with an embedding of its own.
         self._modules_in_all = files.modules or (1 if self.is_dual else 2)
 
@@ -190,8 +190,8 @@ def last_token(hidden_nTD: Tensor, mask_nT: Tensor) -> Tensor:
 
 
 def _mean(hidden_nTD: Tensor, mask_nT: Tensor) -> Tensor:
-    mask_nTD = mask_nT.unsqueeze(-1).expand_as(hidden_nTD).to(hidden_nTD.dtype)
-    return (hidden_nTD * mask_nTD).sum(1) / mask_nTD.sum(1).clamp(min=1e-9)
+    mask_nT1 = mask_nT.unsqueeze(-1).to(hidden_nTD.dtype)
+    return (hidden_nTD * mask_nT1).sum(1) / mask_nT1.sum(1).clamp(min=1e-9)
 
 
 def _is_dual(settings: Declared) -> bool:
@@ -240,6 +240,6 @@ def _on_meta(settings: Declared, config: ModelConfig, task: str) -> nn.Module:
     return model
 
 
-def _traced_attention(config: ModelConfig) -> str:
-    """Packed and compiled attentions are traced as sdpa: they save the same."""
-    return "eager" if config.attn_implementation == "eager" else "sdpa"
+def _traced_attention(config: ModelConfig) -> str | None:
+    """Packed and compiled attentions are traced as sdpa: they save the same. None: what transformers chooses, as in a run."""
+    return config.attn_implementation if config.attn_implementation in (None, "eager") else "sdpa"

@@ -152,7 +152,7 @@ def pages_of_one_size(config: ModelConfig, vision: Any, folder: Path) -> PageSha
         patches = int(stored.get("max_num_patches") or vision.num_patches)
         low = high = float(patches * patch**2)
     else:
-        defaults = {"do_center_crop": "crop_size" in stored}
+        defaults: dict[str, Any] = {"do_center_crop": "crop_size" in stored}
         if not {"size", "crop_size"} & stored.keys():
             defaults["size"] = {"height": int(side), "width": int(side)}
         of_run_file = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
