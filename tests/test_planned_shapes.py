@@ -9,8 +9,7 @@ import torch
 import transformers
 import yaml
 from pair_makers import YES_NO, make_bases, page
-from ranks import run_ranks
-from sentence_transformers import CrossEncoder, SentenceTransformer
+from sentence_transformers import CrossEncoder
 from test_forecast import assert_network, last_record, machine
 from tiny_runs import make_inputs, run_tree
 from tiny_towers import save_tiny_clap, save_tiny_clip, save_tiny_siglip, save_tiny_text_encoder
@@ -18,6 +17,7 @@ from torch import nn
 
 from farnear.cli import main
 from farnear.config import RunConfig, load_config, parse_config
+from farnear.errors import UserError
 from farnear.launching.forecast import Forecast, forecast
 from farnear.launching.foresee import foreseen
 from farnear.model.blueprint import EmbedderBlueprint
@@ -107,7 +107,7 @@ def test_a_stored_router_is_that_which_was_joined(folder: Path, tmp_path: Path) 
         assert elements(EmbedderBlueprint(stored, RUN_FILE)) == elements(real)
     routes = tmp_path / "stored" / "router_config.json"
     routes.write_text(routes.read_text().replace("Transformer", "StaticEmbedding", 1))
-    with pytest.raises(Exception, match="is no model that a config.json alone describes"):
+    with pytest.raises(UserError, match="is no model that a config"):
         EmbedderBlueprint(stored, RUN_FILE)
 
 

@@ -127,7 +127,8 @@ def _lists(forecast: Forecast) -> list[tuple[str, str]]:
         (
             "batch",
             f"{shape.pairs_of_all:,} lists, {shape.pairs} a rank; a list: its positive, {lists.hard:.3g} hard "
-            f"negatives and {lists.in_batch} of the batch; {entries.inputs:,} pairs of {shape.documents:,} pages a rank",
+            f"negatives and {lists.in_batch} of the batch; {entries.inputs:,} pairs of {shape.documents:,} pages "
+            "a rank",
         ),
         (
             "mini-batches",

@@ -152,7 +152,8 @@ class RerankerBlueprint(Blueprint):
         if self.head != "yes_no":
             return
         vocabulary: Any = self.transformers_model.get_output_embeddings()
-        if type(vocabulary) is nn.Linear:
+        is_plain = type(vocabulary) is nn.Linear
+        if is_plain:
             is_tied = vocabulary.weight is self.transformers_model.get_input_embeddings().weight
             vocabulary.__class__, vocabulary.rows = _TiedRows if is_tied else RowsLinear, (0, 1)
 

@@ -241,5 +241,5 @@ def _on_meta(settings: Declared, config: ModelConfig, task: str) -> nn.Module:
 
 
 def _traced_attention(config: ModelConfig) -> str | None:
-    """Packed and compiled attentions are traced as sdpa: they save the same. None: what transformers chooses, as in a run."""
+    """Packed and compiled attentions are traced as sdpa: they save the same. None leaves it to transformers."""
     return config.attn_implementation if config.attn_implementation in (None, "eager") else "sdpa"

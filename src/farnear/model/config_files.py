@@ -119,8 +119,8 @@ def _stored_router(stored: Declared, folder: Path) -> RouterFiles:
         if not is_known or (same is not None and towers[same] != tower):
             raise UserError(
                 f"the Router in {folder} has a route '{route}' of which {names[0]} is no model that a config.json "
-                "alone describes, so its memory and time cannot be planned; start it with a small training.max_steps to see "
-                "them in metrics.jsonl, and submit it with --no-plan"
+                "alone describes, so its memory and time cannot be planned; start it with a small training.max_steps "
+                "to see them in metrics.jsonl, and submit it with --no-plan"
             )
         towers[route] = tower if same is None else towers[same]
     return RouterFiles(towers, mappings, default)
