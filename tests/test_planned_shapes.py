@@ -17,6 +17,12 @@ from torch import nn
 
 from farnear.cli import main
 from farnear.config import RunConfig, load_config, parse_config
+from farnear.data.index_cache import cache_folder, cached_index
+from farnear.data.list_dealing import ListDealing, ListShare
+from farnear.data.negatives import Negatives
+from farnear.data.order import Order
+from farnear.data.run_order import plan_settings
+from farnear.data.run_shards import shard_sets, shard_store
 from farnear.errors import UserError
 from farnear.launching.forecast import Forecast, forecast
 from farnear.launching.foresee import foreseen
@@ -215,18 +221,50 @@ def test_ranks_send_what_was_planned(folder: Path, kind: str, strategy: str) -> 
     assert_network(planned(run_file).chosen.network.sent, record["collectives"], exact=True)
 
 
-def test_lists_are_cut_as_a_run_cuts_them(folder: Path) -> None:
-    """22 pairs on one rank in batches of 8, two negatives of the batch: 24 entries of 8 pages."""
-    whole = planned(run_of(folder, "reranker", "ddp", mini_batch_size={"pair": 7, "document": 3}), ranks=1).shape
-    assert whole.lists is not None and whole.lists.are_whole and whole.lists.longest == 3
-    assert (whole.sides["pair"].inputs, whole.sides["pair"].mini_batch, whole.documents) == (24, 6, 8)
-    assert whole.sides["document"].mini_batches == 3 and not whole.sides["pair"].in_pass_one
-    cached = planned(run_of(folder, "reranker", "ddp", mini_batch_size={"pair": 2, "document": 3}), ranks=2).shape
-    assert cached.lists is not None and not cached.lists.are_whole
-    # Four lists of a rank meet two pages beside their own.
-    assert (cached.sides["pair"].inputs, cached.sides["pair"].mini_batch, cached.documents) == (12, 2, 6)
-    assert cached.sides["pair"].in_pass_one
-    assert cached.feature_bytes > 0 and cached.embedding_bytes == cached.tile_bytes == 0
+def shares_of(config: RunConfig, ranks: int) -> list[ListShare]:
+    """What each rank does in the first step, as a run deals it."""
+    cache = cache_folder(config.data.cache_dir)
+    store = shard_store(config.data, cache)
+    index = cached_index(shard_sets(config.data, store.expand)[0], cache, store)
+    assert config.reranker is not None and index.path is not None
+    tokens = {side: None if n == "auto" else n for side, n in config.training.mini_batch_num_tokens_of.items()}
+    dealings = [
+        ListDealing(
+            rank=rank,
+            world_size=ranks,
+            page_tokens=page_tokens(load_reranker(config.model, config.reranker)),
+            mini_batch_size=config.training.mini_batch_size_of,
+            mini_batch_num_tokens=tokens,
+            negatives=Negatives.of_index(index),
+            num_hard=config.data.num_negatives,
+            num_in_batch=config.reranker.num_negatives,
+        )
+        for rank in range(ranks)
+    ]
+    order = Order(index, plan_settings(config), index.path.parent)
+    return [dealing.slice_of(order, 0) for dealing in dealings]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "training"),
+    [
+        (1, {"mini_batch_size": {"pair": 7, "document": 3}}),
+        (2, {"mini_batch_size": {"pair": 2, "document": 3}}),
+        (2, {"mini_batch_size": None, "mini_batch_num_tokens": {"pair": 250, "document": 50}}),
+        (3, {"mini_batch_size": None, "mini_batch_num_tokens": {"pair": 100, "document": 30}}),
+    ],
+)
+def test_lists_are_cut_as_a_run_cuts_them(folder: Path, ranks: int, training: dict[str, Any]) -> None:
+    run_file = run_of(folder, "reranker", "ddp", **training)
+    shape, shares = planned(run_file, ranks).shape, shares_of(load_config(run_file), ranks)
+    assert shape.lists is not None and shape.lists.are_whole == shares[0].whole_lists
+    assert shape.lists.are_whole != shape.sides["pair"].in_pass_one
+    assert shape.sides["pair"].inputs == max(len(share.list_e) for share in shares)
+    assert shape.documents == max(len(set(share.document_e.tolist())) for share in shares)
+    assert shape.sides["document"].mini_batches == max(len(share.jobs) for share in shares)
+    assert shape.sides["pair"].mini_batch >= max(len(turn) for share in shares for turn in share.turns)
+    assert shape.sides["pair"].mini_batches == max(len(share.turns) for share in shares)
+    assert shape.feature_bytes > 0 and shape.embedding_bytes == shape.tile_bytes == 0
 
 
 def test_a_frozen_tower_is_seen_once(folder: Path) -> None:
