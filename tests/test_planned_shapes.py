@@ -159,6 +159,22 @@ def test_a_planned_reranker_is_that_of_the_run(folder: Path, base: str, head: st
     assert_halves(real, blueprint)
 
 
+@pytest.mark.parametrize(
+    ("model", "reranker"),
+    [({"lora": {"r": 4}}, {}), ({"lora": {"r": 4}}, {"head": "linear"}), ({"freeze": ["language_model"]}, {})],
+    ids=str,
+)
+def test_what_a_reranker_trains_is_counted(folder: Path, model: dict[str, Any], reranker: dict[str, Any]) -> None:
+    config = config_of(folder, {"name_or_path": "untied", **model}, reranker=reranker, training={"bf16": True})
+    assert config.reranker is not None
+    real = load_reranker(config.model, config.reranker)
+    choose_trainable(real, config.model, seed=0)
+    blueprint = RerankerBlueprint(config, config.reranker, RUN_FILE)
+    assert elements(blueprint) == elements(real)
+    # Frozen linear layers are stored in bf16 under ddp.
+    assert blueprint.trained < blueprint.parameters_in_all and blueprint.weight_bytes < 4 * blueprint.parameters_in_all
+
+
 def assert_halves(real: CrossEncoder, blueprint: RerankerBlueprint) -> None:
     preprocess, pick, module = PairPreprocessing(real, shares_images=True), PairPicker(real), Reranker(real, bf16=False)
     real.train()
@@ -176,6 +192,12 @@ def assert_halves(real: CrossEncoder, blueprint: RerankerBlueprint) -> None:
     text = features["input_ids"].shape[1] - visual
     traced = blueprint.trace_pairs(2, text_tokens=text, visual_tokens=visual, of_features=True, tower_trains=True)
     assert traced.graph_bytes == pytest.approx(sum(saved.values()), rel=1e-3)
+    # Where the tower cannot be run apart.
+    with _saved_for_backward() as saved:
+        module({**features, **pixels})
+    whole = blueprint.trace_pairs(2, text_tokens=text, visual_tokens=visual, of_features=False, tower_trains=True)
+    assert whole.graph_bytes == pytest.approx(sum(saved.values()), rel=1e-3)
+    assert whole.graph_bytes > traced.graph_bytes
 
 
 def test_a_reranker_of_its_own_keeps_its_head(folder: Path, tmp_path: Path) -> None:

@@ -46,10 +46,10 @@ def _unknown(forecast: Forecast) -> str:
     left_out = "shards a step are left out"
     if forecast.data.steps is None:
         left_out = "steps, epochs and shards a step are left out (--pairs N gives the steps)"
-    negatives = ""
+    assumed = f"pages are as large as may be and queries {QUERY_TOKENS_ASSUMED} tokens long"
     if forecast.config.data.negatives and forecast.config.data.num_negatives is None:
-        negatives = f", {forecast.data.most_negatives} hard negatives are found of each"
-    return f"{left_out}, pages are as large as may be and queries {QUERY_TOKENS_ASSUMED} tokens long{negatives}"
+        assumed += f", with {forecast.data.most_negatives} hard negatives each"
+    return f"{left_out}, {assumed}"
 
 
 def _batch(forecast: Forecast) -> list[str]:

@@ -111,7 +111,8 @@ def embedder_shape(config: RunConfig, model: EmbedderBlueprint, data: RunData, r
         except CannotTraceError as error:
             why = str(error)
             first, second = estimated(model, model.units_of_side(side), size, tokens.largest), None
-        sides[side] = Side(inputs, size, tokens.largest, tokens.mean / tokens.largest, first, second)
+        share = 1.0 if side == "query" and model.pads_queries else tokens.mean / tokens.largest
+        sides[side] = Side(inputs, size, tokens.largest, share, first, second)
     casts = [side.first.cast_bytes for side in sides.values()]
     directions = config.loss.directions
     of_queries = sum(name.endswith("_to_query") for name in directions)
@@ -158,7 +159,7 @@ def reranker_shape(
     tokens = Tokens(data.page.largest + data.query.largest, data.page.mean + data.query.mean)
     at_once, are_whole = _entries_at_once(config, own, entries, longest, tokens.largest)
     sides: dict[str, Side] = {}
-    visual = data.page.largest - TOKENS_OF_TEMPLATE
+    visual = max(1, data.page.largest - TOKENS_OF_TEMPLATE)
     tower_trains = False
     why = ""
     try:

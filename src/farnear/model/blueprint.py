@@ -143,6 +143,12 @@ class EmbedderBlueprint(Blueprint):
         reader = self._reader("query", "text")
         return reader is not None and (reader.is_dual or reader is not self._reader("document", "image"))
 
+    @property
+    def pads_queries(self) -> bool:
+        """Whether all texts are brought to one length."""
+        reader = self._reader("query", "text")
+        return reader is not None and reader.pads_texts
+
     def unreached(self) -> list[str]:
         names = {id(module): name for name, module in self.named_modules()}
         return [

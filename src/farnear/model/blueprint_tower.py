@@ -110,18 +110,18 @@ class Tower(nn.Module):
     def _text_length(self, tokens: int) -> int:
         text = getattr(self.inner.config, "text_config", self.inner.config)
         most = getattr(text, "max_position_embeddings", tokens)
-        # SigLIP's texts are padded to the length that it was trained with (farnear.model.load).
-        return int(most) if self.is_dual and self._is_siglip else min(tokens, int(most))
+        return int(most) if self.pads_texts else min(tokens, int(most))
 
     @property
-    def _is_siglip(self) -> bool:
-        return str(self.inner.config.model_type).startswith("siglip")
+    def pads_texts(self) -> bool:
+        """Whether texts are padded to the length that it was trained with, as SigLIP's (`farnear.model.load`)."""
+        return self.is_dual and str(self.inner.config.model_type).startswith("siglip")
 
     def _text_maker(self, tokens: int) -> Callable[[int], Features]:
         def make(inputs: int) -> Features:
             input_ids = torch.ones(inputs, tokens, dtype=torch.int64)
             # SigLIP's tokenizer masks nothing.
-            mask = {} if self._is_siglip else {"attention_mask": torch.ones_like(input_ids)}
+            mask = {} if self.pads_texts else {"attention_mask": torch.ones_like(input_ids)}
             return {"input_ids": input_ids, **mask}
 
         return make
@@ -206,9 +206,15 @@ def _is_dual(settings: Declared) -> bool:
 
 def _of_dual(own: Any, config: ModelConfig, folder: Path) -> tuple[int, PageShape]:
     """Width of the embeddings, and how pages are read, by transformers' own config of a dual encoder."""
-    width = getattr(own, "projection_dim", None) or own.vision_config.hidden_size
-    if hasattr(own, "vision_config"):
-        return int(width), pages_of_one_size(config, own.vision_config, folder)
+    vision = getattr(own, "vision_config", None)
+    width = getattr(own, "projection_dim", None) or getattr(vision, "hidden_size", None)
+    if not width:
+        raise UserError(
+            f"{folder / CONFIG} tells no projection_dim, so the embeddings' width is not known; copy the model's own "
+            "file there"
+        )
+    if hasattr(vision, "patch_size"):
+        return int(width), pages_of_one_size(config, vision, folder)
     return int(width), PageShape(16, 1, 3, 1, 16**2, 1_000_000, is_known=False)
 
 
