@@ -38,7 +38,7 @@ from farnear.model.pixels import page_tokens
 from farnear.model.reranker import Reranker
 from farnear.model.tiny import save_tiny_model
 from farnear.model.towers import leave_out_unreached
-from farnear.model.trainable import choose_trainable
+from farnear.model.trainable import checkpoint_activations, choose_trainable
 from farnear.training.choices import _saved_for_backward
 
 RUN_FILE = Path("run.yaml")
@@ -117,6 +117,21 @@ def test_a_stored_router_is_that_which_was_joined(folder: Path, tmp_path: Path) 
         EmbedderBlueprint(stored, RUN_FILE)
 
 
+def test_a_joined_model_that_is_not_described_is_named(folder: Path, tmp_path: Path) -> None:
+    """A config.json beside the run file may be any model's."""
+    (tmp_path / "config.json").write_bytes((folder / "siglip" / "config.json").read_bytes())
+    config = parse_config(
+        {
+            "output_dir": "unused",
+            "model": {"router": {"text": "some/Encoder", "image": str(folder / "siglip")}},
+            "data": {"train": "unused.tar"},
+        }
+    )
+    with pytest.raises(UserError, match=r"^model\.router\.text: .* correct model\.router\.text,") as caught:
+        EmbedderBlueprint(config, tmp_path / "run.yaml")
+    assert f"put it into {tmp_path / 'encoder'}/config.json" in str(caught.value)
+
+
 INPUTS: dict[str, list[Any]] = {
     "document": [page(64, 96, seed=1), page(96, 64, seed=2)],
     "query": ["which page is it?", "what page is this"],
@@ -124,13 +139,15 @@ INPUTS: dict[str, list[Any]] = {
 
 
 @pytest.mark.parametrize("model", [{"name_or_path": "clip"}, {"name_or_path": "siglip"}, {"router": JOINED}], ids=str)
-@pytest.mark.parametrize("training", [{}, {"bf16": True}], ids=str)
+@pytest.mark.parametrize("training", [{}, {"bf16": True}, {"gradient_checkpointing": True}], ids=str)
 def test_graphs_of_towers_are_as_large_as_the_real_ones(
     folder: Path, model: dict[str, Any], training: dict[str, Any]
 ) -> None:
     config = config_of(folder, model, training=training)
     real = load_model(config.model)
     choose_trainable(real, config.model, seed=0)
+    if config.training.gradient_checkpointing:
+        checkpoint_activations(real)
     preprocess = Preprocessing(real)
     embedder = Embedder(real.train(), bf16=config.training.bf16)
     blueprint = EmbedderBlueprint(config, RUN_FILE)
@@ -142,7 +159,12 @@ def test_graphs_of_towers_are_as_large_as_the_real_ones(
             embedder(features)
         length = features["input_ids"].shape[1] if side == "query" else 0
         traced = blueprint.trace(2, text_tokens=length, visual_tokens=tokens if side == "document" else 0)
-        assert traced.graph_bytes + traced.cast_bytes == pytest.approx(sum(saved.values()), rel=0.01), side
+        # Places of tokens are a buffer of the model, which is there anyway.
+        for buffer in real.buffers():
+            saved.pop(buffer.untyped_storage().data_ptr(), None)
+        # A normalisation of the text encoder's own is in no config.json: two embeddings and their lengths.
+        unknown = 2 * (32 + 2) * 4 if "router" in model and side == "query" else 0
+        assert traced.graph_bytes + traced.cast_bytes + unknown == sum(saved.values()), side
 
 
 @pytest.mark.parametrize("head", [None, "linear", "yes_no_linear"])

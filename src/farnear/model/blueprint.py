@@ -60,8 +60,10 @@ class Blueprint(nn.Module):
         raise NotImplementedError
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        """Of all parts that can, as sentence-transformers does."""
         for module in self.modules():
-            if module is not self and hasattr(module, "gradient_checkpointing_enable"):
+            can = getattr(module, "supports_gradient_checkpointing", True) is not False
+            if module is not self and can and hasattr(module, "gradient_checkpointing_enable"):
                 enable: Any = module.gradient_checkpointing_enable
                 enable(**kwargs)
 
@@ -215,7 +217,11 @@ def _files_of(config: ModelConfig, run_file: Path) -> tuple[Mapping[str, TowerFi
         return ({"": found}, None) if isinstance(found, TowerFiles) else (found.towers, found)
     of_route: dict[str, TowerFiles] = {}
     for route, tower in config.towers.items():
-        found = find_model(tower, run_file)
+        try:
+            found = find_model(tower, run_file, is_one_of_several=True)
+        except UserError as error:
+            key = f"model.router.{route}"
+            raise UserError(f"{key}: {str(error).replace('model.name_or_path', key)}") from None
         if not isinstance(found, TowerFiles):
             raise UserError(
                 f"model.router.{route}: model {tower.name_or_path} is a Router itself, and those that are joined are "

@@ -50,13 +50,16 @@ class RouterFiles:
     default: str | None
 
 
-def find_model(config: ModelConfig, run_file: Path) -> TowerFiles | RouterFiles:
+def find_model(config: ModelConfig, run_file: Path, *, is_one_of_several: bool = False) -> TowerFiles | RouterFiles:
     """What describes the model of a section that names one.
+
+    Args:
+        is_one_of_several: A config.json beside the run file may then be another's.
 
     Raises:
         UserError: It is nowhere, or a Router of parts that cannot be planned.
     """
-    folder = _find_folder(config, run_file)
+    folder = _find_folder(config, run_file, is_one_of_several=is_one_of_several)
     if (folder / ROUTES).is_file():
         return _stored_router(read_declared(folder / ROUTES), folder)
     dense = sorted((_place(path.parent.name), path) for path in folder.glob(f"*_Dense/{CONFIG}"))
@@ -73,7 +76,7 @@ def stored_modules(folder: Path) -> list[str]:
         raise UserError(f"{path} cannot be read ({error!r}); copy the model's own there") from None
 
 
-def _find_folder(config: ModelConfig, run_file: Path) -> Path:
+def _find_folder(config: ModelConfig, run_file: Path, *, is_one_of_several: bool) -> Path:
     name = config.name_or_path
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -81,7 +84,8 @@ def _find_folder(config: ModelConfig, run_file: Path) -> Path:
             return folder
         raise UserError(f"model folder {folder} has no config.json, by which memory is planned; copy it there")
     last = name.rstrip("/").rpartition("/")[2]
-    beside = [run_file.parent / last, run_file.parent / last.lower(), run_file.parent]
+    beside = [run_file.parent / last, run_file.parent / last.lower()]
+    beside += [] if is_one_of_several else [run_file.parent]
     from huggingface_hub import try_to_load_from_cache
 
     # A path of more parts is a folder that is not here.
