@@ -9,12 +9,14 @@ import json
 import math
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
+import yaml
 from stages_here import run_stages_here
 from stand_ins import EVAL_NEGATIVES, EVAL_QUERIES, MODELS, PAIRS, make_data
 
@@ -179,14 +181,37 @@ def test_a_run_file_is_planned(
     if config.model.name_or_path == "runs/tiny":
         stand_in(config)
     [words] = commands_of(example, "plan") or [["plan", ""]]
-    code = main(["plan", str(example), *words[2:]])
+    assert "could not be followed" not in assert_planned([str(example), *words[2:]], capsys)
+
+
+@pytest.mark.parametrize("example", FLYWHEELS, ids=lambda path: path.stem)
+def test_trainings_of_a_flywheel_are_planned(
+    example: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As if their run files lay beside the file that they are written from, and each stage had left its export."""
+    monkeypatch.chdir(tmp_path)
+    described = {path.parent.name: path for path in (ROOT / "examples").glob("*/config.json")}
+    for name, path in described.items():
+        shutil.copytree(path.parent, tmp_path / name)
+    trainings = {stage.name: stage for stage in read_flywheel(example).stages if stage.does == "train"}
+    for name, stage in trainings.items():
+        run_file = tmp_path / f"{name}.yaml"
+        run_file.write_text(yaml.safe_dump(stage.tree), encoding="utf-8")
+        assert_planned([str(run_file), "--gpu", "h100"], capsys)
+        (stage.folder / "export").mkdir(parents=True)
+        base = described.get(Path(stage.config.model.name_or_path).name.lower())
+        if base is not None:
+            shutil.copy(base, stage.folder / "export")
+    assert {"embedder", "reranker", "distilled"} <= trainings.keys()
+
+
+def assert_planned(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What is said of it."""
+    code = main(["plan", *words])
     told = capsys.readouterr()
-    if config.reranker is not None or config.model.router is not None:
-        what = "Router" if config.reranker is None else "reranker"
-        assert code == 2 and f"a {what}'s memory and time cannot be planned yet" in told.err
-    else:
-        assert code == 0, told.err
-        assert "<- chosen" in told.out and "memory of a rank" in told.out
+    assert code == 0, told.err
+    assert "<- chosen" in told.out and "memory of a rank" in told.out
+    return told.out
 
 
 def test_the_job_script_is_what_submit_prints(

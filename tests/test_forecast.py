@@ -226,7 +226,7 @@ def test_without_a_config_it_says_where_to_put_it(tmp_path: Path, capsys: pytest
 
 
 def test_a_model_that_cannot_be_traced_is_estimated(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
-    from farnear.model.blueprint import Blueprint
+    from farnear.model.blueprint import EmbedderBlueprint
     from farnear.model.hollow import CannotTraceError
 
     run_file = benchmark.write_run_file(inputs("100m"), "100m", "ddp")
@@ -235,7 +235,7 @@ def test_a_model_that_cannot_be_traced_is_estimated(inputs: Inputs, monkeypatch:
     def refuse(*_: Any, **__: Any) -> None:
         raise CannotTraceError("its code depends on the values of activations")
 
-    monkeypatch.setattr(Blueprint, "trace", refuse)
+    monkeypatch.setattr(EmbedderBlueprint, "trace", refuse)
     estimated = benchmark.planned(run_file, 2)
     assert any("could not be followed" in note for note in foreseen(estimated)[1])
     ours, theirs = (one.sides["document"].first for one in (traced, estimated))

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from farnear.config import RunConfig, parse_config
-from farnear.model.blueprint import Blueprint, find_config
+from farnear.model.blueprint import EmbedderBlueprint
 from farnear.model.embedder import Embedder, Preprocessing, to_device
 from farnear.model.hollow import CannotTraceError, hollow_out, trace
 from farnear.model.load import load_model
@@ -76,7 +76,7 @@ def test_made_up_inputs_stand_for_real_ones(folder: Path) -> None:
     """A blueprint, from the config alone, gives the figures of the model with its processor's features."""
     config = config_of(folder, {})
     model = load_model(config.model)
-    blueprint = Blueprint(config, find_config(config.model, Path("run.yaml")))
+    blueprint = EmbedderBlueprint(config, Path("run.yaml"))
     assert blueprint.parameters_in_all == sum(p.numel() for p in model.parameters())
     assert blueprint.width == 64
     assert blueprint.pages.most_tokens == 6
@@ -96,7 +96,7 @@ def test_adapters_and_frozen_parts_are_counted(folder: Path) -> None:
         config = config_of(folder, model, bf16=True)
         real = load_model(config.model)
         choose_trainable(real, config.model, seed=0)
-        blueprint = Blueprint(config, folder)
+        blueprint = EmbedderBlueprint(config, Path("run.yaml"))
         assert blueprint.trained == sum(p.numel() for p in real.parameters() if p.requires_grad)
         assert blueprint.parameters_in_all == sum(p.numel() for p in real.parameters())
         # Frozen linear layers are stored in bf16 under ddp.

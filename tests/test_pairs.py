@@ -14,10 +14,11 @@ from torch import Tensor
 
 from farnear.model.embedder import to_device
 from farnear.model.features import CannotMergeError
+from farnear.model.image_features import images_apart
 from farnear.model.load_reranker import load_reranker
 from farnear.model.pairs import PairPicker, PairPreprocessing, image_features_of_job, pick_images
 from farnear.model.pixels import PixelBytes
-from farnear.model.reranker import Reranker, images_apart, same_scores_shared, shares_images
+from farnear.model.reranker import Reranker, same_scores_shared, shares_images
 from farnear.reranker_section import RerankerConfig
 from farnear.sections import ModelConfig
 

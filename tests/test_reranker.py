@@ -18,11 +18,12 @@ from torch import Tensor
 from farnear.errors import UserError
 from farnear.model.embedder import to_device
 from farnear.model.export import export_model
-from farnear.model.heads import RowsLinear
+from farnear.model.image_features import images_apart
 from farnear.model.load import load_model
 from farnear.model.load_reranker import load_plain_reranker, load_reranker
 from farnear.model.pairs import PairPicker, PairPreprocessing, image_features_of_job, pick_images
-from farnear.model.reranker import Reranker, images_apart, same_scores_shared
+from farnear.model.reranker import Reranker, same_scores_shared
+from farnear.model.score_layers import RowsLinear
 from farnear.model.tiny import save_tiny_model
 from farnear.model.trainable import choose_trainable
 from farnear.parallel.strategy import Strategy, build_strategy

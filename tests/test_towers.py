@@ -19,8 +19,6 @@ import farnear
 from farnear.errors import UserError
 from farnear.launching import checks_run
 from farnear.launching.findings import Subject
-from farnear.launching.forecast import forecast
-from farnear.launching.planned_machine import planned_machine
 from farnear.model.embedder import Preprocessing, to_device
 from farnear.model.export import export_model
 from farnear.model.features import FeatureMerger
@@ -273,19 +271,11 @@ def test_a_router_goes_on_where_it_stopped(towers: dict[str, str], tmp_path: Pat
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_what_a_plan_does_not_know_is_told_in_a_line(towers: dict[str, str], tmp_path: Path) -> None:
+def test_the_doctor_looks_at_each_of_joined_models(towers: dict[str, str], tmp_path: Path) -> None:
     def subject(router: dict[str, str]) -> Subject:
         return Subject(shape_config(tmp_path, tmp_path, {"router": router}), [], None, None, 1.0)
 
     router = {"text": towers["text"], "image": towers["siglip"]}
-    for model, says in (
-        ({"router": router}, "a Router's memory and time cannot be planned yet"),
-        ({"name_or_path": towers["clip"]}, "a dual encoder's memory and time cannot be planned yet"),
-    ):
-        config = shape_config(tmp_path, tmp_path, model)
-        with pytest.raises(UserError, match=says) as caught:
-            forecast(config, tmp_path / "run.yaml", planned_machine(config, kind=None, ranks_of_node=1, nodes=1))
-        assert "\n" not in str(caught.value)
     found = checks_run.model(subject(router))
     assert [(one.level, towers[name] in one.what) for one, name in zip(found, ("text", "siglip"), strict=True)] == [
         ("ok", True),

@@ -2,34 +2,33 @@
 
     config.json -> blueprint: parameters, graph and FLOPs of a mini-batch        farnear.model.blueprint
     index of the shards, or a number -> pairs, tokens, steps                     farnear.launching.run_data
-    both -> memory a rank by part, under each strategy                           farnear.launching.memory
+    both -> inputs, mini-batches and passes of a step                            farnear.launching.step_shape
+         -> memory a rank by part, under each strategy                           farnear.launching.memory
          -> bytes sent and seconds of a step                                     farnear.launching.step_time
 
 docs/planning.md explains the figures. None of them is measured.
 """
 
 import json
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from farnear.config import RunConfig
-from farnear.errors import UserError
 from farnear.launching.memory import (
-    TILE_BYTES,
     Holding,
     Memory,
     bucket_elements,
     checkpoint_bytes,
     memory_of,
 )
-from farnear.launching.passes import Side, elements_of_passes, flops_of_step, kept_bytes, sides_of
+from farnear.launching.passes import Side, elements_of_passes, flops_of_step, kept_bytes
 from farnear.launching.run_data import RunData, run_data
+from farnear.launching.step_shape import StepShape, embedder_shape, reranker_shape
 from farnear.launching.step_time import Machine, Network, StepTime, Work, network_of, save_seconds, step_time
-from farnear.model.blueprint import TOKENS_OF_TEMPLATE, Blueprint, find_config
-from farnear.model.stored import ROUTES
+from farnear.model.blueprint import TOKENS_OF_TEMPLATE, Blueprint, EmbedderBlueprint
+from farnear.model.blueprint_reranker import RerankerBlueprint
 from farnear.resources import resource
 
 SHARE_OF_GRAPHS = 0.6
@@ -46,7 +45,8 @@ class StrategyForecast:
 
     Attributes:
         memory: With the run file's mini-batches.
-        largest_mini_batch: Pages at once with which it still fits, at most a step's; 0 if none does. None on a CPU.
+        largest_mini_batch: Inputs of the main side at once with which it still fits, at most a step's; 0 if none does.
+            None on a CPU.
     """
 
     name: str
@@ -63,27 +63,26 @@ class Forecast:
     Attributes:
         chosen: The run file's strategy.
         strategies: All that can run there, the chosen one among them.
-        sides: "document" and "query".
-        keep_graphs, together: Share of kept graphs, mini-batches in pass one.
-        estimated: Why the model could not be traced; empty if it was.
+        keep_graphs: Share of kept graphs.
         saved_bytes, save_seconds: Of a checkpoint.
     """
 
     config: RunConfig
     machine: Machine
-    model_folder: Path
     model: Blueprint
     data: RunData
-    sides: dict[str, Side]
+    shape: StepShape
     work: Work
-    holding: Holding
     keep_graphs: float
-    together: int
     chosen: StrategyForecast
     strategies: tuple[StrategyForecast, ...]
-    estimated: str
     saved_bytes: int
     save_seconds: float
+
+    @property
+    def sides(self) -> Mapping[str, Side]:
+        """Of a rank's step."""
+        return self.shape.sides
 
     @property
     def budget_bytes(self) -> int | None:
@@ -98,13 +97,6 @@ class Forecast:
         return min(fitting, key=lambda one: (one.time.total, sum(one.network.sent.values())), default=None)
 
 
-def _cannot_be_planned(whose: str) -> UserError:
-    return UserError(
-        f"{whose} memory and time cannot be planned yet; start it with a small training.max_steps to see them in "
-        "metrics.jsonl, and submit it with --no-plan"
-    )
-
-
 def forecast(config: RunConfig, run_file: Path, machine: Machine, pairs: int | None = None) -> Forecast:
     """Plan a run.
 
@@ -115,40 +107,14 @@ def forecast(config: RunConfig, run_file: Path, machine: Machine, pairs: int | N
     Raises:
         UserError: There is no config.json, or none that describes a model; or it is one that cannot be planned.
     """
-    if config.reranker is not None:
-        raise _cannot_be_planned("a reranker's")
-    if config.model.router is not None or (Path(config.model.name_or_path).expanduser() / ROUTES).is_file():
-        raise _cannot_be_planned("a Router's")
-    folder = find_config(config.model, run_file)
-    model = Blueprint(config, folder)
-    if model.is_dual:
-        raise _cannot_be_planned("a dual encoder's")
-    data = run_data(config, _page_tokens(model), model.pages.most_tokens + TOKENS_OF_TEMPLATE, pairs)
-    batch = min(config.training.global_batch_size, data.pairs or config.training.global_batch_size)
-    ranks = machine.ranks
-    pairs_of_rank = -(-batch // ranks)
-    inputs = {"document": math.ceil(pairs_of_rank * (1 + data.negatives)), "query": pairs_of_rank}
-    sides, estimated = sides_of(config, model, data, inputs)
-    together = 1 if config.training.keep_graphs == 1.0 else config.training.no_grad_mini_batch_factor
-    work = Work(
-        pairs=pairs_of_rank,
-        documents=inputs["document"],
-        pairs_of_all=batch,
-        documents_of_all=math.ceil(batch * (1 + data.negatives)),
-        width=model.width,
-        flops=0.0,
-        gathered_elements=0,
-        skipping_elements=0,
-        reduced_elements=0,
-        queries_are_columns=any(name.endswith("_to_query") for name in config.loss.directions),
-    )
-    holding = _holding(config, model, work, sides, together, data)
+    model, data, shape = _step(config, run_file, machine.ranks, pairs)
+    sides, together = shape.sides, shape.together
+    holding = _holding(config, model, shape)
     name: str = config.strategy
     keep_graphs = _kept_share(config, holding, sides, machine, name)
     holding = replace(holding, kept_bytes=kept_bytes(sides, keep_graphs))
     most_used = max(side.first.used_elements for side in sides.values())
-    work = replace(
-        work,
+    work = Work(
         flops=flops_of_step(sides, keep_graphs),
         gathered_elements=elements_of_passes(sides, together, keep_graphs, lambda side: side.first.used_elements),
         skipping_elements=elements_of_passes(
@@ -158,10 +124,13 @@ def forecast(config: RunConfig, run_file: Path, machine: Machine, pairs: int | N
             side.mini_batches * side.first.used_elements * model.trained // model.parameters_in_all
             for side in sides.values()
         ),
+        shown_bytes=shape.shown_bytes,
+        said_bytes=shape.said_bytes,
+        groups=len(sides),
     )
 
     def of(strategy: str) -> StrategyForecast:
-        return _of_strategy(strategy, config, holding, work, sides, machine, together)
+        return _of_strategy(strategy, config, holding, work, shape, machine)
 
     strategies = {strategy: of(strategy) for strategy in _possible(config, machine)}
     strategies.setdefault(name, of(name))
@@ -169,20 +138,31 @@ def forecast(config: RunConfig, run_file: Path, machine: Machine, pairs: int | N
     return Forecast(
         config=config,
         machine=machine,
-        model_folder=folder,
         model=model,
         data=data,
-        sides=sides,
+        shape=shape,
         work=work,
-        holding=holding,
         keep_graphs=keep_graphs,
-        together=together,
         chosen=strategies[name],
         strategies=tuple(strategies.values()),
-        estimated=estimated,
         saved_bytes=saved,
         save_seconds=save_seconds(saved),
     )
+
+
+def _step(config: RunConfig, run_file: Path, ranks: int, pairs: int | None) -> tuple[Blueprint, RunData, StepShape]:
+    """The model, what is known of the pairs, and a rank's step."""
+
+    def data_for(model: Blueprint) -> RunData:
+        return run_data(config, model.pages.tokens_of, model.pages.most_tokens + TOKENS_OF_TEMPLATE, pairs)
+
+    if config.reranker is not None:
+        reranker = RerankerBlueprint(config, config.reranker, run_file)
+        data = data_for(reranker)
+        return reranker, data, reranker_shape(config, config.reranker, reranker, data, ranks)
+    embedder = EmbedderBlueprint(config, run_file)
+    data = data_for(embedder)
+    return embedder, data, embedder_shape(config, embedder, data, ranks)
 
 
 def _of_strategy(
@@ -190,11 +170,10 @@ def _of_strategy(
     config: RunConfig,
     holding: Holding,
     work: Work,
-    sides: dict[str, Side],
+    shape: StepShape,
     machine: Machine,
-    together: int,
 ) -> StrategyForecast:
-    training = config.training
+    training, sides = config.training, shape.sides
     spread = strategy.startswith("zero3") or strategy == "fsdp2"
     # Settings that the other strategies do not have do not count for them.
     holding = replace(
@@ -210,19 +189,15 @@ def _of_strategy(
     network = network_of(strategy, holding, work, ranks, ranks_of_copy)
     half_precision = training.precision != "fp32"
 
-    def memory_with(pages: int) -> Memory:
-        both = [(sides["document"], pages), (sides["query"], min(pages, sides["query"].inputs))]
-        with_pages = replace(
-            holding,
-            forward_bytes=max(side.forward_bytes(inputs * together) for side, inputs in both),
-            backward_bytes=max(side.backward_bytes(inputs) for side, inputs in both),
-        )
-        return memory_of(strategy, with_pages, ranks, ranks_of_copy, on_gpu=on_gpu)
+    def memory_with(inputs: int) -> Memory:
+        forward, backward = shape.most_bytes(inputs)
+        with_inputs = replace(holding, forward_bytes=forward, backward_bytes=backward)
+        return memory_of(strategy, with_inputs, ranks, ranks_of_copy, on_gpu=on_gpu)
 
     largest = None
     if machine.gpu is not None:
         budget = int(machine.gpu.memory_bytes * USABLE_SHARE)
-        largest = _largest(sides["document"].inputs, lambda pages: memory_with(pages).total_bytes <= budget)
+        largest = _largest(sides[shape.main].inputs, lambda inputs: memory_with(inputs).total_bytes <= budget)
     return StrategyForecast(
         name=strategy,
         memory=memory_of(strategy, holding, ranks, ranks_of_copy, on_gpu=on_gpu),
@@ -241,20 +216,13 @@ def _largest(most: int, fits: Callable[[int], bool]) -> int:
     return low
 
 
-def _holding(
-    config: RunConfig, model: Blueprint, work: Work, sides: dict[str, Side], together: int, data: RunData
-) -> Holding:
-    training, pages = config.training, sides["document"]
-    first_of = [side.first for side in sides.values()]
+def _holding(config: RunConfig, model: Blueprint, shape: StepShape) -> Holding:
+    training, sides = config.training, shape.sides
+    # A reranker whose tower cannot be run apart has pages with its pairs.
+    pages = sides.get("document", sides[shape.main])
     prepared = config.data.dataloader_num_workers * config.data.dataloader_prefetch_factor * pages.mini_batch
-    dims = len(config.loss.matryoshka_dims or (0,))
-    columns = sum(
-        work.pairs_of_all if name.endswith("_to_query") else work.documents_of_all for name in config.loss.directions
-    )
-    rows = min(work.pairs, max(1, TILE_BYTES // (4 * columns * (dims + 2))))
-    # Gathered, their gradient, and both once more while they are sent.
-    embeddings = work.documents_of_all + (work.pairs_of_all if work.queries_are_columns else 0)
-    frozen = training.frozen_cache_gb
+    frozen = training.frozen_cache_gb if config.reranker is None else 0
+    forward, backward = shape.most_bytes()
     return Holding(
         parameters=model.parameters_in_all,
         trained=model.trained,
@@ -263,13 +231,14 @@ def _holding(
         largest_trained=model.largest_trained,
         small_trained=model.small_trained,
         units=model.units,
-        cast_bytes=max(trace.cast_bytes for trace in first_of),
-        forward_bytes=max(s.forward_bytes(s.mini_batch * together) for s in sides.values()),
-        backward_bytes=max(trace.backward_bytes for trace in first_of),
+        cast_bytes=shape.cast_bytes,
+        forward_bytes=forward,
+        backward_bytes=backward,
         kept_bytes=0,
-        embedding_bytes=4 * 4 * work.width * embeddings,
-        tile_bytes=4 * rows * columns * (dims + 2),
-        page_bytes=(work.documents + prepared) * model.pages.uint8_bytes(pages.tokens),
+        embedding_bytes=shape.embedding_bytes,
+        tile_bytes=shape.tile_bytes,
+        feature_bytes=shape.feature_bytes,
+        page_bytes=(shape.documents + prepared) * model.pages.host_bytes(shape.page_tokens),
         frozen_bytes=0 if frozen == "auto" or model.trained == model.parameters_in_all else int(frozen * 1e9),
         reduces_at_once=False,
         keeps_gathered=False,
@@ -278,7 +247,9 @@ def _holding(
     )
 
 
-def _kept_share(config: RunConfig, holding: Holding, sides: dict[str, Side], machine: Machine, strategy: str) -> float:
+def _kept_share(
+    config: RunConfig, holding: Holding, sides: Mapping[str, Side], machine: Machine, strategy: str
+) -> float:
     """keep_graphs, or as a run finds it where that is auto: what fits into a share of the memory that is free."""
     share = config.training.keep_graphs
     if share != "auto":
@@ -311,10 +282,3 @@ def _bucket_elements(strategy: str) -> int:
     path = resource(Path(f"ds_configs/{strategy.replace(' ', '_')}.json"))
     settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return bucket_elements(settings)
-
-
-def _page_tokens(model: Blueprint) -> Any:
-    from farnear.model.pixels import SmartResizeTokens
-
-    pages = model.pages
-    return SmartResizeTokens(pages.patch_pixels, pages.merge, pages.min_pixels, pages.max_pixels, True)

@@ -7,6 +7,8 @@ from farnear.config import RunConfig
 from farnear.errors import UserError
 from farnear.launching.forecast import USABLE_SHARE, Forecast
 from farnear.launching.memory import Memory
+from farnear.launching.run_data import QUERY_TOKENS_ASSUMED
+from farnear.model.blueprint import EmbedderBlueprint
 from farnear.tracking import refuse_missing_trackers
 
 _PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
@@ -27,10 +29,10 @@ def foreseen(forecast: Forecast) -> tuple[list[str], list[str]]:
         errors.append(tracker)
     elif tracker:
         notes.append(f"{tracker}; that says nothing of the machine that is planned for")
-    if forecast.estimated:
+    if forecast.shape.estimated:
         notes.append(
-            f"the model's code could not be followed without numbers ({forecast.estimated}), so activations and FLOPs "
-            "are estimated from the sizes of its layers"
+            f"the model's code could not be followed without numbers ({forecast.shape.estimated}), so activations and "
+            "FLOPs are estimated from the sizes of its layers"
         )
     if forecast.machine.gpu is None:
         notes.append("a CPU's speed differs more than a GPU's: a step may well take three times as long")
@@ -41,11 +43,13 @@ def foreseen(forecast: Forecast) -> tuple[list[str], list[str]]:
 
 
 def _unknown(forecast: Forecast) -> str:
-    tokens = forecast.sides["query"].tokens
     left_out = "shards a step are left out"
     if forecast.data.steps is None:
         left_out = "steps, epochs and shards a step are left out (--pairs N gives the steps)"
-    return f"{left_out}, pages are as large as may be and queries {tokens} tokens long"
+    assumed = f"pages are as large as may be and queries {QUERY_TOKENS_ASSUMED} tokens long"
+    if forecast.config.data.negatives and forecast.config.data.num_negatives is None:
+        assumed += f", with {forecast.data.most_negatives} hard negatives each"
+    return f"{left_out}, {assumed}"
 
 
 def _batch(forecast: Forecast) -> list[str]:
@@ -61,10 +65,11 @@ def _batch(forecast: Forecast) -> list[str]:
 
 def _model(forecast: Forecast) -> list[str]:
     errors, model, config = [], forecast.model, forecast.config
-    if above := [dim for dim in config.loss.matryoshka_dims or () if dim > model.width]:
+    width = model.width if isinstance(model, EmbedderBlueprint) else 0
+    if above := [dim for dim in config.loss.matryoshka_dims or () if dim > width]:
         errors.append(
             f"loss.matryoshka_dims names {', '.join(map(str, above))}, but the embeddings of "
-            f"{config.model.name_or_path} have {model.width} dimensions; take out what is above"
+            f"{config.model.title} have {width} dimensions; take out what is above"
         )
     side = model.pages.patch_pixels * model.pages.merge
     if model.pages.max_pixels < side**2:
@@ -90,7 +95,7 @@ def _memory(forecast: Forecast) -> list[str]:
         f"{_gigabytes(chosen.memory)} GB a rank, above the {budget / 1e9:.1f} GB ({USABLE_SHARE:.0%}) of {gpu.name}"
     )
     if chosen.largest_mini_batch:
-        what = f"mini-batches of {chosen.largest_mini_batch} at most"
+        what = f"mini-batches of {chosen.largest_mini_batch} {'pairs ' if forecast.shape.lists else ''}at most"
         return [f"strategy {chosen.name} needs {needed}, with these mini-batches; set {what}"]
     best = forecast.cheapest
     advice = (

@@ -28,6 +28,7 @@ PARTS = (
     "activations",
     "kept graphs",
     "embeddings",
+    "image features",
     "loss tiles",
     "checkpoint copy",
     "frozen outputs",
@@ -66,7 +67,8 @@ class Holding:
         cast_bytes: Copies of weights in half precision.
         forward_bytes, backward_bytes: Most that lives in a pass over a mini-batch.
         kept_bytes: Graphs that wait for pass two.
-        embedding_bytes, tile_bytes: Of the loss.
+        embedding_bytes, tile_bytes: Of an embedder's loss.
+        feature_bytes: Of a reranker's image features and their gradients.
         page_bytes: Features of a step in host memory, and those prepared ahead.
         frozen_bytes: Outputs of frozen parts in host memory.
     """
@@ -84,6 +86,7 @@ class Holding:
     kept_bytes: int
     embedding_bytes: int
     tile_bytes: int
+    feature_bytes: int
     page_bytes: int
     frozen_bytes: int
     reduces_at_once: bool
@@ -256,6 +259,7 @@ def _of_a_step(holding: Holding) -> Iterator[Part]:
         yield Part("activations", holding.backward_bytes, ("pass two",))
     yield Part("kept graphs", holding.kept_bytes, ("pass one", "loss", "pass two"), is_small=True)
     yield Part("embeddings", holding.embedding_bytes, ("loss", "pass two"), is_small=True)
+    yield Part("image features", holding.feature_bytes, ("pass one", "loss", "pass two", "reduction"), is_small=True)
     yield Part("loss tiles", holding.tile_bytes, ("loss",))
 
 

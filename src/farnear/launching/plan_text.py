@@ -9,6 +9,7 @@ from farnear.config import RunConfig
 from farnear.launching.forecast import USABLE_SHARE, Forecast, StrategyForecast
 from farnear.launching.foresee import foreseen
 from farnear.launching.memory import MOMENTS
+from farnear.launching.passes import Side
 from farnear.launching.step_time import (
     CPU_FLOPS_OF_A_CORE,
     CPU_LINK,
@@ -18,6 +19,8 @@ from farnear.launching.step_time import (
     LINK_SHARE,
     UTILISATION,
 )
+from farnear.model.blueprint_reranker import RerankerBlueprint
+from farnear.model.config_files import CONFIG
 from farnear.wording import counted
 
 WIDTH = 120
@@ -67,36 +70,75 @@ def _facts(forecast: Forecast) -> list[tuple[str, str]]:
         *([f"reshard: {training.reshard}"] if training.reshard != "forward" else []),
         f"seed {config.seed}",
     ]
-    dims = config.loss.matryoshka_dims
-    pages, queries = forecast.sides["document"], forecast.sides["query"]
-    work = forecast.work
-    hard = f" and {work.documents_of_all - work.pairs_of_all:,} hard ones" if work.documents > work.pairs else ""
     return [
         ("run", f"strategy {config.strategy}, {precision}, {', '.join(switches)}"),
         (
             "model",
-            f"{config.model.name_or_path}: {model.parameters_in_all:,} parameters, {trained}; embeddings of "
-            f"{model.width:,} (by {forecast.model_folder / 'config.json'})",
+            f"{config.model.title}: {model.parameters_in_all:,} parameters, {trained}; {_gives(forecast)} "
+            f"(by {', '.join(str(folder / CONFIG) for folder in model.folders.values())})",
         ),
+        *(_lists(forecast) if forecast.shape.lists else _pairs(forecast)),
+        ("data", _data(forecast)),
+    ]
+
+
+def _gives(forecast: Forecast) -> str:
+    if isinstance(forecast.model, RerankerBlueprint):
+        return f"scores by the head {forecast.model.head}"
+    return f"embeddings of {forecast.model.width:,}"
+
+
+def _pairs(forecast: Forecast) -> list[tuple[str, str]]:
+    """What an embedder's step is made of."""
+    loss, shape = forecast.config.loss, forecast.shape
+    dims = loss.matryoshka_dims
+    pages, queries = forecast.sides["document"], forecast.sides["query"]
+    hard = f" and {shape.documents_of_all - shape.pairs_of_all:,} hard ones" if shape.documents > shape.pairs else ""
+    return [
         (
             "loss",
-            f"{config.loss.function or 'InfoNCE, ' + ', '.join(config.loss.directions)}"
-            + (f", with {config.loss.distillation}" if config.loss.distillation else "")
+            f"{loss.function or 'InfoNCE, ' + ', '.join(loss.directions)}"
+            + (f", with {loss.distillation}" if loss.distillation else "")
             + (f", dims {', '.join(map(str, dims))}" if dims else ""),
         ),
         (
             "batch",
-            f"{work.pairs_of_all:,} pairs, {work.pairs} a rank; negatives a query: {work.pairs_of_all - 1:,}{hard}",
+            f"{shape.pairs_of_all:,} pairs, {shape.pairs} a rank; negatives a query: {shape.pairs_of_all - 1:,}{hard}",
         ),
         (
             "mini-batches",
-            f"{pages.mini_batches} of {counted(pages.mini_batch, 'page')} ({pages.tokens} tokens) and "
-            f"{queries.mini_batches} of {counted(queries.mini_batch, 'query', 'queries')} ({queries.tokens} tokens) a "
-            f"rank{_auto(forecast)}; {forecast.together} at once in pass one; graphs kept of "
-            f"{forecast.keep_graphs:.0%}",
+            f"{_mini_batches(pages, 'page')} and {_mini_batches(queries, 'query', 'queries')} a rank"
+            f"{_auto(forecast)}; {shape.together} at once in pass one; graphs kept of {forecast.keep_graphs:.0%}",
         ),
-        ("data", _data(forecast)),
     ]
+
+
+def _lists(forecast: Forecast) -> list[tuple[str, str]]:
+    """What a reranker's step is made of."""
+    reranker, shape = forecast.config.reranker, forecast.shape
+    lists = shape.lists
+    assert reranker is not None and lists is not None
+    entries = forecast.sides["pair"]
+    pages = forecast.sides.get("document")
+    seen = f"{_mini_batches(pages, 'page')} through the tower and " if pages else ""
+    passes = "whole lists, one pass" if lists.are_whole else "lists that fit none, two passes"
+    return [
+        ("loss", f"{reranker.loss} over lists of {lists.longest:,}"),
+        (
+            "batch",
+            f"{shape.pairs_of_all:,} lists, {shape.pairs} a rank; a list: its positive, {lists.hard:.3g} hard "
+            f"negatives and {lists.in_batch} of the batch; {entries.inputs:,} pairs of {shape.documents:,} pages "
+            "a rank",
+        ),
+        (
+            "mini-batches",
+            f"{seen}{_mini_batches(entries, 'pair')} a rank: {passes}; graphs kept of {forecast.keep_graphs:.0%}",
+        ),
+    ]
+
+
+def _mini_batches(side: Side, one: str, several: str | None = None) -> str:
+    return f"{side.mini_batches} of {counted(side.mini_batch, one, several)} ({side.tokens} tokens)"
 
 
 def _set_keys(config: RunConfig) -> Iterator[str]:
@@ -172,13 +214,15 @@ def _memory(forecast: Forecast) -> Iterator[str]:
 def _strategies(forecast: Forecast) -> Iterator[str]:
     on_gpu = forecast.machine.gpu is not None
     most = f"{'largest mini-batch':>20}" if on_gpu else ""
-    yield f"{'strategy':<15}{'memory':>10}{most}{'sent a step':>14}{'s a step':>10}{'pairs/s':>10}"
+    rate = "lists/s" if forecast.shape.lists else "pairs/s"
+    yield f"{'strategy':<15}{'memory':>10}{most}{'sent a step':>14}{'s a step':>10}{rate:>10}"
     cheapest = forecast.cheapest
     for one in forecast.strategies:
         marks = [*(["chosen"] if one is forecast.chosen else []), *(["cheapest that fits"] if one is cheapest else [])]
         yield _row(one, forecast) + (f"  <- {', '.join(marks)}" if marks else "")
     if on_gpu:
-        yield "cheapest: the shortest step of those that fit. all: the batch has no more for a rank"
+        of = "pairs" if forecast.shape.lists else "pages"
+        yield f"cheapest: the shortest step of those that fit. all: the batch has no more {of} for a rank"
     sent = forecast.chosen.network.sent
     if sent:
         parts = ", ".join(f"{name.replace('_', ' ')} {_size(size)}" for name, size in sent.items())
@@ -188,10 +232,10 @@ def _strategies(forecast: Forecast) -> Iterator[str]:
 def _row(one: StrategyForecast, forecast: Forecast) -> str:
     most = ""
     if one.largest_mini_batch is not None:
-        number, inputs = one.largest_mini_batch, forecast.sides["document"].inputs
+        number, inputs = one.largest_mini_batch, forecast.sides[forecast.shape.main].inputs
         words = "none fits" if number == 0 else f"{number} (all)" if number == inputs else str(number)
         most = f"{words:>20}"
-    pairs = forecast.work.pairs_of_all / one.time.total
+    pairs = forecast.shape.pairs_of_all / one.time.total
     sent = _size(sum(one.network.sent.values()))
     return f"{one.name:<15}{_size(one.memory.total_bytes):>10}{most}{sent:>14}{one.time.total:>10.2f}{pairs:>10.1f}"
 

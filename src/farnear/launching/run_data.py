@@ -40,6 +40,7 @@ class RunData:
         pairs: None where nobody says.
         steps, steps_of_epoch: None likewise.
         negatives: Hard ones of a pair, the mean.
+        most_negatives: Hard ones of the pair with most.
         query, page: Tokens, a template's included.
         pages: Distinct positive pages; None where there is no index.
         shards, shards_of_step: In all, and those that a global batch touches, the mean.
@@ -51,6 +52,7 @@ class RunData:
     steps: int | None
     steps_of_epoch: int | None
     negatives: float
+    most_negatives: int
     query: Tokens
     page: Tokens
     pages: int | None
@@ -120,15 +122,18 @@ def _of_index(config: RunConfig, index: Index, page_tokens: PageTokens) -> RunDa
             hard = read_negatives(config.data.negatives, index, config.data.max_bad_fraction)
         except UserError as error:
             faults.append(str(error))
-    negatives = float(hard.counts(config.data.num_negatives).mean())
+    counts = hard.counts(config.data.num_negatives)
+    negatives, most_negatives = float(counts.mean()), int(counts.max())
     documents = np.unique(np.concatenate([index.positives, hard.rows] if negatives else [index.positives]))
     if config.mining.refresh_every is not None:
         negatives, documents = max(negatives, float(config.negatives_of_refresh)), index.documents()
+        most_negatives = max(most_negatives, config.negatives_of_refresh)
     return RunData(
         pairs=len(index),
         steps=steps,
         steps_of_epoch=steps_of_epoch,
         negatives=negatives,
+        most_negatives=most_negatives,
         query=_tokens(index, np.unique(index.query_N), page_tokens),
         page=_tokens(index, documents, page_tokens),
         pages=pages,
@@ -152,11 +157,17 @@ def _without_index(config: RunConfig, most_page_tokens: int, pairs: int | None, 
         faults += [] if steps is None else _too_small(config, pairs, {})
     elif config.training.max_steps > 0:
         steps = config.training.max_steps
+    negatives = config.data.num_negatives
+    if negatives is None:
+        # As many as `farnear mine` finds, where a file of it is named.
+        negatives = config.mining.num_negatives if config.data.negatives else 0
+    negatives = max(negatives, config.negatives_of_refresh)
     return RunData(
         pairs=pairs,
         steps=steps,
         steps_of_epoch=steps_of_epoch,
-        negatives=float(max(config.data.num_negatives or 0, config.negatives_of_refresh)),
+        negatives=float(negatives),
+        most_negatives=negatives,
         query=Tokens(QUERY_TOKENS_ASSUMED, QUERY_TOKENS_ASSUMED),
         page=Tokens(most_page_tokens, most_page_tokens),
         pages=None,

@@ -79,28 +79,23 @@ class Work:
     """Of one rank in a step.
 
     Attributes:
-        pairs, documents: Of the rank, the most.
-        pairs_of_all, documents_of_all: Of the global batch.
-        width: Of an embedding.
         flops: Of both passes.
         gathered_elements: Parameters that are computed with, summed over all forwards and backwards.
         skipping_elements: Those that DeepSpeed fetches ahead in vain, where a text skips a tower that a page before it
             went through, summed likewise.
         reduced_elements: Gradients of all mini-batches, where each is reduced at once.
-        answers: Kept of a query, beside hashes, in the exchange.
+        shown_bytes: What the rank shows to all, beside what its strategy does.
+        said_bytes: What it says about everyone's.
+        groups: Kinds of mini-batches, whose numbers ranks tell each other where a forward is a collective.
     """
 
-    pairs: int
-    documents: int
-    pairs_of_all: int
-    documents_of_all: int
-    width: int
     flops: float
     gathered_elements: int
     skipping_elements: int
     reduced_elements: int
-    queries_are_columns: bool
-    answers: int = 1
+    shown_bytes: int
+    said_bytes: int
+    groups: int
 
 
 @dataclass(frozen=True)
@@ -137,7 +132,9 @@ def network_of(strategy: str, holding: Holding, work: Work, ranks: int, ranks_of
     """What the ranks tell each other in a step."""
     if ranks == 1:
         return Network({}, 0.0)
-    shown, said = _exchange(work, ranks)
+    shown, said = work.shown_bytes, work.said_bytes
+    if strategy.startswith("zero3") or strategy == "fsdp2":
+        shown += 8 * work.groups
     reduced = trained = holding.element_bytes * holding.trained
     whole = 4 * holding.parameters
     if holding.reduces_at_once:
@@ -162,15 +159,6 @@ def network_of(strategy: str, holding: Holding, work: Work, ranks: int, ranks_of
     sent["reductions"] += reduced // spread_over
     over_nodes = 2 * reduced / spread_over * (copies - 1) / copies
     return Network(sent, travelling, within_node=among_owners, over_nodes=over_nodes)
-
-
-def _exchange(work: Work, ranks: int) -> tuple[int, int]:
-    """Bytes of what a rank shows to all, and of what it says about everyone's embeddings."""
-    columns = work.documents + (work.pairs if work.queries_are_columns else 0)
-    facts = 8 * (3 * work.documents + (2 + work.answers) * work.pairs)
-    shown = facts + 4 * work.width * columns
-    counts = 8 * 6
-    return shown + counts, 4 * ranks * (work.width * columns + 6 + 3 * ranks)
 
 
 def step_time(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from farnear.errors import UserError
+from farnear.model.pixels import PageTokens, ProportionalTokens, SmartResizeTokens, pixel_bounds
 from farnear.sections import ModelConfig
 
 
@@ -22,6 +23,7 @@ class PageShape:
         channels, frames: Of a patch.
         min_pixels, max_pixels: Of a page, after resizing.
         is_known: Whether the model's config and processor say so, or it is a guess.
+        is_one_size: Whether all pages are brought to one size, or each keeps its shape.
     """
 
     patch_pixels: int
@@ -31,18 +33,22 @@ class PageShape:
     min_pixels: int
     max_pixels: int
     is_known: bool
+    is_one_size: bool = False
+
+    @property
+    def tokens_of(self) -> PageTokens:
+        """What a page costs, as a run counts it (`farnear.model.pixels.page_tokens`)."""
+        if self.is_one_size:
+            return ProportionalTokens((self.patch_pixels * self.merge) ** 2, self.min_pixels, self.max_pixels)
+        return SmartResizeTokens(self.patch_pixels, self.merge, self.min_pixels, self.max_pixels, True)
 
     @property
     def most_tokens(self) -> int:
         return max(1, self.max_pixels // (self.patch_pixels * self.merge) ** 2)
 
-    def uint8_bytes(self, tokens: int) -> int:
-        """Of a page on its way to the device."""
-        return tokens * self.merge**2 * self.channels * self.patch_pixels**2
-
-    def float_bytes(self, tokens: int) -> int:
-        """Of a page on the device."""
-        return 4 * self.frames * self.uint8_bytes(tokens)
+    def host_bytes(self, tokens: int) -> int:
+        """Of a page on its way to the device: a byte a channel and pixel, or a float."""
+        return (4 if self.is_one_size else 1) * tokens * self.merge**2 * self.channels * self.patch_pixels**2
 
 
 @dataclass(frozen=True)
@@ -92,21 +98,17 @@ def read_declared(path: Path) -> Declared:
     return Declared(str(path), values)
 
 
-def declared_width(settings: Declared, folder: Path) -> int:
-    """Of the embeddings: the last dense layer's, where a SentenceTransformer has one, else the model's.
+def declared_width(settings: Declared) -> int:
+    """Of a model's hidden states. Raises ``UserError`` where it is not told, or no width."""
+    return told(settings.section("text_config") or settings, "hidden_size")
 
-    Raises:
-        UserError: It is not told, or no width.
-    """
-    for dense in sorted(folder.glob("*_Dense/config.json"), reverse=True):
-        layer, key = read_declared(dense), "out_features"
-        break
-    else:
-        layer, key = settings.section("text_config") or settings, "hidden_size"
-    width = layer.number(key)
+
+def told(settings: Declared, key: str) -> int:
+    """The whole number under a key that has to be there. Raises ``UserError`` where it is not, or no such number."""
+    width = settings.number(key)
     if width is None:
         raise UserError(
-            f"{layer.place} tells no {key}, so the embeddings' width is not known; copy the model's own file there"
+            f"{settings.place} tells no {key}, so the embeddings' width is not known; copy the model's own file there"
         )
     return width
 
@@ -115,11 +117,7 @@ def declared_pages(config: ModelConfig, settings: Declared, folder: Path) -> Pag
     """By the processor's file, then the model's, then a guess. Raises ``UserError`` for a value that cannot be."""
     nothing = Declared("", {})
     vision = settings.section("vision_config") or nothing
-    processor = nothing
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        if not processor.values and (folder / name).is_file():
-            stored = read_declared(folder / name)
-            processor = stored.section("image_processor") or stored
+    processor = _processor(folder)
     size = processor.section("size") or nothing
     # Each is looked at, also where another one comes first.
     patch, patch_of_model = processor.number("patch_size"), vision.number("patch_size")
@@ -139,3 +137,50 @@ def declared_pages(config: ModelConfig, settings: Declared, folder: Path) -> Pag
         max_pixels=high or 1_000_000,
         is_known=high is not None and "spatial_merge_size" in vision.values,
     )
+
+
+def pages_of_one_size(config: ModelConfig, vision: Any, folder: Path) -> PageShape:
+    """How a dual encoder reads pages.
+
+    Args:
+        vision: Its config's vision part, as transformers has read it.
+    """
+    stored = _processor(folder).values
+    patch, side = int(vision.patch_size), getattr(vision, "image_size", None)
+    if side is None:
+        # SigLIP 2 of any size pads every page to so many patches.
+        patches = int(stored.get("max_num_patches") or vision.num_patches)
+        low = high = float(patches * patch**2)
+    else:
+        defaults: dict[str, Any] = {"do_center_crop": "crop_size" in stored}
+        if not {"size", "crop_size"} & stored.keys():
+            defaults["size"] = {"height": int(side), "width": int(side)}
+        of_run_file = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
+        settings = {**defaults, **stored, **{name: value for name, value in of_run_file.items() if value is not None}}
+        try:
+            low, high = pixel_bounds(settings.get)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"the processor's file in {folder} has a size that cannot be read ({error}); copy the model's own there"
+            ) from None
+    return PageShape(
+        patch_pixels=patch,
+        merge=1,
+        channels=int(vision.num_channels),
+        frames=1,
+        min_pixels=int(low),
+        max_pixels=int(high),
+        is_known=True,
+        is_one_size=True,
+    )
+
+
+def _processor(folder: Path) -> Declared:
+    """What a stored processor says of images; empty where there is none."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / name).is_file():
+            stored = read_declared(folder / name)
+            found = stored.section("image_processor") or stored
+            if found.values:
+                return found
+    return Declared("", {})

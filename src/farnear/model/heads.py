@@ -21,9 +21,9 @@ from sentence_transformers import CrossEncoder
 from sentence_transformers.base.modules import Dense, Transformer
 from sentence_transformers.cross_encoder.modules import LogitScore
 from torch import Tensor, nn
-from torch.nn.functional import embedding, linear
 
 from farnear.errors import UserError
+from farnear.model.score_layers import RowsLinear, ScoreLinear
 from farnear.model.stored import weight_files
 from farnear.reranker_section import RerankerConfig
 from farnear.sections import ModelConfig
@@ -31,26 +31,6 @@ from farnear.sections import ModelConfig
 OwnHead = Literal["yes_no", "linear", "sequence-classification"]
 
 _HEAD_OF_LANGUAGE_MODEL = "lm_head.weight"
-
-
-class RowsLinear(nn.Linear):
-    """A language-model head that computes some of its rows at the last position, in fp32.
-
-    Attributes:
-        rows: Which ones.
-        sparse: Whether the gradient of its weight is a sparse tensor, of these rows; as `nn.Embedding` has it.
-    """
-
-    rows: tuple[int, ...]
-    sparse: bool = False
-
-    def forward(self, input: Tensor) -> Tensor:
-        """[n, L, D] of any float type to float32 [n, 1, rows]."""
-        with torch.autocast(input.device.type, enabled=False):
-            row_r = torch.tensor(self.rows, device=input.device)
-            weight_rD = embedding(row_r, self.weight, sparse=self.sparse).float()
-            bias_r = None if self.bias is None else self.bias[row_r].float()
-            return linear(input[..., -1:, :].float(), weight_rD, bias_r)
 
 
 class RowsScore(LogitScore):
@@ -61,15 +41,6 @@ class RowsScore(LogitScore):
         logit_nr = features[self.module_input_name][:, -1]
         features["scores"] = logit_nr[:, :1] - logit_nr[:, 1:] if self.false_token_id is not None else logit_nr
         return features
-
-
-class ScoreLinear(nn.Linear):
-    """The last layer of a score, in fp32."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """[n, D] of any float type to float32 [n, 1]."""
-        with torch.autocast(input.device.type, enabled=False):
-            return linear(input.float(), self.weight.float(), None if self.bias is None else self.bias.float())
 
 
 def head_of(model: CrossEncoder) -> OwnHead:

@@ -41,7 +41,12 @@ class CannotTraceError(ValueError):
 
 @dataclass(frozen=True)
 class Trace:
-    """Of one mini-batch; memory in bytes, ``used_elements`` those of the weights that it is computed from."""
+    """Of one mini-batch; memory in bytes.
+
+    Attributes:
+        used_elements: Of the weights that it is computed from.
+        trains: Whether a gradient goes back through it.
+    """
 
     graph_bytes: int
     cast_bytes: int
@@ -50,6 +55,7 @@ class Trace:
     forward_flops: int
     backward_flops: int
     used_elements: int
+    trains: bool = True
 
 
 class Hollow(Tensor):
@@ -235,6 +241,7 @@ def trace(
     autocast: torch.dtype | None,
     *,
     merged: Mapping[str, Any] | None = None,
+    held: Mapping[str, tuple[Tensor, ...]] | None = None,
 ) -> Trace:
     """Follow a mini-batch through both passes.
 
@@ -244,16 +251,19 @@ def trace(
         features: Of the mini-batch; tensors of floats are taken by their shape alone.
         autocast: Type that it computes in; None for that of the weights.
         merged: Features of what goes through the forward without graph; None leaves that out.
+        held: More features, tensors of floats that stay through a step with their gradients, as weights do.
 
     Raises:
         CannotTraceError: The model cannot be followed so.
     """
     ledger = _ledger_of(model)
+    ledger.is_weight = True
+    stays = {name: tuple(_hollow_leaf(x, ledger) for x in tensors) for name, tensors in (held or {}).items()}
     ledger.is_weight = False
 
     def forward(inputs: Mapping[str, Any]) -> Tensor:
         with torch.autocast("cpu", autocast, enabled=autocast is not None):
-            return embed({name: _hollow_floats(value, ledger) for name, value in inputs.items()})
+            return embed({**{name: _hollow_floats(value, ledger) for name, value in inputs.items()}, **stays})
 
     saved: dict[int, int] = {}
     try:
@@ -282,6 +292,7 @@ def trace(
         forward_flops=forward_flops,
         backward_flops=flops - forward_flops,
         used_elements=sum(ledger.elements[storage] for storage in ledger.used),
+        trains=e_nD.requires_grad,
     )
 
 
@@ -315,6 +326,14 @@ def _hollow_parameter(parameter: nn.Parameter, ledger: _Ledger) -> nn.Parameter:
         # So that a backward adds to it, as all but the first of a step do.
         hollow.grad = Hollow(torch.empty_like(meta), ledger)
     return hollow
+
+
+def _hollow_leaf(x: Tensor, ledger: _Ledger) -> Tensor:
+    """One to which gradients are added, as all but the first of a step are, if it asks for them."""
+    leaf = Hollow(torch.empty_like(x, device=_META), ledger).requires_grad_(x.requires_grad)
+    if x.requires_grad:
+        leaf.grad = Hollow(torch.empty_like(x, device=_META, requires_grad=False), ledger)
+    return leaf
 
 
 def _hollow_floats(value: Any, ledger: _Ledger) -> Any:

@@ -17,6 +17,7 @@ results differ, or for another family of processors, pages take the processor's 
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -185,7 +186,7 @@ def page_tokens(model: "BaseModel") -> PageTokens:
     """
     reader = next(iter(readers_of_pages(model)), model[0])
     if is_qwen_family(image_processor_of(reader)):
-        size = _sizes(reader)
+        size = _sizes(_setting(reader, "size"))
         return SmartResizeTokens(
             patch_size=int(_setting(reader, "patch_size")),
             merge_size=int(_setting(reader, "merge_size")),
@@ -197,7 +198,7 @@ def page_tokens(model: "BaseModel") -> PageTokens:
     # SigLIP 2 of any size pads every page to so many patches.
     if patches := _setting(reader, "max_num_patches"):
         return ProportionalTokens(1.0, float(patches), float(patches))
-    return ProportionalTokens(pixels_per_token, *_pixel_bounds(reader))
+    return ProportionalTokens(pixels_per_token, *pixel_bounds(partial(_setting, reader)))
 
 
 @dataclass(frozen=True)
@@ -250,10 +251,14 @@ class ProportionalTokens:
         return np.maximum(np.rint(tokens_n), 1).astype(np.int64)
 
 
-def _pixel_bounds(reader: Any) -> tuple[float, float]:
-    """Fewest and most pixels of a page after resizing, as far as the settings of a processor tell."""
-    crop = _setting(reader, "crop_size") if _setting(reader, "do_center_crop") else None
-    size = dict(crop) if isinstance(crop, Mapping) else _sizes(reader)
+def pixel_bounds(setting: Callable[[str], Any]) -> tuple[float, float]:
+    """Fewest and most pixels of a page after resizing, as far as the settings of a processor tell.
+
+    Args:
+        setting: What one is, by its name; None where there is none.
+    """
+    crop = setting("crop_size") if setting("do_center_crop") else None
+    size = dict(crop) if isinstance(crop, Mapping) else _sizes(setting("size"))
     if size.get("height") and size.get("width"):
         pixels = float(size["height"] * size["width"])
         return pixels, pixels
@@ -268,8 +273,8 @@ def _pixel_bounds(reader: Any) -> tuple[float, float]:
         bounds = 1, size["max_height"] * size["max_width"]
     else:
         bounds = 1, np.inf
-    fewest = float(_setting(reader, "min_pixels") or bounds[0])
-    return fewest, max(fewest, float(_setting(reader, "max_pixels") or bounds[1]))
+    fewest = float(setting("min_pixels") or bounds[0])
+    return fewest, max(fewest, float(setting("max_pixels") or bounds[1]))
 
 
 def _pixels_per_token(reader: Any) -> float:
@@ -287,8 +292,7 @@ def image_processor_of(reader: Any) -> Any:
     return getattr(processor, "image_processor", processor)
 
 
-def _sizes(reader: Any) -> dict[str, int]:
-    size: Any = _setting(reader, "size")
+def _sizes(size: Any) -> dict[str, int]:
     if isinstance(size, int):
         return {"height": size, "width": size}
     return {name: value for name, value in dict(size or {}).items() if value is not None}

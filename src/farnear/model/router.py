@@ -19,11 +19,8 @@ from sentence_transformers.sentence_transformer.modules import Normalize
 from torch import nn
 
 from farnear.errors import UserError
-from farnear.model.towers import KINDS, combinations_of, modalities_of
+from farnear.model.towers import KINDS, combinations_of, leader_of, modalities_of, routes_of_kinds
 from farnear.sections import ModelConfig
-
-# Whose embeddings the others are projected to: the first of these that there is.
-_LEADERS = ("document", "image", "video", "audio")
 
 
 def join(towers: Mapping[str, SentenceTransformer], config: ModelConfig, *, seed: int) -> SentenceTransformer:
@@ -38,7 +35,7 @@ def join(towers: Mapping[str, SentenceTransformer], config: ModelConfig, *, seed
         UserError: A model does not read what it is named for, or prompts contradict each other.
     """
     widths = {name: width_of(tower) for name, tower in towers.items()}
-    leader = next(name for name in (*_LEADERS, *towers) if name in towers)
+    leader = leader_of(towers)
     routes: dict[str, list[nn.Module]] = {name: list(tower) for name, tower in towers.items()}
     device = towers[leader].device
     with torch.random.fork_rng(devices=[]), torch.device(device):
@@ -66,19 +63,17 @@ def width_of(model: SentenceTransformer) -> int:
 def _mappings(
     towers: Mapping[str, SentenceTransformer], config: ModelConfig
 ) -> dict[tuple[str | None, str | tuple[str, ...] | None], str]:
-    mappings: dict[tuple[str | None, str | tuple[str, ...] | None], str] = {}
     for name, tower in towers.items():
         if not tower.supports(name):  # type: ignore[arg-type]
             raise UserError(
                 f"model.router.{name}: model {config.towers[name].name_or_path} reads no {name} (modalities: "
                 f"{modalities_of(tower)}); name one that does"
             )
-        mappings[None, name] = name
-    for name, tower in sorted(towers.items(), key=lambda one: one[0] == "text"):
-        alone = [kind for kind in (*KINDS, "message") if kind in tower.modalities]
-        for kind in (*alone, *combinations_of(tower[0])):
-            mappings.setdefault((None, kind), name)
-    return mappings
+    read = {
+        name: [*(kind for kind in (*KINDS, "message") if kind in tower.modalities), *combinations_of(tower[0])]
+        for name, tower in towers.items()
+    }
+    return {(None, kind): route for kind, route in routes_of_kinds(read).items()}
 
 
 def _prompts(towers: Mapping[str, SentenceTransformer]) -> dict[str, str] | None:

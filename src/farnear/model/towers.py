@@ -9,7 +9,7 @@ of them the larger one. Its own scale no embedding depends on either. Trained, s
 and weight decay would wear them down. So a run leaves them out, and an export has them as they were.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,8 @@ SIDES = ("document", "query")
 
 # How dual encoders of transformers call what belongs to a kind, by the first word; a scale belongs to none.
 _OWNERS = {"text": "text", "vision": "image", "visual": "image", "image": "image", "audio": "audio", "logit": "none"}
+# Whose embeddings those of joined models are projected to: the first of these that there is.
+_LEADERS = ("document", "image", "video", "audio")
 
 
 def is_router(module: Any) -> bool:
@@ -105,17 +107,35 @@ def know_combinations(model: "BaseModel") -> None:
                 reader.modality_config.setdefault(kinds, plain)
 
 
+def leader_of(routes: Collection[str]) -> str:
+    """Of models that are joined the one whose embeddings' width is that of all."""
+    return next(name for name in (*_LEADERS, *routes) if name in routes)
+
+
+def routes_of_kinds(read: Mapping[str, Collection[Any]]) -> dict[Any, str]:
+    """Which of joined models each kind goes to: the one named for it, else the first that reads it, media's first.
+
+    Args:
+        read: Kinds, or combinations of them, that a model reads, by the name of its route.
+    """
+    routes = {name: name for name in read}
+    for name, kinds in sorted(read.items(), key=lambda one: one[0] == "text"):
+        for kind in kinds:
+            routes.setdefault(kind, name)
+    return routes
+
+
 def unreached(model: Any) -> list[str]:
     """Names of the modules and parameters of dual encoders that no input goes through."""
-    if not hasattr(model, "modalities"):  # a plan's stand-in
-        return []
+    if hasattr(model, "unreached"):  # a plan's stand-in knows of itself
+        return list(model.unreached())
     names = {id(module): name for name, module in model.named_modules()}
     return [
         f"{names[id(reader.model)]}.{name}"
         for reader in readers(model)
-        if hasattr(reader, "modality_config")
-        for name in _unreached_of(
-            reader, {kind for side in SIDES for kind in KINDS if _reads(model, side, kind, reader)}
+        if _is_dual(reader)
+        for name in parts_beside(
+            reader.model, {kind for side in SIDES for kind in KINDS if _reads(model, side, kind, reader)}
         )
     ]
 
@@ -137,14 +157,18 @@ def leave_out_unreached(model: Any) -> None:
         setattr(model.get_submodule(owner), leaf, None)
 
 
-def _unreached_of(reader: Any, kinds: set[str]) -> Iterator[str]:
-    if any(how["method"] == "forward" for how in reader.modality_config.values()):
-        return
-    inner = reader.model
+def parts_beside(inner: Any, kinds: Collection[str]) -> Iterator[str]:
+    """Names of the children and parameters of a dual encoder of transformers that inputs of some kinds do not meet."""
     for name, _ in (*inner.named_children(), *inner.named_parameters(recurse=False)):
         owner = _OWNERS.get(name.partition("_")[0])
         if owner is not None and owner not in kinds:
             yield name
+
+
+def _is_dual(reader: Any) -> bool:
+    """Whether a module has a way of its own for each kind."""
+    ways = getattr(reader, "modality_config", None)
+    return ways is not None and all(how["method"] != "forward" for how in ways.values())
 
 
 def _reads(model: "BaseModel", side: str, kind: str, reader: Any) -> bool:

@@ -26,8 +26,8 @@ from farnear.data.shard_store import ShardStore
 from farnear.data.workers import Workers
 from farnear.errors import RunStoppedError
 from farnear.model.embedder import to_device
+from farnear.model.image_features import images_apart
 from farnear.model.pairs import image_features_of_job
-from farnear.model.reranker import images_apart
 from farnear.parallel.collectives import agree_on_max, exchange_ints, gather_together
 from farnear.retrieve.evaluate import RetrievalTask
 from farnear.retrieve.inference import Inference

@@ -36,8 +36,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from farnear.data.list_dealing import ListBatch, PairFeatures
 from farnear.loss.listwise import list_losses, lists_that_count
 from farnear.model.embedder import to_device
+from farnear.model.image_features import images_apart
 from farnear.model.pairs import PairPicker, image_features_of_job
-from farnear.model.reranker import images_apart
 from farnear.parallel.collectives import all_reduce_sum, exchange_ints, row_weight
 from farnear.parallel.strategy import Strategy
 from farnear.parallel.world import World
