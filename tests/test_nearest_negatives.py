@@ -148,6 +148,6 @@ def test_damaged_embeddings_are_told_in_one_line(folder: Path, tmp_path: Path, d
     else:
         np.save(path, {"fewer rows": rows[1:], "another width": rows[:, 1:], "not finite": rows * np.nan}[damage])
     index = open_data(config_of(folder, "unused").data, config_of(folder, "unused").evaluation, ONE).train
-    with pytest.raises(UserError, match="remove the folder, and run the same `farnear mine` again") as caught:
+    with pytest.raises(UserError, match="remove the folder, and run the same command again") as caught:
         Embeddings.open(copy).similarity_in(index)(np.arange(len(index)), index.positives)
     assert "\n" not in str(caught.value)

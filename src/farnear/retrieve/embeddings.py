@@ -39,7 +39,7 @@ SIDES = {"query": "queries", "document": "documents"}
 _WHOLE = 4000
 _MOST_ROWS_OF_A_PART, _FEWEST_ROWS_OF_A_PART, _PARTS = 1024, 32, 64
 
-_AGAIN = "remove the folder, and run the same `farnear mine` again"
+_AGAIN = "remove the folder, and run the same command again"
 
 Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
@@ -101,7 +101,7 @@ class Embeddings:
         needed += [path for side in SIDES for path in _paths(folder, side, facts)]
         if missing := [path.name for path in needed if not path.exists()]:
             raise UserError(
-                f"the embeddings in {folder} are not complete ({missing[0]} is missing); run the same `farnear mine` "
+                f"the embeddings in {folder} are not complete ({missing[0]} is missing); run the same command "
                 "again, which goes on where it stopped"
             )
         try:
