@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from farnear.command_line import Parser, parted, positive
 from farnear.commands.rank import work_on_rank
+from farnear.environment import prepare_environment
 
 if TYPE_CHECKING:
     from farnear.launching.encoding import NamedModel
@@ -69,6 +70,10 @@ def exported(model: "NamedModel") -> "NamedModel":
     """
     if model.checkpoint is None:
         return model
+    prepare_environment()
+    from farnear.noise import quiet
+
+    quiet()
     from farnear.training.exporting import export_once
 
     export_once(model.checkpoint, Path(model.name_or_path))

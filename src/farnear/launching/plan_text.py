@@ -45,7 +45,19 @@ def plan_lines(forecast: Forecast) -> Iterator[str]:
 
 
 def _named(lines: Sequence[tuple[str, str]]) -> Iterator[str]:
-    return (f"{name:>12}  {text}" for name, text in lines)
+    for name, text in lines:
+        yield from _wrapped(name, text)
+
+
+def _wrapped(name: str, text: str) -> list[str]:
+    return textwrap.wrap(
+        text,
+        WIDTH,
+        initial_indent=f"{name:>12}  ",
+        subsequent_indent=" " * 14,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _where(forecast: Forecast) -> str:
@@ -149,14 +161,7 @@ def _set_keys(config: RunConfig) -> Iterator[str]:
     ]
     # A value with spaces stays on one line.
     text = " ".join(word.replace(" ", "\0") for word in words)
-    lines = textwrap.wrap(
-        text,
-        WIDTH,
-        initial_indent=f"{'set':>12}  ",
-        subsequent_indent=" " * 14,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+    lines = _wrapped("set", text)
     yield from (line.replace("\0", " ") for line in lines)
 
 
@@ -221,8 +226,10 @@ def _strategies(forecast: Forecast) -> Iterator[str]:
         marks = [*(["chosen"] if one is forecast.chosen else []), *(["cheapest that fits"] if one is cheapest else [])]
         yield _row(one, forecast) + (f"  <- {', '.join(marks)}" if marks else "")
     if on_gpu:
-        of = "pairs" if forecast.shape.lists else "pages"
-        yield f"cheapest: the shortest step of those that fit. all: the batch has no more {of} for a rank"
+        told = "cheapest: the shortest step of those that fit"
+        if any(one.largest_mini_batch == forecast.sides[forecast.shape.main].inputs for one in forecast.strategies):
+            told += f". all: the batch has no more {'pairs' if forecast.shape.lists else 'pages'} for a rank"
+        yield told
     sent = forecast.chosen.network.sent
     if sent:
         parts = ", ".join(f"{name.replace('_', ' ')} {_size(size)}" for name, size in sent.items())
