@@ -1,6 +1,7 @@
 """What `farnear plan` says is what runs do, and it says what will go wrong."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -269,3 +270,25 @@ def test_links_between_nodes_are_those_of_the_scaling_table() -> None:
     one, two = (machine("h100", ranks=8, nodes=nodes) for nodes in (1, 2))
     assert (one.ring_bandwidth, two.ring_bandwidth) == (H100.inside, H100.between)
     assert two.bandwidth_over_nodes == H100.between / 8
+
+
+@pytest.mark.parametrize(
+    ("example", "words", "key"),
+    [
+        ("qwen3-vl-embedding-2b", ["training.mini_batch_num_tokens=null", "training.mini_batch_size=64"], "size"),
+        ("qwen3-vl-reranker-2b", ["strategy=zero3"], "num_tokens"),
+    ],
+)
+def test_what_would_fit_is_said_by_its_key(example: str, words: list[str], key: str) -> None:
+    """And then it does, as twice as much does not."""
+    run_file = Path(f"examples/{example}.yaml")
+
+    def errors(*more: str) -> list[str]:
+        planned = forecast(load_config(run_file, [*words, *more]), run_file, machine("a100-40", 8, is_this=False))
+        return foreseen(planned)[0]
+
+    [told] = errors()
+    found = re.search(r"set (training\.mini_batch_\w+) to (\d+) at most for (\w+)s: mini-batches of (\d+)", told)
+    assert found is not None and found[1] == f"training.mini_batch_{key}"
+    assert not errors(f"{found[1]}={{{found[3]}: {found[2]}}}")
+    assert errors(f"{found[1]}={{{found[3]}: {2 * int(found[2])}}}")

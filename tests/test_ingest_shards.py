@@ -144,7 +144,7 @@ def test_an_import_that_fails_leaves_nothing(tmp_path: Path) -> None:
 def test_old_shards_are_never_mixed_with_new_ones(tmp_path: Path) -> None:
     write_shards([a_pair(0)], tmp_path, prefix="train")
     before = (tmp_path / "train-000000.tar").read_bytes()
-    with pytest.raises(UserError, match=r"already holds 1 shards named train-\*\.tar.*another folder"):
+    with pytest.raises(UserError, match=r"already holds 1 shard named train-\*\.tar.*another folder"):
         write_shards([a_pair(1)], tmp_path, prefix="train")
     assert (tmp_path / "train-000000.tar").read_bytes() == before
     write_shards([a_pair(1)], tmp_path, prefix="eval")

@@ -148,6 +148,9 @@ def _measured(arguments: argparse.Namespace) -> tuple[list["Subject"], int]:
     if arguments.num_processes is not None:
         overrides.append(f"num_processes={arguments.num_processes}")
     runs = [one.run for one in named.values() if one.run is not None]
+    for word in (Path(word) for word in models):
+        if not word.exists() and word.parent != Path() and word.parent.is_dir():
+            print(f"there is no folder {word}; looking for a model of that name on the hub", flush=True)
     shards, corpus = arguments.data, arguments.corpus
     if shards is None and named:
         run = next((run for run in runs if run.data.eval), None)

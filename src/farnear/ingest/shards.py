@@ -30,6 +30,7 @@ from pathlib import Path
 from farnear.errors import UserError
 from farnear.ingest.images import IMAGE_EXTENSIONS, TEXT_EXTENSION, PageFile
 from farnear.ingest.split import Queries, Record, queries_of, split
+from farnear.wording import counted
 
 TRAIN, EVAL = "train", "eval"
 PAGE_EXTENSIONS = (*IMAGE_EXTENSIONS, TEXT_EXTENSION)
@@ -190,8 +191,8 @@ def refuse_existing_shards(out: Path, prefixes: Iterable[str]) -> None:
         existing = sorted(out.glob(f"{prefix}-*.tar"))
         if existing:
             raise UserError(
-                f"{out} already holds {len(existing)} shards named {prefix}-*.tar ({existing[0].name} first), and old "
-                "and new pairs would mix; name another folder or delete them"
+                f"{out} already holds {counted(len(existing), 'shard')} named {prefix}-*.tar ({existing[0].name} "
+                "first), and old and new pairs would mix; name another folder or delete them"
             )
 
 

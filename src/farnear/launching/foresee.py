@@ -95,8 +95,14 @@ def _memory(forecast: Forecast) -> list[str]:
         f"{_gigabytes(chosen.memory)} GB a rank, above the {budget / 1e9:.1f} GB ({USABLE_SHARE:.0%}) of {gpu.name}"
     )
     if chosen.largest_mini_batch:
-        what = f"mini-batches of {chosen.largest_mini_batch} {'pairs ' if forecast.shape.lists else ''}at most"
-        return [f"strategy {chosen.name} needs {needed}, with these mini-batches; set {what}"]
+        kind, most = forecast.shape.main, chosen.largest_mini_batch
+        key, value = "mini_batch_size", most
+        if forecast.config.training.mini_batch_num_tokens_of[kind] is not None:
+            key, value = "mini_batch_num_tokens", most * forecast.sides[kind].tokens
+        return [
+            f"strategy {chosen.name} needs {needed}, with these mini-batches; set training.{key} to {value} at most "
+            f"for {kind}s: mini-batches of {most}"
+        ]
     best = forecast.cheapest
     advice = (
         f"set strategy={best.name}, which fits"

@@ -187,12 +187,16 @@ def _data(forecast: Forecast) -> str:
         return f"{counted(data.steps, 'step')}, as training.max_steps says"
     text = f"{data.pairs:,} pairs, {counted(data.steps, 'step')}"
     if data.steps_of_epoch:
-        text += f", {data.steps_of_epoch:,} an epoch ({data.steps / data.steps_of_epoch:.3g} epochs)"
+        text += f", {data.steps_of_epoch:,} an epoch ({_epochs(data.steps / data.steps_of_epoch)})"
     if data.shards is not None and data.shards_of_step is not None:
         text += f"; a batch touches {data.shards_of_step:.1f} of {counted(data.shards, 'shard')}"
     if training.max_steps > 0:
         text += ", by training.max_steps"
     return text
+
+
+def _epochs(number: float) -> str:
+    return "1 epoch" if number == 1 else f"{number:.3g} epochs"
 
 
 def _memory(forecast: Forecast) -> Iterator[str]:
@@ -223,7 +227,10 @@ def _strategies(forecast: Forecast) -> Iterator[str]:
     yield f"{'strategy':<15}{'memory':>10}{most}{'sent a step':>14}{'s a step':>10}{rate:>10}"
     cheapest = forecast.cheapest
     for one in forecast.strategies:
-        marks = [*(["chosen"] if one is forecast.chosen else []), *(["cheapest that fits"] if one is cheapest else [])]
+        marks = [
+            *(["chosen"] if one is forecast.chosen else []),
+            *([_cheapest(one, forecast)] if one is cheapest else []),
+        ]
         yield _row(one, forecast) + (f"  <- {', '.join(marks)}" if marks else "")
     if on_gpu:
         told = "cheapest: the shortest step of those that fit"
@@ -234,6 +241,11 @@ def _strategies(forecast: Forecast) -> Iterator[str]:
     if sent:
         parts = ", ".join(f"{name.replace('_', ' ')} {_size(size)}" for name, size in sent.items())
         yield f"a rank sends in a step under {forecast.chosen.name}: {parts} (as metrics.jsonl counts)"
+
+
+def _cheapest(one: StrategyForecast, forecast: Forecast) -> str:
+    fits = forecast.budget_bytes is not None and one.memory.total_bytes <= forecast.budget_bytes
+    return "cheapest that fits" if fits else f"cheapest that fits, with mini-batches of {one.largest_mini_batch}"
 
 
 def _row(one: StrategyForecast, forecast: Forecast) -> str:
