@@ -273,22 +273,26 @@ def test_links_between_nodes_are_those_of_the_scaling_table() -> None:
 
 
 @pytest.mark.parametrize(
-    ("example", "words", "key"),
+    ("example", "words", "gpu"),
     [
-        ("qwen3-vl-embedding-2b", ["training.mini_batch_num_tokens=null", "training.mini_batch_size=64"], "size"),
-        ("qwen3-vl-reranker-2b", ["strategy=zero3"], "num_tokens"),
+        ("qwen3-vl-embedding-2b", ["training.mini_batch_num_tokens=null", "training.mini_batch_size=64"], "a100-40"),
+        ("qwen3-vl-reranker-2b", ["strategy=zero3"], "a100-40"),
+        ("qwen3-vl-reranker-2b", ["strategy=ddp"], "a100-40"),
     ],
 )
-def test_what_would_fit_is_said_by_its_key(example: str, words: list[str], key: str) -> None:
-    """And then it does, as twice as much does not."""
+def test_what_would_fit_is_said_and_does(example: str, words: list[str], gpu: str) -> None:
+    """And twice as much of the main side does not."""
     run_file = Path(f"examples/{example}.yaml")
 
     def errors(*more: str) -> list[str]:
-        planned = forecast(load_config(run_file, [*words, *more]), run_file, machine("a100-40", 8, is_this=False))
-        return foreseen(planned)[0]
+        config = load_config(run_file, [*words, *more])
+        return foreseen(forecast(config, run_file, machine(gpu, 8, is_this=False)))[0]
 
     [told] = errors()
-    found = re.search(r"set (training\.mini_batch_\w+) to (\d+) at most for (\w+)s: mini-batches of (\d+)", told)
-    assert found is not None and found[1] == f"training.mini_batch_{key}"
-    assert not errors(f"{found[1]}={{{found[3]}: {found[2]}}}")
-    assert errors(f"{found[1]}={{{found[3]}: {2 * int(found[2])}}}")
+    strategy = re.search(r"strategy=(\w+)", told)
+    found = re.search(r"training\.mini_batch_size=\{(\w+): (\d+), (\w+): (\d+)\}", told)
+    assert found is not None, told
+    more = [found[0], *([strategy[0]] if strategy else [])]
+    assert not errors(*more)
+    main, size = (3, 4) if found[3] == "pair" else (1, 2)
+    assert errors(*more, f"training.mini_batch_size={{{found[main]}: {2 * int(found[size])}}}")

@@ -5,7 +5,7 @@ import os
 
 from farnear.config import RunConfig
 from farnear.errors import UserError
-from farnear.launching.forecast import USABLE_SHARE, Forecast
+from farnear.launching.forecast import USABLE_SHARE, Forecast, StrategyForecast
 from farnear.launching.memory import Memory
 from farnear.launching.run_data import QUERY_TOKENS_ASSUMED
 from farnear.model.blueprint import EmbedderBlueprint
@@ -95,21 +95,20 @@ def _memory(forecast: Forecast) -> list[str]:
         f"{_gigabytes(chosen.memory)} GB a rank, above the {budget / 1e9:.1f} GB ({USABLE_SHARE:.0%}) of {gpu.name}"
     )
     if chosen.largest_mini_batch:
-        kind, most = forecast.shape.main, chosen.largest_mini_batch
-        key, value = "mini_batch_size", most
-        if forecast.config.training.mini_batch_num_tokens_of[kind] is not None:
-            key, value = "mini_batch_num_tokens", most * forecast.sides[kind].tokens
-        return [
-            f"strategy {chosen.name} needs {needed}, with these mini-batches; set training.{key} to {value} at most "
-            f"for {kind}s: mini-batches of {most}"
-        ]
+        return [f"strategy {chosen.name} needs {needed}, with these mini-batches; set {_sizes(forecast, chosen)}"]
     best = forecast.cheapest
-    advice = (
-        f"set strategy={best.name}, which fits"
-        if best
-        else "no strategy fits: take more GPUs, lora, or a smaller model"
-    )
+    advice = "no strategy fits: take more GPUs, lora, or a smaller model"
+    if best:
+        smaller = "" if best.memory.total_bytes <= budget else f" and {_sizes(forecast, best)}"
+        advice = f"set strategy={best.name}{smaller}, which fits"
     return [f"strategy {chosen.name} needs {needed}, whatever the mini-batch, and would run out of memory; {advice}"]
+
+
+def _sizes(forecast: Forecast, of: StrategyForecast) -> str:
+    """The largest mini-batches with which a strategy fits, as the run file has them."""
+    sizes = forecast.shape.mini_batches_of(of.largest_mini_batch)
+    least = {side: min(size, forecast.sides[side].mini_batch) for side, size in sizes.items()}
+    return f"training.mini_batch_size={{{', '.join(f'{side}: {size}' for side, size in least.items())}}}"
 
 
 def _tracker(config: RunConfig) -> str | None:

@@ -74,18 +74,24 @@ class StepShape:
     lists: Lists | None = None
     estimated: str = ""
 
+    def mini_batches_of(self, inputs: int | None) -> dict[str, int]:
+        """Inputs of each side's mini-batches with so many of the main side; None for those of the run file."""
+        sizes = {name: side.mini_batch for name, side in self.sides.items()}
+        if inputs is None:
+            return sizes
+        if self.lists is None:
+            # An embedder's sides take what fits alike.
+            return {name: min(inputs, side.inputs) for name, side in self.sides.items()}
+        # A reranker's pages go through their tower by themselves, and need not go together.
+        return {name: inputs if name == self.main else min(inputs, size) for name, size in sizes.items()}
+
     def most_bytes(self, inputs: int | None = None) -> tuple[int, int]:
         """Most that lives in a forward without a graph, and in a forward with one and its backward.
 
         Args:
-            inputs: Of a mini-batch of the main side; None for those of the run file.
+            inputs: As in `mini_batches_of`.
         """
-        # An embedder's sides take what fits alike; a reranker's pages go through their tower by themselves.
-        sizes = {name: side.mini_batch for name, side in self.sides.items()}
-        if inputs is not None and self.lists is None:
-            sizes = {name: min(inputs, side.inputs) for name, side in self.sides.items()}
-        if inputs is not None:
-            sizes[self.main] = inputs
+        sizes = self.mini_batches_of(inputs)
         forward = [
             side.forward_bytes(sizes[name] * self.together) for name, side in self.sides.items() if side.in_pass_one
         ]
