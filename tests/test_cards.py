@@ -219,7 +219,7 @@ def test_licences_are_asked_for_before_the_first_step(folder: Path, capsys: pyte
         return line
 
     line = told("asked")
-    assert "unknown, so the model's card will say, and farnear push refuses it: set card.license" in line
+    assert "unknown: the model's card says so, and farnear push refuses it; set card.license" in line
     assert line.endswith("(base mit, data unknown)")
     words = words_of(folder / "asked" / "export")
     assert "| this model | unknown |\n| base model | mit |" in words and "It was not evaluated." in words

@@ -257,7 +257,7 @@ def test_words_from_files_move_no_cursor(folder: RunFolder) -> None:
     ("state", "facts", "code", "told"),
     [
         ("finished", {"exit_code": 0}, 0, "finished  step 120/600"),
-        ("stopped", {"exit_code": 75, "reason": "stopped by SIGTERM at rank 1"}, 75, "stopped: stopped by SIGTERM"),
+        ("stopped", {"exit_code": 75, "reason": "stopped by SIGTERM at rank 1"}, 75, "stopped by SIGTERM"),
         ("failed", {"exit_code": 2, "reason": "data.train names no shard"}, 2, "failed: data.train names no shard"),
         ("failed", {}, 1, "failed"),
     ],

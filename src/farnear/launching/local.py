@@ -108,7 +108,7 @@ def launch(
         # Another launch that holds the folder will speak for itself. What was killed may hold it for a moment still.
         with suppress(UserError), claimed(folder, seconds=SECONDS_TO_LET_GO):
             write_failure(folder, RunStoppedError(f"a process of the launch ended with code {code}"))
-    if code > 128:
+    if code != 0:
         published = published_checkpoints(folder.checkpoints)
         how = (
             f"with --resume continues from {published[-1].name}"

@@ -120,7 +120,7 @@ def _pairs(forecast: Forecast) -> list[tuple[str, str]]:
         (
             "mini-batches",
             f"{_mini_batches(pages, 'page')} and {_mini_batches(queries, 'query', 'queries')} a rank"
-            f"{_auto(forecast)}; {shape.together} at once in pass one; graphs kept of {forecast.keep_graphs:.0%}",
+            f"{_auto(forecast)}; {shape.together} at once in pass one; graphs of {forecast.keep_graphs:.0%} kept",
         ),
     ]
 
@@ -133,7 +133,7 @@ def _lists(forecast: Forecast) -> list[tuple[str, str]]:
     entries = forecast.sides["pair"]
     pages = forecast.sides.get("document")
     seen = f"{_mini_batches(pages, 'page')} through the tower and " if pages else ""
-    passes = "whole lists, one pass" if lists.are_whole else "lists that fit none, two passes"
+    passes = "whole lists, one pass" if lists.are_whole else "no list fits into one, two passes"
     return [
         ("loss", f"{reranker.loss} over lists of {lists.longest:,}"),
         (
@@ -144,7 +144,7 @@ def _lists(forecast: Forecast) -> list[tuple[str, str]]:
         ),
         (
             "mini-batches",
-            f"{seen}{_mini_batches(entries, 'pair')} a rank: {passes}; graphs kept of {forecast.keep_graphs:.0%}",
+            f"{seen}{_mini_batches(entries, 'pair')} a rank: {passes}; graphs of {forecast.keep_graphs:.0%} kept",
         ),
     ]
 
@@ -157,7 +157,7 @@ def _set_keys(config: RunConfig) -> Iterator[str]:
     """What the run file and the command line set; all else is as `farnear.sections` has it."""
     words = [
         f"{key}={json.dumps(value, ensure_ascii=False)}"
-        for key, value in _flat(config.model_dump(mode="json", exclude_defaults=True))
+        for key, value in _flat(config.model_dump(mode="json", exclude_unset=True))
     ]
     # A value with spaces stays on one line.
     text = " ".join(word.replace(" ", "\0") for word in words)
@@ -186,12 +186,12 @@ def _data(forecast: Forecast) -> str:
     if data.pairs is None:
         return f"{counted(data.steps, 'step')}, as training.max_steps says"
     text = f"{data.pairs:,} pairs, {counted(data.steps, 'step')}"
+    if training.max_steps > 0:
+        text += " by training.max_steps"
     if data.steps_of_epoch:
         text += f", {data.steps_of_epoch:,} an epoch ({_epochs(data.steps / data.steps_of_epoch)})"
     if data.shards is not None and data.shards_of_step is not None:
         text += f"; a batch touches {data.shards_of_step:.1f} of {counted(data.shards, 'shard')}"
-    if training.max_steps > 0:
-        text += ", by training.max_steps"
     return text
 
 

@@ -53,7 +53,7 @@ def supervise(
             that ranks here could still save.
 
     Returns:
-        Its exit code, or 128 + the number of the signal that ended it or this process's wait for it.
+        Its exit code; 1 if it was killed by a signal that was not sent from here, 128 + the number of one that was.
 
     Raises:
         UserError: The first one that a rank met, or that the time is over.
@@ -95,9 +95,14 @@ def supervise(
         if received and child.returncode != 0:
             print(f"farnear: stopped by {received[0].name}; no process is left", file=sys.stderr)
             return 128 + received[0]
+        if child.returncode < 0:
+            killed_by = signal.Signals(-child.returncode)
+            why = " (out of memory?)" if killed_by == signal.SIGKILL else ""
+            print(f"farnear: a process was killed by {killed_by.name}{why}", file=sys.stderr)
+            return 1
         if child.returncode != 0:
             print("farnear: a process failed; the first error above says why", file=sys.stderr)
-        return child.returncode if child.returncode >= 0 else 128 - child.returncode
+        return child.returncode
 
 
 def _wait(

@@ -93,7 +93,11 @@ def _state(view: View, waits: str | None) -> str:
         if view.silent_for is not None and view.silent_for > 30:
             return f"running, but no rank has been heard of for {duration(view.silent_for)}: killed, or cut off"
         return "running" if view.last else "opening"
-    return f"{view.state}: {' '.join(str(view.reason).split())}" if view.reason else view.state
+    if not view.reason:
+        return view.state
+    # "stopped by SIGTERM" says it already.
+    reason = " ".join(str(view.reason).split())
+    return reason if reason.startswith(view.state) else f"{view.state}: {reason}"
 
 
 def _step(view: View) -> str:

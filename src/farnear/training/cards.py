@@ -97,7 +97,7 @@ def licences_in_words(config: RunConfig, facts: CardFacts) -> str:
     if config.card.license is not None:
         return f"{config.card.license}; {base}"
     return (
-        f"unknown, so the model's card will say, and farnear push refuses it: set card.license, such as "
+        f"unknown: the model's card says so, and farnear push refuses it; set card.license, such as "
         f"card.license=apache-2.0 ({base})"
     )
 

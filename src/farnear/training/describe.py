@@ -173,7 +173,7 @@ def _inputs(data: RunData) -> str:
     pixels = index.part_width_M[part].astype(np.int64) * index.part_height_M[part]
     low, middle, high = (int(value) for value in np.percentile(pixels, (5, 50, 95)))
     spread = f"{middle:,} ({low:,} to {high:,} of most)" if low < high else f"{middle:,}"
-    return f"documents: {by_kind}; pixels of a page {spread}"
+    return f"documents: {by_kind}; pixels of a stored page {spread}"
 
 
 def _order(parts: Parts, data: RunData) -> str:

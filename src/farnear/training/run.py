@@ -9,12 +9,14 @@ first step, `farnear.training.loop` the middle. Around all of it stand the watch
 """
 
 import os
+import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 from time import perf_counter
 from typing import Any
 
@@ -48,6 +50,8 @@ from farnear.training.terminal import Terminal
 from farnear.training.watch import Watch
 from farnear.training.watchdog import SHARE_OF_TIMEOUT, Watchdog, clear_heartbeats
 from farnear.wording import counted
+
+_OF_A_SOURCE = re.compile(r"\[[^\]\s]*:\d+\]\s*")
 
 
 def run_training(config: RunConfig, resume: Resume | None = None, signals: Signals | None = None) -> dict[str, Any]:
@@ -97,10 +101,11 @@ def _told(error: BaseException, world: World, watch: Watch) -> BaseException:
             "--resume auto continues"
         )
     if tells_of_a_lost_rank(error):
-        why = str(error).splitlines()[0][:200]
+        # Where in its own source a library met it is of no use to anybody.
+        why = shorten(_OF_A_SOURCE.sub("", str(error).splitlines()[0]), 200, placeholder="...")
         return RunStoppedError(
-            f"rank {world.rank} has lost another rank in {watch.place} ({why}); what that one met is told above, if it "
-            "could tell it; continue with --resume"
+            f"rank {world.rank} has lost another rank in {watch.place} ({why}); what that one met is told above, "
+            "unless it was killed (out of memory?); the same command with --resume auto continues"
         )
     return error
 
