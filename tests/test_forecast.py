@@ -274,6 +274,15 @@ def test_links_between_nodes_are_those_of_the_scaling_table() -> None:
     assert two.bandwidth_over_nodes == H100.between / 8
 
 
+def test_limits_of_pages_that_nobody_reads_are_told() -> None:
+    notes = [
+        foreseen(forecast(load_config(run_file, ["model.max_pixels=65536"]), run_file, machine("l4", 1)))[1]
+        for run_file in (Path("examples/router.yaml"), EXAMPLE)
+    ]
+    told = "the model makes all pages one size, whatever model.max_pixels says"
+    assert [told in of_run for of_run in notes] == [True, False]
+
+
 @pytest.mark.parametrize(
     ("example", "words", "gpu"),
     [

@@ -226,6 +226,17 @@ def test_pages_of_a_router_travel_and_cost_as_those_of_their_tower(towers: dict[
     assert Preprocessing(two).why_floats == "2 parts of the model read images"
 
 
+def test_limits_of_pages_that_nobody_reads_are_told(
+    towers: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = write_shards(tmp_path / "data", text_and_page)
+    for name, told in (("siglip", "; all become one size, whatever model.max_pixels says"), ("vlm", "")):
+        model = {"name_or_path": towers[name], "max_pixels": 64 * 64}
+        farnear.train(shape_config(tmp_path / name, shards, model))
+        line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("     pages"))
+        assert line.endswith(told) if told else "one size" not in line
+
+
 @pytest.mark.parametrize("text", ["text", "static"])
 def test_a_text_that_names_a_picture_is_not_opened(towers: dict[str, str], tmp_path: Path, text: str) -> None:
     preprocess = Preprocessing(joined(towers, text=text, image="clip"))

@@ -173,6 +173,11 @@ class ModelConfig(Section):
         return {name: shared.model_copy(update=tower.model_dump()) for name, tower in joined.items()}
 
     @property
+    def pixel_limits(self) -> list[str]:
+        """Keys that bound the pixels of pages, as far as they are set."""
+        return [f"model.{name}" for name in ("min_pixels", "max_pixels") if getattr(self, name) is not None]
+
+    @property
     def by_key(self) -> "dict[str, ModelConfig]":
         """The models that are loaded, by the key of the run file that names each."""
         return {f"model.router.{name}": tower for name, tower in self.towers.items()} or {"model.name_or_path": self}

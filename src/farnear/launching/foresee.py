@@ -34,6 +34,8 @@ def foreseen(forecast: Forecast) -> tuple[list[str], list[str]]:
             f"the model's code could not be followed without numbers ({forecast.shape.estimated}), so activations and "
             "FLOPs are estimated from the sizes of its layers"
         )
+    if (limits := forecast.config.model.pixel_limits) and forecast.model.pages.is_one_size:
+        notes.append(f"the model makes all pages one size, whatever {' and '.join(limits)} says")
     if forecast.machine.gpu is None:
         notes.append("a CPU's speed differs more than a GPU's: a step may well take three times as long")
         ranks, cores = forecast.machine.ranks_of_node, len(os.sched_getaffinity(0))

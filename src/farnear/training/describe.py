@@ -13,7 +13,8 @@ from farnear.data.negatives import Negatives
 from farnear.data.scan_rows import MODALITY_BITS
 from farnear.data.summary import ignored_members
 from farnear.model.heads import head_of
-from farnear.model.towers import is_router, modalities_of
+from farnear.model.pixels import ProportionalTokens, page_tokens
+from farnear.model.towers import is_router, modalities_of, readers_of_pages
 from farnear.reranker_section import RerankerConfig
 from farnear.sections import LossConfig
 from farnear.training.engine import BuiltModel
@@ -39,7 +40,11 @@ def derived_numbers(parts: Parts, data: RunData, built: BuiltModel) -> str:
     lines = [
         ("model", f"{config.model.title}: {parameters_in_words(model)}, {precision}"),
         ("reads", f"{modalities_of(model)}; {_head(config, model)}; prompts {prompts}"),
-        ("pages", "travel as uint8" if preprocess.pages_as_uint8 else f"travel as floats: {preprocess.why_floats}"),
+        (
+            "pages",
+            ("travel as uint8" if preprocess.pages_as_uint8 else f"travel as floats: {preprocess.why_floats}")
+            + _one_size(config, model),
+        ),
         (
             "trains",
             f"on {counted(world.world_size, 'rank')} ({world.device.type}), "
@@ -158,6 +163,16 @@ def parameters_in_words(model: Any) -> str:
     elements = [(getattr(p, "ds_shape", p.shape).numel(), p.requires_grad) for p in model.parameters()]
     total, trained = sum(count for count, _ in elements), sum(count for count, is_trained in elements if is_trained)
     return f"{total:,} parameters" + (f", {trained:,} of them trained" if trained < total else "")
+
+
+def _one_size(config: RunConfig, model: Any) -> str:
+    """Of a model that makes all pages one size: that it does, and which keys of the run file it does not read."""
+    tokens = page_tokens(model)
+    is_one = isinstance(tokens, ProportionalTokens) and tokens.min_pixels == tokens.max_pixels
+    if not is_one or not readers_of_pages(model):
+        return ""
+    limits = config.model.pixel_limits
+    return "; all become one size" + (f", whatever {' and '.join(limits)} says" if limits else "")
 
 
 def _inputs(data: RunData) -> str:
