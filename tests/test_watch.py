@@ -258,7 +258,7 @@ def test_words_from_files_move_no_cursor(folder: RunFolder) -> None:
     [
         ("finished", {"exit_code": 0}, 0, "finished  step 120/600"),
         ("stopped", {"exit_code": 75, "reason": "stopped by SIGTERM at rank 1"}, 75, "stopped by SIGTERM"),
-        ("failed", {"exit_code": 2, "reason": "data.train names no shard"}, 2, "failed: data.train names no shard"),
+        ("failed", {"exit_code": 2, "reason": "data.train names no shard"}, 2, "data.train names no shard"),
         ("failed", {}, 1, "failed"),
     ],
 )

@@ -52,6 +52,8 @@ def one_line(view: View, waits: str | None = None) -> str:
     marked = [rank for rank in view.ranks if rank.mark]
     if marked:
         parts.append(f"ranks {spans([rank.number for rank in marked])}: {marked[0].mark}")
+    if waits is None:
+        parts.append(_why(view))
     return printable("  ".join(filter(None, parts)))
 
 
@@ -78,11 +80,12 @@ def _head(view: View, width: int, waits: str | None) -> Iterator[str]:
     clock = datetime.now(timezone.utc).strftime("%H:%M:%S UTC")
     yield f"{str(view.folder)[: width - len(clock) - 2]:<{width - len(clock)}}{clock}"
     told = f"{_state(view, waits)}  {_step(view)}".rstrip() + (f"  {_left(view)}" if _left(view) else "")
-    yield from textwrap.wrap(told, width, max_lines=3) or [told]
+    for part in filter(None, (told, _why(view) if waits is None else "")):
+        yield from textwrap.wrap(part, width, max_lines=3) or [part]
 
 
 def _state(view: View, waits: str | None) -> str:
-    """How the run stands, and why."""
+    """How the run stands."""
     if waits is not None:
         return f"waiting: {waits}"
     if view.state == "none":
@@ -93,11 +96,12 @@ def _state(view: View, waits: str | None) -> str:
         if view.silent_for is not None and view.silent_for > 30:
             return f"running, but no rank has been heard of for {duration(view.silent_for)}: killed, or cut off"
         return "running" if view.last else "opening"
-    if not view.reason:
-        return view.state
-    # "stopped by SIGTERM" says it already.
-    reason = " ".join(str(view.reason).split())
-    return reason if reason.startswith(view.state) else f"{view.state}: {reason}"
+    return view.state
+
+
+def _why(view: View) -> str:
+    """Why it has ended, where it says so."""
+    return " ".join(str(view.reason).split()) if view.has_ended and view.reason else ""
 
 
 def _step(view: View) -> str:
