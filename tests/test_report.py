@@ -436,7 +436,7 @@ def test_the_page_says_what_became_of_the_queries(tmp_path: Path) -> None:
     write_rankings(run, "after", [1, 1, 5, None, 2])
     page = _read(run)
     assert (
-        "The right page comes first for 2 of 5 queries, as before training. 2 queries got better, 2 got worse."
+        "The right page comes first for 2 of 5 queries, as before training. 2 queries find it earlier, 2 later."
         in page.words
     )
     assert "All 5 queries of the evaluation." in page.words

@@ -180,7 +180,7 @@ def _lead(gallery: Gallery) -> str:
         f"{'up' if now > before else 'down'} from {before:,} before training" if now != before else "as before training"
     )
     better, worse = _moved(gallery.ranks, gallery.ranks_before)
-    return f"{lead}, {way}. {counted(better, 'query', 'queries')} got better, {worse:,} got worse."
+    return f"{lead}, {way}. {counted(better, 'query finds', 'queries find')} it earlier, {worse:,} later."
 
 
 def _about(gallery: Gallery, compares: bool) -> str:
