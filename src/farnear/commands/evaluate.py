@@ -2,7 +2,8 @@
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -98,8 +99,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    models, _ = parted(arguments.overrides)
-    if len(models) < 2:
+    if len(_asked(arguments).models) < 2:
         raise UserError(
             "compare takes two models or more, the first of which the others are compared with; name another"
         )
@@ -120,60 +120,87 @@ def _compare(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _measured(arguments: argparse.Namespace) -> tuple[list["Subject"], int]:
-    """Every model measured; or, where embedding with one has failed, its exit code."""
-    from farnear.launching.encoding import encode, encoding_config, named_model
+@dataclass(frozen=True)
+class _Asked:
+    """What the words of the command line say.
 
+    Attributes:
+        shards: None where no ``--data`` names any.
+        overrides: Values as in a run file.
+    """
+
+    models: list[str]
+    shards: list[str] | None
+    corpus: list[str]
+    overrides: list[str]
+
+
+def _asked(arguments: argparse.Namespace) -> _Asked:
     models, overrides = parted(arguments.overrides)
-    for option in ("data", "corpus"):
-        # Which take all words after them.
-        words, keys = parted(getattr(arguments, option) or [])
-        overrides += keys
-        setattr(arguments, option, words or None if option == "data" else words)
+    # Options that take several words take the values behind them too.
+    shards, of_data = parted(arguments.data or [])
+    corpus, of_corpus = parted(arguments.corpus)
     if not models:
         raise UserError(
             "no model is named; name a folder, a model on the hub, or a run, and before --data, --corpus, --dims and "
             "--precision, which take all words after them"
         )
-    names = dict(zip(short_names(models), models, strict=True))
+    ranks = [] if arguments.num_processes is None else [f"num_processes={arguments.num_processes}"]
+    return _Asked(models, shards or None, corpus, [*overrides, *of_data, *of_corpus, *ranks])
+
+
+def _measured(arguments: argparse.Namespace) -> tuple[list["Subject"], int]:
+    """Every model measured; or, where embedding with one has failed, its exit code."""
+    asked = _asked(arguments)
+    names = dict(zip(short_names(asked.models), asked.models, strict=True))
     stored = {name: Path(word) for name, word in names.items() if (Path(word) / "documents.npy").is_file()}
-    named = {
-        name: named_model(word, arguments.out / name / "model") for name, word in names.items() if name not in stored
-    }
-    if not named and (arguments.data or arguments.corpus or overrides or arguments.num_processes):
+    others = {name: word for name, word in names.items() if name not in stored}
+    if not others and (asked.shards or asked.corpus or asked.overrides):
         raise UserError(
             "every model is there as embeddings, so --data, --corpus, --num_processes and keys of a run file are read "
             "by nobody; take them out"
         )
-    if arguments.num_processes is not None:
-        overrides.append(f"num_processes={arguments.num_processes}")
-    runs = [one.run for one in named.values() if one.run is not None]
-    for word in (Path(word) for word in models):
-        if not word.exists() and word.parent != Path() and word.parent.is_dir():
-            print(f"there is no folder {word}; looking for a model of that name on the hub", flush=True)
-    shards, corpus = arguments.data, arguments.corpus
-    if shards is None and named:
-        run = next((run for run in runs if run.data.eval), None)
-        if run is None:
-            raise UserError("no shards are named, and no run that has data.eval; name shards of pairs with --data")
-        shards, corpus = run.data.eval, [*corpus, *run.data.eval_corpus]
-    beside = runs[0] if runs else None
-    configs = {
-        name: encoding_config(model, shards, corpus, overrides, arguments.out / name / "embeddings", beside)
-        for name, model in named.items()
-    }
-    for name, config in configs.items():
-        exported(named[name])
-        about = {"matryoshka_dims": named[name].matryoshka_dims}
-        folder = arguments.out / name / "embeddings"
-        if code := encode(config, folder, truncate_dim=None, precision="float32", about=about):
-            return [], code
-        stored[name] = folder
+    code = _embed(others, asked, arguments.out) if others else 0
+    if code:
+        return [], code
     from farnear.retrieve.collection import open_collection
     from farnear.retrieve.side_by_side import measured
 
-    collections = {name: open_collection(stored[name]) for name in names}
+    folders = {name: stored.get(name, _embeddings(arguments.out, name)) for name in names}
+    collections = {name: open_collection(folder) for name, folder in folders.items()}
     return measured(collections, arguments.dims, arguments.precision, arguments.rescore_multiplier), 0
+
+
+def _embed(words: Mapping[str, str], asked: _Asked, out: Path) -> int:
+    """Have each model, by its name, embed the shards, unless it has. Returns the exit code of the first that failed."""
+    from farnear.launching.encoding import encode, encoding_config, named_model
+
+    for path in map(Path, words.values()):
+        if not path.exists() and path.parent != Path() and path.parent.is_dir():
+            print(f"there is no folder {path}; looking for a model of that name on the hub", flush=True)
+    models = {name: named_model(word, out / name / "model") for name, word in words.items()}
+    runs = [model.run for model in models.values() if model.run is not None]
+    shards, corpus = asked.shards, asked.corpus
+    if shards is None:
+        run = next((run for run in runs if run.data.eval), None)
+        if run is None:
+            raise UserError("no shards are named, and no run that has data.eval; name shards of pairs with --data")
+        shards, corpus = list(run.data.eval), [*corpus, *run.data.eval_corpus]
+    beside = runs[0] if runs else None
+    configs = {
+        name: encoding_config(model, shards, corpus, asked.overrides, _embeddings(out, name), beside)
+        for name, model in models.items()
+    }
+    for name, config in configs.items():
+        exported(models[name])
+        about = {"matryoshka_dims": models[name].matryoshka_dims}
+        if code := encode(config, _embeddings(out, name), truncate_dim=None, precision="float32", about=about):
+            return code
+    return 0
+
+
+def _embeddings(out: Path, name: str) -> Path:
+    return out / name / "embeddings"
 
 
 def short_names(words: Sequence[str]) -> list[str]:
