@@ -107,4 +107,4 @@ def test_the_first_run_works_in_a_shell(here: Path) -> None:
 
 def test_every_command_of_farnear_that_it_names_is_run() -> None:
     run = {line.split()[1] for _, text in blocks("sh") for line in text.splitlines() if line.startswith("farnear")}
-    assert run == {"shards", "plan", "launch", "compare", "report"}
+    assert run == {"shards", "tiny", "plan", "launch", "compare", "report"}

@@ -356,7 +356,7 @@ def test_what_a_plan_of_a_reranker_says(
     monkeypatch.setattr("farnear.launching.hardware.os.sched_getaffinity", lambda _: {0, 1})
     run_file = run_of(folder, "reranker", "zero2", mini_batch_size={"pair": 6, "document": 2})
     assert main(["plan", str(run_file), "--gpu", "l4", "--gpus-per-node", "2"]) == 0
-    told = capsys.readouterr().out
+    told = " ".join(capsys.readouterr().out.split())
     assert "scores by the head yes_no" in told and "listwise over lists of 3" in told
     assert "8 lists, 4 a rank; a list: its positive, 0 hard negatives and 2 of the batch; 12 pairs of 6 pages" in told
     assert "3 of 2 pages (20 tokens) through the tower and 2 of 6 pairs" in told and "whole lists, one pass" in told

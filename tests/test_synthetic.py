@@ -160,5 +160,5 @@ def test_impossible_numbers_are_refused(numbers: dict[str, int], words: str, tmp
 
 def test_old_shards_are_found_before_anything_is_drawn(tmp_path: Path) -> None:
     (tmp_path / "eval-000000.tar").touch()
-    with pytest.raises(UserError, match=r"already holds 1 shards named eval-\*\.tar"):
+    with pytest.raises(UserError, match=r"already holds 1 shard named eval-\*\.tar"):
         synthesise(tmp_path, train_pairs=1, eval_pairs=1, seed=0)

@@ -247,13 +247,14 @@ def test_a_mining_is_done_while_all_that_it_left_is_there(folder: Path) -> None:
         damage()
         assert not is_done(to, inputs_of(config))
         part.write_bytes(content)
-    # From its beginning on another one in the folder takes the place of the first.
-    with (
-        patch("farnear.training.mine_ranks.open_data", side_effect=KeyboardInterrupt),
-        pytest.raises(KeyboardInterrupt),
-    ):
-        mine_on_ranks(mining_config(config), to, "others")
-    assert not is_done(to, inputs_of(config))
+    # Another one in the folder takes the place of the first when it begins to mine, and not before.
+    for part_of_it, is_there in (("open_data", True), ("mine_judged", False)):
+        with (
+            patch(f"farnear.training.mine_ranks.{part_of_it}", side_effect=KeyboardInterrupt),
+            pytest.raises(KeyboardInterrupt),
+        ):
+            mine_on_ranks(mining_config(config), to, "others")
+        assert is_done(to, inputs_of(config)) == is_there
 
 
 def test_a_model_beside_that_is_none_is_told_before_the_first_step(folder: Path, tmp_path: Path) -> None:
