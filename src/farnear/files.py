@@ -88,11 +88,15 @@ def _umask() -> int:
 _UMASK = _umask()
 
 
-def readable_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a file, as far as they can be read; none where it is not there."""
+def readable_lines(path: Path, last: int = 0) -> list[dict[str, Any]]:
+    """The records of a file, as far as they can be read; none where it is not there.
+
+    Args:
+        last: So many lines at its end; 0 for all.
+    """
     records = []
     with suppress(OSError):
-        for line in path.read_bytes().splitlines():
+        for line in path.read_bytes().splitlines()[-last:]:
             with suppress(ValueError):  # a kill came in the middle of it
                 records.append(json.loads(line))
     return [record for record in records if isinstance(record, dict)]

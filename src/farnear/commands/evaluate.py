@@ -174,10 +174,10 @@ def _measured(arguments: argparse.Namespace) -> tuple[list["Subject"], int]:
 def _embed(words: Mapping[str, str], asked: _Asked, out: Path) -> int:
     """Have each model, by its name, embed the shards, unless it has. Returns the exit code of the first that failed."""
     from farnear.launching.encoding import encode, encoding_config, named_model
+    from farnear.launching.local import tell_of_missing_folder
 
-    for path in map(Path, words.values()):
-        if not path.exists() and path.parent != Path() and path.parent.is_dir():
-            print(f"there is no folder {path}; looking for a model of that name on the hub", flush=True)
+    for word in words.values():
+        tell_of_missing_folder(word)
     models = {name: named_model(word, out / name / "model") for name, word in words.items()}
     runs = [model.run for model in models.values() if model.run is not None]
     shards, corpus = asked.shards, asked.corpus

@@ -19,7 +19,7 @@ from farnear.errors import UserError
 from farnear.launching.hardware import read_hardware
 from farnear.launching.local import run_beside
 from farnear.launching.mining import files_of_model
-from farnear.model.hub import refuse_missing_folder, refuse_unless_fetched
+from farnear.model.hub import refuse_absent
 from farnear.run_folder import RunFolder, checkpoint_named, digest_of, done_in, files_of_collection
 
 PROGRAM = "encode.py"
@@ -136,8 +136,7 @@ def encode(
         UserError: Before the start, or the one that a rank met.
     """
     for model in config.model.by_key.values():
-        refuse_missing_folder(model.name_or_path)
-        refuse_unless_fetched(model)
+        refuse_absent(model)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file, and embeddings need a folder; name another one")
     inputs = _inputs_of(config, truncate_dim, precision, about)

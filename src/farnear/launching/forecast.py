@@ -90,6 +90,10 @@ class Forecast:
         gpu = self.machine.gpu
         return None if gpu is None else int(gpu.memory_bytes * USABLE_SHARE)
 
+    def fits(self, strategy: StrategyForecast) -> bool:
+        """Whether a strategy fits with the run file's mini-batches; on a CPU all do, as far as is known."""
+        return self.budget_bytes is None or strategy.memory.total_bytes <= self.budget_bytes
+
     @property
     def cheapest(self) -> StrategyForecast | None:
         """Of the strategies that fit a GPU the one whose step is shortest; the chosen one among equals.

@@ -88,11 +88,9 @@ def _model(forecast: Forecast) -> list[str]:
 
 
 def _memory(forecast: Forecast) -> list[str]:
-    chosen, budget = forecast.chosen, forecast.budget_bytes
-    if budget is None or chosen.memory.total_bytes <= budget:
+    chosen, budget, gpu = forecast.chosen, forecast.budget_bytes, forecast.machine.gpu
+    if budget is None or gpu is None or forecast.fits(chosen):
         return []
-    gpu = forecast.machine.gpu
-    assert gpu is not None
     needed = (
         f"{_gigabytes(chosen.memory)} GB a rank, above the {budget / 1e9:.1f} GB ({USABLE_SHARE:.0%}) of {gpu.name}"
     )
@@ -101,7 +99,7 @@ def _memory(forecast: Forecast) -> list[str]:
     best = forecast.cheapest
     advice = "no strategy fits: take more GPUs, lora, or a smaller model"
     if best:
-        smaller = "" if best.memory.total_bytes <= budget else f" and {_sizes(forecast, best)}"
+        smaller = "" if forecast.fits(best) else f" and {_sizes(forecast, best)}"
         advice = f"set strategy={best.name}{smaller}, which fits"
     return [f"strategy {chosen.name} needs {needed}, whatever the mini-batch, and would run out of memory; {advice}"]
 

@@ -67,9 +67,8 @@ def launch(
     config = load_config(run_file, overrides)
     refuse_missing_trackers(config.training.report_to)
     check_start(Path(config.output_dir), resume)
-    for model in (Path(one.name_or_path) for one in config.model.by_key.values()):
-        if not model.exists() and not model.is_absolute() and model.parent != Path() and model.parent.is_dir():
-            print(f"there is no folder {model}; looking for a model of that name on the hub", flush=True)
+    for model in config.model.by_key.values():
+        tell_of_missing_folder(model.name_or_path)
     hardware = read_hardware()
     ranks_here = ranks_of_machine(config, nodes, hardware)
     arguments = [str(run_file), *overrides, *RESUME_WORDS[resume]]
@@ -117,6 +116,13 @@ def launch(
         )
         print(f"farnear: the same command {how}", file=sys.stderr)
     return code
+
+
+def tell_of_missing_folder(model: str) -> None:
+    """Say that a name which looks like a folder is taken for one on the hub, which may take a while to answer."""
+    path = Path(model)
+    if not path.exists() and not path.is_absolute() and path.parent != Path() and path.parent.is_dir():
+        print(f"there is no folder {path}; looking for a model of that name on the hub", flush=True)
 
 
 def _state_since(time: str, folder: RunFolder) -> str | None:

@@ -244,8 +244,8 @@ def _strategies(forecast: Forecast) -> Iterator[str]:
 
 
 def _cheapest(one: StrategyForecast, forecast: Forecast) -> str:
-    fits = forecast.budget_bytes is not None and one.memory.total_bytes <= forecast.budget_bytes
-    return "cheapest that fits" if fits else f"cheapest that fits, with mini-batches of {one.largest_mini_batch}"
+    smaller = "" if forecast.fits(one) else f", with mini-batches of {one.largest_mini_batch}"
+    return f"cheapest that fits{smaller}"
 
 
 def _row(one: StrategyForecast, forecast: Forecast) -> str:

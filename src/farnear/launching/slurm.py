@@ -9,7 +9,6 @@ instead of submitted. The signal before the time limit must come early enough fo
 the run's saves have taken so far, in `saves.jsonl` of its folder; before the first one, from the size of a checkpoint.
 """
 
-import math
 import os
 import re
 import shlex
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from farnear.config import RunConfig, dump_config, load_config
+from farnear.course import is_number
 from farnear.errors import UserError
 from farnear.files import readable_lines, replace_text
 from farnear.resources import resource_root
@@ -165,8 +165,8 @@ def lead_seconds(folder: RunFolder, save_seconds: float | None = None) -> int:
     Args:
         save_seconds: As a plan foresees it, for a run that has not saved yet; None where it is not known.
     """
-    saves = [seconds for record in readable_lines(folder.saves)[-_LAST:] if (seconds := _number(record.get("seconds")))]
-    steps = [_seconds_of_step(record) for record in readable_lines(folder.metrics)[-_LAST:]]
+    saves = [seconds for record in readable_lines(folder.saves, _LAST) if (seconds := _number(record.get("seconds")))]
+    steps = [_seconds_of_step(record) for record in readable_lines(folder.metrics, _LAST)]
     save = max(saves, default=save_seconds)
     if save is None:
         return UNKNOWN_LEAD_SECONDS
@@ -308,4 +308,4 @@ def _seconds_of_step(record: dict[str, Any]) -> float:
 
 def _number(value: Any) -> float:
     """What a record says, if it is a number."""
-    return value if isinstance(value, (int, float)) and math.isfinite(value) else 0.0
+    return value if is_number(value) else 0.0

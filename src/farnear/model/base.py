@@ -13,7 +13,7 @@ from typing import Any
 
 from farnear.export_folder import CARD
 from farnear.model.card_facts import UNKNOWN, BaseFacts
-from farnear.model.hub import MODULES, is_folder, refuse_missing_folder, refuse_unless_fetched
+from farnear.model.hub import MODULES, is_folder, refuse_absent
 from farnear.model.load import told_to_the_user
 from farnear.model.stored import stored_file
 from farnear.sections import ModelConfig
@@ -44,8 +44,7 @@ def base_commit(config: ModelConfig) -> str | None:
         return None
     if revision is not None and _COMMIT.fullmatch(revision):
         return revision
-    refuse_missing_folder(name)
-    refuse_unless_fetched(config)
+    refuse_absent(config)
     with told_to_the_user(config):
         # Files of the cache lie in snapshots/COMMIT; a raw model has no modules, and a Router no config.
         found = stored_file(config, MODULES) or stored_file(config, "config.json")

@@ -47,6 +47,12 @@ def refuse_missing_folder(name: str) -> None:
         raise UserError(f"there is no model folder {os.path.abspath(path)}; set model.name_or_path")
 
 
+def refuse_absent(config: ModelConfig) -> None:
+    """Raise ``UserError`` for a model that is no folder here and cannot be had from the hub either."""
+    refuse_missing_folder(config.name_or_path)
+    refuse_unless_fetched(config)
+
+
 def refuse_unless_fetched(config: ModelConfig) -> None:
     """Raise ``UserError`` for a model that is not here, where it cannot be had either.
 

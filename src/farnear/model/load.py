@@ -24,7 +24,7 @@ from torch import nn
 from farnear.errors import UserError
 from farnear.model.attention import VARLEN, register_varlen, tell_towers
 from farnear.model.attention_choice import refuse_kernels
-from farnear.model.hub import is_folder, refuse_missing_folder, refuse_unless_fetched
+from farnear.model.hub import is_folder, refuse_absent
 from farnear.model.patches import multiply_patches
 from farnear.model.pixels import call_settings, image_processor_of, is_qwen_family
 from farnear.model.router import join
@@ -111,8 +111,7 @@ def loading_arguments(config: ModelConfig, *, dtype: torch.dtype, with_weights: 
     Raises:
         UserError: There is no such folder, or no network to ask for the model.
     """
-    refuse_missing_folder(config.name_or_path)
-    refuse_unless_fetched(config)
+    refuse_absent(config)
     if config.attn_implementation == VARLEN:
         register_varlen()
     model_kwargs: dict[str, Any] = {"dtype": dtype, **config.model_kwargs}
