@@ -274,6 +274,14 @@ def test_links_between_nodes_are_those_of_the_scaling_table() -> None:
     assert two.bandwidth_over_nodes == H100.between / 8
 
 
+def test_the_chosen_strategy_is_the_cheapest_of_equals() -> None:
+    """On one GPU ddp is what single is."""
+    run_file = Path("examples/router.yaml")
+    planned = forecast(load_config(run_file), run_file, machine("l4", 1, is_this=False))
+    assert [one.name for one in planned.strategies] == ["single", "zero3 offload", "ddp"]
+    assert planned.cheapest is planned.chosen and planned.chosen.name == "ddp"
+
+
 def test_limits_of_pages_that_nobody_reads_are_told() -> None:
     notes = [
         foreseen(forecast(load_config(run_file, ["model.max_pixels=65536"]), run_file, machine("l4", 1)))[1]
@@ -289,6 +297,8 @@ def test_limits_of_pages_that_nobody_reads_are_told() -> None:
         ("qwen3-vl-embedding-2b", ["training.mini_batch_num_tokens=null", "training.mini_batch_size=64"], "a100-40"),
         ("qwen3-vl-reranker-2b", ["strategy=zero3"], "a100-40"),
         ("qwen3-vl-reranker-2b", ["strategy=ddp"], "a100-40"),
+        # Fewer pairs alone would not do: its pages have to be fewer too.
+        ("qwen3-vl-reranker-2b", ["strategy=zero2"], "a100-40"),
     ],
 )
 def test_what_would_fit_is_said_and_does(example: str, words: list[str], gpu: str) -> None:
@@ -303,6 +313,7 @@ def test_what_would_fit_is_said_and_does(example: str, words: list[str], gpu: st
     strategy = re.search(r"strategy=(\w+)", told)
     found = re.search(r"training\.mini_batch_size=\{(\w+): (\d+), (\w+): (\d+)\}", told)
     assert found is not None, told
+    assert (strategy is not None) == ("strategy=ddp" in words) == ("whatever the mini-batch" in told)
     more = [found[0], *([strategy[0]] if strategy else [])]
     assert not errors(*more)
     main, size = (3, 4) if found[3] == "pair" else (1, 2)
